@@ -1,0 +1,63 @@
+"""`tenuto serve`: flags and environment to a running server."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+from .config import ServerConfig, flag_of, variable_of
+from .errors import TenutoError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tenuto serve",
+        description="Serve the models of a repository over gRPC.",
+        epilog="Every flag is also an environment variable, e.g. TENUTO_MAX_SEQUENCES; the flag wins.",
+    )
+    for name, field in ServerConfig.model_fields.items():
+        text = f"{field.description} (default {field.default}, {variable_of(name)})".replace("%", "%%")
+        if name == "repository":
+            parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text)
+        else:
+            parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serves until a signal. Exit status 0 after an orderly stop, 2 for wrong settings, 1 for what else is named."""
+    flags = vars(_parser().parse_args(arguments))
+    try:
+        config = ServerConfig.build(flags, os.environ)
+    except TenutoError as error:
+        print(f"tenuto serve: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    # Before gRPC is loaded: the serve thread then does the socket I/O itself, a fifth less CPU a message.
+    if config.grpc_experiments:
+        os.environ.setdefault("GRPC_EXPERIMENTS", config.grpc_experiments)
+    from .server import Server
+
+    try:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            number = version("tenuto")
+        except PackageNotFoundError:
+            number = "0+unknown"
+        server = Server(config, number)
+    except TenutoError as error:
+        print(f"tenuto serve: {error}", file=sys.stderr)
+        return 1
+    server.start()
+    print(server.ready_line, flush=True)
+    server.serve_until_signal()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

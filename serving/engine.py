@@ -1,0 +1,523 @@
+"""One model version: scheduler + pool + runner, and the one thread that turns them.
+
+Other threads put commands into the inbox; everything else here happens on the engine thread, between two
+batches or in one. That is what orders opening, resetting, ending and handing a slot on against the batches
+that hold it, without a lock.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import (
+    NotFinite,
+    OutOfRangeValue,
+    PoolFull,
+    RunFailed,
+    ServerDraining,
+    StateNotFinite,
+    StepGap,
+    TenutoError,
+)
+from .layout import InputLayout, OutputLayout
+from .manifest import Manifest
+from .metrics import ModelMetrics
+from .pending import PendingBytes
+from .scheduler import Batch, Scheduler
+from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence, Sink
+from .state_pool import StatePool
+
+log = logging.getLogger("tenuto.engine")
+
+Array = NDArray[Any]
+
+
+class Runner(Protocol):
+    """Runs the graph. `run` returns the manifest's outputs, then its states' outputs, each in order."""
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        """Raises: RunFailed."""
+
+    def enter_thread(self) -> None:
+        """Called once, on the thread that will run."""
+
+
+class Engine:
+    """Turns one model version.
+
+    Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `stop`, `sequences`. Engine thread:
+    all else. A test may call `turn` itself instead of `start`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        runner: Runner,
+        *,
+        version: int,
+        max_sequences: int,
+        pending: PendingBytes,
+        metrics: ModelMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.manifest = manifest
+        self.version = version
+        self.max_sequences = max_sequences
+        self.metrics = metrics or ModelMetrics(manifest.name, version)
+        self.metrics.slots = max_sequences
+        self.running_since = 0.0  # when the run in progress began; 0: none. Read by the watchdog.
+        self.emptied = threading.Event()  # set when draining and no sequence is left
+        self._runner = runner
+        self._pending = pending
+        self._clock = clock
+        self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
+        self._scheduler = Scheduler(manifest)
+        self._inputs = [InputLayout(spec, stateful=manifest.stateful) for spec in manifest.inputs]
+        self._outputs = [OutputLayout(spec, manifest) for spec in manifest.outputs]
+        self._constants: dict[tuple[tuple[str, float], ...], dict[str, Array]] = {}
+        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._live: dict[str, Sequence] = {}
+        self._idle: list[tuple[float, int, Sequence]] = []  # (deadline, number, …); rechecked when due
+        self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
+        self._draining = False
+        self._stopped = False
+        self._thread = threading.Thread(target=self._loop, name=f"engine-{manifest.name}-{version}", daemon=True)
+
+    # Any thread.
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def open(self, sequence: Sequence) -> None:
+        """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull or ServerDraining."""
+        self._inbox.put((self._open, (sequence,)))
+
+    def accept(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Takes the next chunk. Its bytes are already counted as pending."""
+        self._inbox.put((self._accept, (sequence, chunk)))
+
+    def request(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Runs one batch of a stateless model: `sequence` lives for this chunk alone and takes no slot."""
+        self._inbox.put((self._request, (sequence, chunk)))
+
+    def finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
+        """Ends the sequence in that way once all its accepted chunks are answered."""
+        self._inbox.put((self._finish, (sequence, ending)))
+
+    def close(self, sequence: Sequence, reason: Ending) -> None:
+        """Ends the sequence now; its unanswered chunks are dropped."""
+        self._inbox.put((self._close, (sequence, reason)))
+
+    def close_by_id(self, sequence_id: str, reason: Ending) -> bool:
+        """Ends a live sequence now. Returns whether there is one of that id."""
+        sequence = self._live.get(sequence_id)
+        if sequence is not None:
+            self.close(sequence, reason)
+        return sequence is not None
+
+    def sequences(self) -> list[Sequence]:
+        """The live ones, oldest first."""
+        return sorted(self._live.copy().values(), key=lambda s: s.number)
+
+    def drain(self) -> None:
+        """Refuses new sequences from now on; `emptied` is set when the live ones have ended."""
+        self._inbox.put((self._drain, ()))
+
+    def stop(self, reason: Ending, join_seconds: float = 5.0) -> None:
+        """Ends every sequence and then the thread."""
+        self._inbox.put((self._stop, (reason,)))
+        if self._thread.is_alive():
+            self._thread.join(join_seconds)
+
+    # The engine thread.
+
+    def _loop(self) -> None:
+        self._runner.enter_thread()
+        while not self._stopped:
+            try:
+                self.turn(wait=True)
+            except Exception:  # the loop must live on: its callers have no other
+                log.exception("%s/%d: the engine met a bug and goes on", self.manifest.name, self.version)
+
+    def turn(self, *, wait: bool = False) -> bool:
+        """Takes all commands, then runs one batch. Returns whether there was a batch."""
+        self._take_commands(wait=wait and not self._scheduler)
+        self._expire(self._clock())
+        self._deliver()  # what needs no batch does not wait for one
+        ran = self.step()
+        self._deliver()
+        return ran
+
+    def _take_commands(self, *, wait: bool) -> None:
+        inbox = self._inbox
+        try:
+            if wait:
+                timeout = max(0.0, self._idle[0][0] - self._clock()) + 0.01 if self._idle else None
+                command, arguments = inbox.get(timeout=timeout)
+                command(*arguments)
+            # Only what is there now: a flood of commands must not keep the batches waiting.
+            for _ in range(inbox.qsize()):
+                command, arguments = inbox.get_nowait()
+                command(*arguments)
+        except queue.Empty:
+            pass
+
+    def step(self) -> bool:
+        """One batch: schedule, gather, run, scatter, reply. Returns whether there was one."""
+        batch = self._scheduler.schedule()
+        if not batch:
+            return False
+        started = self._clock()
+        for turn in batch:
+            self.metrics.stages["queue"].add(started - turn.chunk.arrived)
+        try:
+            self._run_batch(batch, started)
+        except Exception:
+            log.exception("%s/%d: a batch met a bug; its sequences end", self.manifest.name, self.version)
+            for turn in batch:
+                error = RunFailed(f"step {turn.chunk.step}: an error inside the server; its log says more")
+                self._close(turn.sequence, Ending.FAILED, error)
+        return True
+
+    def _run_batch(self, batch: Batch, started: float) -> None:
+        batch, feeds = self._gather(batch)
+        if not batch:
+            return
+        gathered = self._clock()
+        try:
+            results = self._run(feeds, gathered)
+        except RunFailed as error:
+            self._rerun(batch, error)
+            return
+        computed = self._clock()
+        self._scatter(batch, results)
+        scattered = self._clock()
+        self._reply(batch, results, started, computed - gathered)
+        self._measure(batch, (gathered - started, computed - gathered, scattered - computed), scattered)
+
+    def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array]]:
+        """Rows and states of the batch as the graph's feeds. Turns with forbidden values end here."""
+        rows = self._rows_of(batch)
+        size = self._batch_size(batch)
+        feeds: dict[str, Array] = {}
+        for layout, column in zip(self._inputs, rows, strict=True):
+            stacked = layout.stack(column, size)
+            refused = layout.refused(stacked, column)
+            if refused:
+                self._refuse(batch, refused, check_finite=stacked.dtype.kind == "f")
+                rest = [t for i, t in enumerate(batch) if i not in refused]
+                return self._gather(rest) if rest else (rest, {})
+            feeds[layout.name] = stacked
+            if layout.lengths_name:
+                lengths = layout.lengths(column)
+                lengths += lengths[:1] * (size - len(lengths))
+                feeds[layout.lengths_name] = np.array(lengths, np.int32)
+        if self.manifest.states:
+            feeds.update(self._pool.gather(self._slots(batch)))
+        if self.manifest.constants:
+            feeds.update(self._constants_of(batch[0].sequence))
+        return batch, feeds
+
+    def _rows_of(self, batch: Batch) -> list[list[bytes]]:
+        """Per input, each turn's row."""
+        return [[t.sequence.feeds[i].peek(t.frames) for t in batch] for i in range(len(self._inputs))]
+
+    def _batch_size(self, batch: Batch) -> int:
+        if self.manifest.fixed_batch is not None:
+            return self.manifest.fixed_batch
+        return len(batch) if self.manifest.stateful else sum(t.frames for t in batch)
+
+    def _slots(self, batch: Batch) -> NDArray[np.intp]:
+        slots = [t.sequence.slot for t in batch]
+        slots += [self._pool.dump] * (self._batch_size(batch) - len(slots))
+        return np.array(slots, np.intp)
+
+    def _refuse(self, batch: Batch, refused: dict[int, str], *, check_finite: bool) -> None:
+        error = NotFinite if check_finite else OutOfRangeValue
+        for i, text in refused.items():
+            turn = batch[i]
+            self._close(turn.sequence, Ending.FAILED, error(f"{text}, in step {turn.chunk.step}"))
+
+    def _constants_of(self, sequence: Sequence) -> dict[str, Array]:
+        feeds = self._constants.get(sequence.constants)
+        if feeds is None:
+            chosen = dict(sequence.constants)
+            feeds = {
+                c.name: np.full(c.shape, chosen.get(c.name, c.value), c.dtype)
+                if isinstance(c.value, float)
+                else np.array(c.value, c.dtype).reshape(c.shape)
+                for c in self.manifest.constants
+            }
+            self._constants[sequence.constants] = feeds
+        return feeds
+
+    def _run(self, feeds: dict[str, Array], now: float) -> list[Array]:
+        self.running_since = now
+        try:
+            return self._runner.run(feeds)
+        finally:
+            self.running_since = 0.0
+
+    def _rerun(self, batch: Batch, error: RunFailed) -> None:
+        """The run failed and wrote no state: each row alone, so that only the guilty one fails."""
+        if len(batch) == 1:
+            turn = batch[0]
+            self._close(turn.sequence, Ending.FAILED, RunFailed(f"step {turn.chunk.step}: {error}"))
+            return
+        log.warning("%s/%d: a batch failed, running its rows alone: %s", self.manifest.name, self.version, error)
+        for turn in batch:
+            self.metrics.rows_rerun += 1
+            one, feeds = self._gather([turn])
+            started = self._clock()
+            try:
+                results = self._run(feeds, started)
+            except RunFailed as own:
+                self._rerun(one, own)
+            else:
+                self._scatter(one, results)
+                self._reply(one, results, started, self._clock() - started)
+
+    def _scatter(self, batch: Batch, results: list[Array]) -> None:
+        """Writes the new states back. A sequence whose state is not finite ends; its slot is reset when it
+        is handed on."""
+        states = results[len(self._outputs) :]
+        if not states:
+            return
+        for row in self._pool.not_finite(states, len(batch)):
+            turn = batch[row]
+            text = f"the state became NaN or Inf in step {turn.chunk.step}; the sequence cannot go on, open a new one"
+            self._close(turn.sequence, Ending.STATE_NOT_FINITE, StateNotFinite(text))
+        self._pool.scatter(self._slots(batch), states)
+
+    def _reply(self, batch: Batch, results: list[Array], started: float, compute: float) -> None:
+        """Cuts the outputs into rows, and answers each chunk that is done."""
+        frames = [t.frames for t in batch]
+        columns = [o.cut(r, frames) for o, r in zip(self._outputs, results, strict=False)]
+        rows = len(batch)
+        for i, turn in enumerate(batch):
+            sequence, chunk = turn.sequence, turn.chunk
+            if sequence.ended:
+                continue
+            chunk.parts.append([column[i] for column in columns])
+            chunk.compute += compute
+            sequence.eat(chunk, turn.frames)
+            if chunk.frames:
+                self._scheduler.add(sequence)
+            else:
+                self._answer(sequence, chunk, started - chunk.arrived, rows)
+                self._advance(sequence)
+
+    def _answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int) -> None:
+        """The first pending chunk is done: its Output goes out."""
+        tensors: list[tuple[tuple[int, ...], bytes]] = []
+        if chunk.parts:
+            stateless = not self.manifest.stateful
+            for i, layout in enumerate(self._outputs):
+                parts = [p[i] for p in chunk.parts]
+                data = parts[0] if len(parts) == 1 else b"".join(parts) if layout.timed or stateless else parts[-1]
+                tensors.append((layout.shape(data), data))
+        output = Output(chunk.step, chunk.part, True, tuple(tensors), queued, chunk.compute, rows)
+        sequence.pending.popleft()
+        if not sequence.answered:
+            self.metrics.first_output.add(self._clock() - sequence.begun)
+        sequence.answered = chunk.step
+        sequence.last_output = output
+        self._send(sequence, output)
+        self._account(sequence, chunk)
+
+    def _account(self, sequence: Sequence, chunk: Chunk) -> None:
+        m, latency = self.metrics, self._clock() - chunk.arrived
+        m.chunks["answered"] += 1
+        m.pending_chunks -= 1
+        m.chunk_latency.add(latency)
+        if sequence.period_seconds:
+            lag = latency - sequence.period_seconds
+            m.chunk_lag.add(max(lag, 0.0))
+            m.deadline_misses += lag > 0
+        self._pending.remove(chunk.nbytes)
+
+    def _measure(self, batch: Batch, spent: tuple[float, float, float], scattered: float) -> None:
+        m = self.metrics
+        for stage, seconds in zip(("gather", "compute", "scatter"), spent, strict=True):
+            m.stages[stage].add(seconds)
+        m.stages["reply"].add(self._clock() - scattered)
+        m.batches += 1
+        stateful = self.manifest.stateful
+        rows = len(batch) if stateful else sum(t.frames for t in batch)
+        m.batch_size.add(rows)
+        m.occupancy.add(rows / self.manifest.rows_per_batch)
+        if stateful:
+            longest = max(t.frames for t in batch)
+            m.padding.add(1 - sum(t.frames for t in batch) / (longest * rows))
+
+    # Commands, and what follows from them.
+
+    def _open(self, sequence: Sequence) -> None:
+        try:
+            if self._draining:
+                raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
+            if self.manifest.stateful:
+                sequence.slot = self._pool.allocate(sequence.id)
+            elif len(self._live) >= self.max_sequences:
+                raise PoolFull(f"{self.max_sequences} sequences are open; retry, or raise --max-sequences")
+        except TenutoError as error:
+            sequence.ended = True
+            self.metrics.rejected[error.reason] += 1
+            self._send(sequence, Failed(error))
+            return
+        self._live[sequence.id] = sequence
+        if sequence.idle_seconds:
+            heapq.heappush(self._idle, (self._clock() + sequence.idle_seconds, sequence.number, sequence))
+        self.metrics.sequences_started += 1
+        self._count_live()
+        self._send(sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window))
+
+    def _accept(self, sequence: Sequence, chunk: Chunk) -> None:
+        if sequence.ended or sequence.closing:
+            self._drop(chunk)
+            return
+        sequence.heard = chunk.arrived
+        if chunk.step != sequence.accepted + 1:
+            self._out_of_step(sequence, chunk)
+        elif len(sequence.pending) >= sequence.window:
+            self._drop(chunk)
+            sequence.pending.append(Ending.WINDOW_EXCEEDED)
+        else:
+            sequence.accepted = chunk.step
+            self._enqueue(sequence, chunk)
+
+    def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:
+        """A repeated step is answered again or ignored; a skipped one ends the sequence."""
+        self._pending.remove(chunk.nbytes)
+        if 0 < chunk.step <= sequence.accepted:
+            self.metrics.steps_repeated += 1
+            if chunk.step == sequence.answered and sequence.last_output is not None:
+                self._send(sequence, sequence.last_output)
+            return
+        text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number the chunks 1, 2, 3 without gaps"
+        self._finish(sequence, StepGap(text))
+
+    def _request(self, sequence: Sequence, chunk: Chunk) -> None:
+        if sequence.ended:
+            self._drop(chunk)
+            return
+        self._enqueue(sequence, chunk)
+
+    def _enqueue(self, sequence: Sequence, chunk: Chunk) -> None:
+        self.metrics.pending_chunks += 1
+        sequence.pending.append(chunk)
+        if len(sequence.pending) == 1:
+            self._advance(sequence)
+
+    def _finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
+        if not sequence.ended and not sequence.closing:
+            sequence.pending.append(ending)
+            if len(sequence.pending) == 1:
+                self._advance(sequence)
+
+    def _advance(self, sequence: Sequence) -> None:
+        """Looks at what the sequence brings next: a chunk that can run goes to the scheduler, one that
+        completes no frame is answered, an ending is carried out."""
+        while sequence.pending:
+            head = sequence.pending[0]
+            if isinstance(head, Chunk):
+                if head.frames < 0:
+                    sequence.begin(head)
+                if head.frames:
+                    self._scheduler.add(sequence)
+                    return
+                self._answer(sequence, head, self._clock() - head.arrived, 0)
+            elif isinstance(head, TenutoError):
+                self._close(sequence, Ending.FAILED, head)
+                return
+            elif head is Ending.END and self._tail(sequence):
+                continue
+            else:
+                self._close(sequence, head)
+                return
+
+    def _tail(self, sequence: Sequence) -> bool:
+        """At End, what is left over is padded to a frame where the manifest says so. Whether it was."""
+        specs = self.manifest.inputs
+        padding = tuple(f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True))
+        if not any(padding):
+            return False
+        tail = Chunk(sequence.accepted, padding, (), self._clock(), 0, part=1)
+        self.metrics.pending_chunks += 1
+        sequence.pending.appendleft(tail)
+        return True
+
+    def _close(self, sequence: Sequence, reason: Ending, error: TenutoError | None = None) -> None:
+        """The one way in which a sequence ends. Its slot is free from here on: no batch holds it now."""
+        if sequence.ended:
+            return
+        sequence.ended = True
+        for item in sequence.pending:
+            if isinstance(item, Chunk):
+                self.metrics.pending_chunks -= 1
+                self._drop(item, "failed" if error else "dropped")
+        sequence.pending.clear()
+        if self._live.pop(sequence.id, None) is not None:
+            self.metrics.ended[reason.name] += 1
+            if sequence.slot >= 0:
+                self._pool.free(sequence.slot, sequence.id)
+            self._count_live()
+            log.debug("%s/%d: %s ended %s", self.manifest.name, self.version, sequence.id, reason.name)
+        self._send(sequence, Failed(error) if error else Closed(reason, sequence.answered))
+        if self._draining and not self._live:
+            self.emptied.set()
+
+    def _drop(self, chunk: Chunk, outcome: str = "dropped") -> None:
+        self.metrics.chunks[outcome] += 1
+        self._pending.remove(chunk.nbytes)
+
+    def _expire(self, now: float) -> None:
+        """Ends what has been silent for too long. Idle counts from the last chunk accepted."""
+        while self._idle and self._idle[0][0] <= now:
+            _, number, sequence = heapq.heappop(self._idle)
+            if sequence.ended:
+                continue
+            deadline = sequence.heard + sequence.idle_seconds
+            if deadline <= now and not sequence.pending:
+                self._close(sequence, Ending.IDLE_EXPIRED)
+            else:
+                heapq.heappush(self._idle, (max(deadline, now + 1.0), number, sequence))
+
+    def _drain(self) -> None:
+        self._draining = True
+        if not self._live:
+            self.emptied.set()
+
+    def _stop(self, reason: Ending) -> None:
+        for sequence in list(self._live.values()):
+            self._close(sequence, reason)
+        self._stopped = True
+
+    def _count_live(self) -> None:
+        self.metrics.active_sequences = len(self._live)
+        self.metrics.slots_used = self._pool.used
+
+    def _send(self, sequence: Sequence, reply: Reply) -> None:
+        self._replies.setdefault(sequence.sink, []).append((sequence, reply))
+
+    def _deliver(self) -> None:
+        """Hands over all replies, one call a sink."""
+        if self._replies:
+            replies, self._replies = self._replies, {}
+            for sink, own in replies.items():
+                sink.deliver(own)
+
+    def check(self) -> None:
+        """Raises TenutoError if the pool lost count. For tests, while nothing runs."""
+        self._pool.check()
+        if self.manifest.stateful and self._pool.used != len(self._live):
+            raise TenutoError(f"{self._pool.used} slots used, {len(self._live)} sequences live. This is a bug.")

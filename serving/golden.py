@@ -1,0 +1,106 @@
+"""A model's self test: `golden.npz` beside it, replayed chunk by chunk through the engine itself.
+
+Keys are `{step}.in.{input}` and `{step}.out.{output}`, steps 1, 2, 3…; arrays have the shapes that clients send
+and receive, in the graph's dtype. `tolerance` (float64) bounds the absolute difference: another CPU may round
+otherwise. A step that completes no frame has no `out`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .engine import Engine
+from .errors import ModelInvalid
+from .sequence import Chunk, Failed, Output, Reply, Sequence
+from .tensor import Reader
+
+_MAX_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor message's fields."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class _Collector:
+    def __init__(self) -> None:
+        self.replies: list[Reply] = []
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        self.replies += [reply for _, reply in replies]
+
+
+def replay(engine: Engine, path: Path, where: str) -> int:
+    """Runs every step and compares. Returns the number of steps. The engine has no thread.
+
+    Raises: ModelInvalid where an output differs, or the file is no golden file.
+    """
+    sink, steps = _Collector(), 0
+    sequence = Sequence(sink, engine.manifest)
+    reader = Reader(engine.manifest, _MAX_BYTES)
+    if engine.manifest.stateful:
+        engine.open(sequence)
+    tolerance, golden = _read(path, where)
+    for inputs, expected in golden:
+        steps += 1
+        tensors = [_Tensor(n, a.dtype.name, a.shape, np.ascontiguousarray(a).tobytes()) for n, a in inputs.items()]
+        data, counts = reader.read(tensors)
+        chunk = Chunk(steps, data, counts, time.monotonic(), 0)
+        (engine.accept if engine.manifest.stateful else engine.request)(sequence, chunk)
+        while engine.turn():
+            pass
+        _compare(engine, sink.replies[-1], expected, tolerance, f"{where}: golden step {steps}")
+    if not steps:
+        raise ModelInvalid(f"{where}: golden.npz holds no step 1")
+    return steps
+
+
+def _read(path: Path, where: str) -> tuple[float, Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]]:
+    """The tolerance, and (inputs, outputs) of each step."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in file.files}
+        tolerance = float(arrays.pop("tolerance", np.float64(1e-4)))
+    except (OSError, ValueError, EOFError) as error:
+        raise ModelInvalid(f"{where}: golden.npz cannot be read: {error}") from error
+
+    def steps() -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
+        for step in range(1, len(arrays) + 1):
+            inputs = {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.in.")}
+            if not inputs:
+                return
+            yield inputs, {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.out.")}
+
+    return tolerance, steps()
+
+
+def _compare(
+    engine: Engine, reply: Reply, expected: dict[str, NDArray[Any]], tolerance: float, where: str
+) -> None:
+    if isinstance(reply, Failed):
+        raise ModelInvalid(f"{where} failed: {reply.error}")
+    if not isinstance(reply, Output):
+        raise ModelInvalid(f"{where} was not answered")
+    got = {s.name: (s, t) for s, t in zip(engine.manifest.outputs, reply.tensors, strict=False)}
+    for name, array in expected.items():
+        if name not in got:
+            raise ModelInvalid(f"{where}: output {name!r} is expected and did not come")
+        spec, (shape, data) = got[name]
+        value = np.frombuffer(data, spec.numpy_dtype).reshape(shape)
+        if value.shape != array.shape:
+            raise ModelInvalid(f"{where}: output {name!r} has shape {value.shape}, expected {array.shape}")
+        if not np.allclose(value, array, rtol=0.0, atol=tolerance, equal_nan=True):
+            worst = float(np.abs(value.astype(np.float64) - array).max())
+            raise ModelInvalid(f"{where}: output {name!r} is off by {worst:.3g}, allowed {tolerance:.3g}")

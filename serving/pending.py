@@ -1,0 +1,46 @@
+"""The bytes that are accepted and not yet answered, over the whole process, and who waits for them to sink.
+
+Above the limit no stream is read, so that HTTP/2's flow control holds the clients back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class PendingBytes:
+    """A bounded count. Any thread."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.bytes = 0
+        self._lock = threading.Lock()
+        self._waiting: list[Callable[[], None]] = []
+
+    def add(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes += nbytes
+
+    def remove(self, nbytes: int) -> None:
+        with self._lock:
+            self.bytes -= nbytes
+            if not self._waiting or self.bytes > self.limit_bytes:
+                return
+            waiting, self._waiting = self._waiting, []
+        for resume in waiting:
+            resume()
+
+    @property
+    def full(self) -> bool:
+        return self.bytes > self.limit_bytes
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        """Whether the caller must wait; then `resume` is called once, on the thread that made room."""
+        if self.bytes <= self.limit_bytes:
+            return False
+        with self._lock:
+            if self.bytes <= self.limit_bytes:
+                return False
+            self._waiting.append(resume)
+            return True

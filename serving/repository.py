@@ -1,0 +1,79 @@
+"""What lies in the model folder: `<model>/<version>/model.onnx`, version an integer.
+
+Reading only: nothing here loads a model. The newest version that passes its checks serves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import ConfigInvalid, ModelInvalid
+from .manifest import Manifest
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One version's folder."""
+
+    model: str
+    version: int
+    path: Path
+
+    @property
+    def where(self) -> str:
+        return f"{self.model}/{self.version}"
+
+    def read(self) -> ModelFiles:
+        """The bytes that are checked are the bytes that are loaded.
+
+        Raises: ModelInvalid, ManifestInvalid.
+        """
+        try:
+            model = (self.path / "model.onnx").read_bytes()
+        except OSError as error:
+            raise ModelInvalid(f"{self.where}: model.onnx cannot be read: {error.strerror}") from error
+        sidecar = self.path / "manifest.json"
+        text = sidecar.read_bytes() if sidecar.is_file() else b""
+        manifest = Manifest.parse(text, f"{self.where}/manifest.json") if text else None
+        fingerprint = hashlib.sha256(hashlib.sha256(text).digest() + model).hexdigest()
+        return ModelFiles(self, model, hashlib.sha256(model).hexdigest(), fingerprint, manifest)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """What one version's folder held when it was read. `manifest` is the sidecar's, if there is one."""
+
+    folder: ModelFolder
+    model: bytes
+    sha256: str  # of model.onnx
+    fingerprint: str  # of model.onnx and manifest.json
+    manifest: Manifest | None
+
+
+class ModelRepository:
+    """The folder of models. Folders that are no integer, and hidden ones, are not versions.
+
+    Raises: ConfigInvalid if `root` is no folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise ConfigInvalid(f"the model repository {root} is no folder; name one that holds <model>/<version>/")
+        self.root = root
+
+    def folders(self) -> dict[str, list[ModelFolder]]:
+        """Per model, its versions, newest first. Models by name."""
+        found: dict[str, list[ModelFolder]] = {}
+        for model in sorted(p for p in self.root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)):
+            versions = [int(v.name) for v in model.iterdir() if _VERSION.fullmatch(v.name) and v.is_dir()]
+            if versions:
+                found[model.name] = [
+                    ModelFolder(model.name, v, model / str(v)) for v in sorted(versions, reverse=True)
+                ]
+        return found

@@ -1,0 +1,227 @@
+"""One caller's ordered input, and where it stands: samples not yet eaten, steps, endings.
+
+Everything here is owned by the engine thread of the sequence's model. Other threads make `Chunk`s and read
+`Sequence.id`; they touch nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Mapping, Sequence as Items
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from .errors import TenutoError
+from .manifest import Input, Manifest
+
+DEFAULT_PERIOD_SECONDS = 0.2
+
+
+class Ending(enum.IntEnum):
+    """Why a sequence ended. The numbers are those of the wire's enum."""
+
+    END = 1
+    STREAM_ENDED = 2
+    CANCELLED = 3
+    IDLE_EXPIRED = 4
+    EVICTED = 5
+    DRAINING = 6
+    REBALANCE = 7
+    MAX_AGE = 8
+    SUPERSEDED = 9
+    WINDOW_EXCEEDED = 10
+    STATE_NOT_FINITE = 11
+    FAILED = 12
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """What a client sent for one step: per input its samples (C order, time first) and how many.
+
+    For a stateless model a "sample" is one row of the client's batch.
+    """
+
+    step: int
+    data: tuple[bytes, ...]  # empty once begun
+    counts: tuple[int, ...]
+    arrived: float  # monotonic seconds
+    nbytes: int  # as counted against the pending limit
+    part: int = 0  # 1: the padded tail at End
+    frames: int = -1  # frames still to run; -1: not begun
+    compute: float = 0.0  # seconds inside the model
+    parts: list[list[bytes]] = field(default_factory=list)  # per turn, per output
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The sequence was admitted."""
+
+    id: str
+    version: int
+    next_step: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The answer to one step. `tensors`: per manifest output (shape without the batch axis, bytes)."""
+
+    step: int
+    part: int
+    last: bool
+    tensors: tuple[tuple[tuple[int, ...], bytes], ...]
+    queue_seconds: float
+    compute_seconds: float
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The sequence ended in an orderly way."""
+
+    reason: Ending
+    last_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The sequence ended by an error of its own, or was not admitted."""
+
+    error: TenutoError
+
+
+Reply = Opened | Output | Closed | Failed
+
+
+class Sink(Protocol):
+    """Where replies go. Called on engine threads; must not block and must not raise."""
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        """Takes all replies of one batch that are for this sink, in order."""
+
+
+class Feed:
+    """The samples of one input that are not yet eaten, with the left context before them.
+
+    One run of bytes, `[context | unread]`, so that the next turn's row is one slice of it.
+    """
+
+    __slots__ = ("_context", "_data", "_multiple", "_sample_bytes", "_start")
+
+    def __init__(self, spec: Input, sample_bytes: int) -> None:
+        self._sample_bytes = sample_bytes
+        self._multiple = spec.multiple
+        self._context = spec.left_context * sample_bytes
+        self._data: bytes = b""
+        if self._context:
+            shape = (spec.left_context, *spec.sample_shape)
+            self._data = np.full(shape, spec.left_context_value, spec.numpy_dtype).tobytes()
+        self._start = self._context  # bytes before the first sample not eaten
+
+    def add(self, samples: bytes) -> None:
+        keep = self._start - self._context
+        # The common case, nothing left over and no context, keeps the client's bytes as they are.
+        self._data = samples if keep == len(self._data) else self._data[keep:] + samples
+        self._start = self._context
+
+    @property
+    def unread(self) -> int:
+        """Samples not yet eaten."""
+        return (len(self._data) - self._start) // self._sample_bytes if self._sample_bytes else 0
+
+    @property
+    def frames(self) -> int:
+        return self.unread // self._multiple
+
+    def padding(self) -> bytes:
+        """The zeros that fill what is left over up to a whole frame; none if nothing is left over."""
+        over = self.unread % self._multiple
+        return bytes((self._multiple - over) * self._sample_bytes) if over else b""
+
+    def peek(self, frames: int) -> bytes:
+        """The next `frames` frames with their context; nothing is eaten."""
+        begin, end = self._start - self._context, self._start + frames * self._multiple * self._sample_bytes
+        return self._data if begin == 0 and end == len(self._data) else self._data[begin:end]
+
+    def eat(self, frames: int) -> None:
+        self._start += frames * self._multiple * self._sample_bytes
+        if self._start == len(self._data) and not self._context:
+            self._data, self._start = b"", 0  # an idle sequence does not keep its last chunk alive
+
+
+_numbers = itertools.count(1)
+
+
+class Sequence:
+    """One caller's sequence on one model version.
+
+    `pending` holds accepted chunks in order, then perhaps how it ends: an Ending, or the error that it ends
+    with once the chunks before it are answered.
+    """
+
+    __slots__ = (
+        "accepted", "answered", "begun", "constants", "ended", "feeds", "heard", "id", "idle_seconds", "key",
+        "label", "last_output", "manifest", "number", "pending", "period_seconds", "scheduled", "sink", "slot", "window",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        sink: Sink,
+        manifest: Manifest,
+        *,
+        key: int = 0,
+        now: float = 0.0,
+        period_seconds: float = 0.0,
+        idle_seconds: float = 0.0,
+        window: int = 4,
+        constants: Mapping[str, float] | None = None,
+        label: str = "",
+    ) -> None:
+        self.sink = sink
+        self.manifest = manifest
+        self.key = key  # the client's number on its stream
+        self.number = next(_numbers)  # order of opening; breaks ties
+        self.id = secrets.token_hex(8)
+        self.label = label
+        self.period_seconds = period_seconds
+        self.idle_seconds = idle_seconds
+        self.window = window
+        self.constants = tuple(sorted((constants or {}).items()))
+        self.slot = -1
+        self.begun = now
+        self.heard = now  # when the last chunk was accepted, monotonic seconds
+        self.accepted = 0  # the last step accepted
+        self.answered = 0  # the last step answered
+        self.last_output: Output | None = None
+        self.pending: deque[Chunk | Ending | TenutoError] = deque()
+        self.scheduled = False  # whether the scheduler holds it
+        self.ended = False
+        self.feeds = feeds_of(manifest)
+
+    def begin(self, chunk: Chunk) -> None:
+        """Joins the chunk to what was left over and counts the frames that can run."""
+        for feed, samples in zip(self.feeds, chunk.data, strict=True):
+            feed.add(samples)
+        chunk.data = ()
+        chunk.frames = min(feed.frames for feed in self.feeds)
+
+    @property
+    def closing(self) -> bool:
+        """Whether it ends once its accepted chunks are answered; what comes after is ignored."""
+        return bool(self.pending) and not isinstance(self.pending[-1], Chunk)
+
+    def eat(self, chunk: Chunk, frames: int) -> None:
+        """A turn is done: its samples are eaten."""
+        for feed in self.feeds:
+            feed.eat(frames)
+        chunk.frames -= frames
+
+
+def feeds_of(manifest: Manifest) -> Items[Feed]:
+    """Fresh feeds, one an input, in the manifest's order."""
+    return tuple(Feed(spec, spec.sample_bytes) for spec in manifest.inputs)

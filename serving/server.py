@@ -1,0 +1,273 @@
+"""The composition: from settings to a server that serves, top to bottom, and its end in two stages."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import CollectorRegistry
+
+from .catalogue import Catalogue, Refused, Served
+from .config import ServerConfig
+from .engine import Engine
+from .errors import ModelInvalid, PlatformError, TenutoError
+from .metrics import ModelMetrics, ServerMetrics, TenutoCollector
+from .model_runner import ModelRunner, choose_provider
+from .pending import PendingBytes
+from .repository import ModelFolder, ModelRepository
+from .sequence import Ending
+from .servicer import SERVICE, Servicer
+from .stream import Stream, StreamLimits
+from .tensor import Reader
+from .transport import Call, StreamMethod
+from .vetting import Limits, Verdict, vet
+
+log = logging.getLogger("tenuto.server")
+
+# Names of the health service, so that a draining server stays alive and is not ready.
+LIVENESS = "liveness"
+READINESS = "readiness"
+# Exit status after a run that did not return.
+HUNG = 70
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# Pool threads beyond those that waiting Predicts may hold, for health, models and refusals.
+_SPARE_THREADS = 8
+# Streams on the fallback transport: each holds a thread of the pool and one more.
+_THREAD_STREAMS = 256
+
+
+class Server:
+    """A server that serves from `start` on.
+
+    Raises (when built): ConfigInvalid, PlatformError (port in use, CUDA demanded but not loadable), ModelInvalid
+    if there is no model at all that serves.
+    """
+
+    def __init__(self, config: ServerConfig, version: str) -> None:
+        self.config = config
+        self.metrics = ServerMetrics(version)
+        self._pending = PendingBytes(config.max_pending_bytes)
+        self.metrics.pending_bytes = lambda: self._pending.bytes
+        self.provider = choose_provider(config.device)
+        self._stopped = threading.Event()
+        self._signals = 0
+        _check_port(config.host, config.port)
+        self.catalogue = load_models(config, self.provider, self._pending, self.metrics)
+        self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
+        if self._streams.mode == "threads":
+            self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
+        self.metrics.open_streams = lambda: self._streams.open_streams
+        self.metrics.streams_refused = lambda: self._streams.refused
+        self.health = health.HealthServicer(
+            experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
+        )
+        self._grpc = self._build()
+        self.port = _bind(self._grpc, config.host, config.port)
+        self._http = _serve_metrics(self.metrics, config.host, config.metrics_port)
+        self.metrics_port = int(self._http.server_port)
+
+    def _build(self) -> grpc.Server:
+        config = self.config
+        threads = config.max_predicts + _SPARE_THREADS
+        if self._streams.mode == "threads":
+            threads += self._streams.max_streams
+        options = (
+            ("grpc.so_reuseport", 0),  # a forgotten server on this port would take half of the connections
+            ("grpc.max_receive_message_length", config.max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # Clients keep quiet connections alive; the default answers them too_many_pings.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.max_ping_strikes", 0),
+            # A client that vanished is noticed.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        )
+        server = grpc.server(ThreadPoolExecutor(threads, "grpc"), options=options)
+        servicer = Servicer(
+            self.catalogue, self._pending, max_predicts=config.max_predicts, is_draining=lambda: self.metrics.draining
+        )
+        handlers = servicer.handlers() | {"Stream": self._streams.handler()}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _open_stream(self, call: Call) -> Stream:
+        limits = StreamLimits(self.config.window, self.config.idle_seconds)
+        return Stream(call, self.catalogue, self._pending, self.metrics, limits)
+
+    @property
+    def ready_line(self) -> str:
+        """What `tenuto serve` prints once it serves."""
+        models = " ".join(f"{s.manifest.name}/{s.engine.version}" for s in self.catalogue.served)
+        return (
+            f"tenuto serving on {self.config.host}:{self.port}, "
+            f"metrics on http://{self.config.host}:{self.metrics_port}/metrics, {self.provider}: {models}"
+        )
+
+    def start(self) -> None:
+        for engine in self.catalogue.engines:
+            engine.start()
+        self._grpc.start()
+        threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
+        for name in ("", SERVICE, LIVENESS, READINESS):
+            self.health.set(name, _SERVING)
+
+    def stop(self, grace_seconds: float | None = None) -> None:
+        """Refuses new sequences, lets the live ones end for `grace_seconds`, and stops. Returns when done."""
+        grace = self.config.drain_seconds if grace_seconds is None else grace_seconds
+        self.metrics.draining = True
+        for name in ("", SERVICE, READINESS):
+            self.health.set(name, _NOT_SERVING)
+        for engine in self.catalogue.engines:
+            engine.drain()
+        deadline = time.monotonic() + grace
+        for engine in self.catalogue.engines:
+            engine.emptied.wait(max(0.0, deadline - time.monotonic()))
+        for engine in self.catalogue.engines:
+            engine.stop(Ending.DRAINING)
+        self._stopped.set()
+        # The replies of the last batch, and Closed(DRAINING), are still on their way.
+        self._grpc.stop(grace=1.0).wait()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def serve_until_signal(self) -> None:
+        """Runs until SIGTERM or SIGINT, then stops; a second signal leaves at once."""
+        first = threading.Event()
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            self._signals += 1
+            if self._signals > 1:
+                os._exit(128 + number)
+            first.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handle)
+        first.wait()
+        live = sum(e.metrics.active_sequences for e in self.catalogue.engines)
+        log.info("stopping: %d live sequences have up to %g s", live, self.config.drain_seconds)
+        self.stop()
+        log.info("stopped")
+
+    def _watch_runs(self) -> None:
+        """A run that does not return holds its whole model: better to leave, and let clients go elsewhere."""
+        while not self._stopped.wait(min(1.0, self.config.run_seconds / 4)):
+            for engine in self.catalogue.engines:
+                since = engine.running_since
+                if since and time.monotonic() - since > self.config.run_seconds:
+                    self.health.set(LIVENESS, _NOT_SERVING)
+                    log.critical(
+                        "a run of %s/%d takes more than %g s; leaving with status %d",
+                        engine.manifest.name, engine.version, self.config.run_seconds, HUNG,
+                    )  # fmt: skip
+                    os._exit(HUNG)
+
+
+def load_models(config: ServerConfig, provider: str, pending: PendingBytes, metrics: ServerMetrics) -> Catalogue:
+    """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
+
+    Raises: ModelInvalid if none serves.
+    """
+    waiting = ModelRepository(config.repository).folders()
+    served: list[Served] = []
+    refused: list[Refused] = []
+    while waiting:
+        candidates = [folders.pop(0) for folders in waiting.values()]
+        limits = Limits(config.vet_seconds, config.vet_memory_bytes)
+        verdicts = vet(candidates, provider=provider, threads=config.threads, limits=limits)
+        for folder in candidates:
+            try:
+                served.append(_load(folder, verdicts[folder], config, provider, pending, metrics))
+                del waiting[folder.model]
+            except TenutoError as error:
+                log.error("%s is not served: %s", folder.where, error)
+                refused.append(Refused(folder.model, folder.version, str(error)))
+        waiting = {model: folders for model, folders in waiting.items() if folders}
+    if not served:
+        why = "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused) or "it holds no <model>/<version>/ folder"
+        raise ModelInvalid(f"no model of {config.repository} serves: {why}")
+    return Catalogue(served, refused)
+
+
+def _load(
+    folder: ModelFolder,
+    verdict: Verdict,
+    config: ServerConfig,
+    provider: str,
+    pending: PendingBytes,
+    metrics: ServerMetrics,
+) -> Served:
+    if verdict.why:
+        raise ModelInvalid(verdict.why)
+    started = time.monotonic()
+    files = folder.read()
+    if files.fingerprint != verdict.fingerprint:
+        raise ModelInvalid(f"{folder.where}: its files changed while they were checked; leave versions as they are")
+    runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=config.threads)
+    manifest = runner.manifest
+    numbers = ModelMetrics(manifest.name, folder.version, provider, load_seconds=time.monotonic() - started)
+    metrics.models.append(numbers)
+    engine = Engine(
+        manifest,
+        runner,
+        version=folder.version,
+        max_sequences=config.max_sequences,
+        pending=pending,
+        metrics=numbers,
+    )
+    state = manifest.slot_bytes * config.max_sequences
+    golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
+    log.info("%s serves on %s: %.1f MiB of state at most, %s", folder.where, provider, state / 2**20, golden)
+    return Served(engine, Reader(manifest, config.max_message_bytes), provider, files.sha256)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Finds out before the models are loaded that the port is in use.
+
+    Raises: PlatformError.
+    """
+    if not port:
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise _in_use(host, port, "--port", error.strerror or "") from error
+
+
+def _in_use(host: str, port: int, flag: str, why: str) -> PlatformError:
+    return PlatformError(f"cannot listen on {host}:{port}: {why or 'in use'}; choose another {flag}, 0 takes a free one")
+
+
+def _bind(server: grpc.Server, host: str, port: int) -> int:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        return int(server.add_insecure_port(address))
+    except RuntimeError as error:
+        raise _in_use(host, port, "--port", "") from error
+
+
+def _serve_metrics(metrics: ServerMetrics, host: str, port: int) -> prometheus_client.exposition.ThreadingWSGIServer:
+    registry = CollectorRegistry()
+    registry.register(TenutoCollector(metrics))
+    prometheus_client.ProcessCollector(registry=registry)
+    try:
+        server, _thread = prometheus_client.start_http_server(port, host, registry)
+    except OSError as error:
+        raise _in_use(host, port, "--metrics-port", error.strerror or "") from error
+    return server  # type: ignore[return-value]

@@ -1,0 +1,228 @@
+"""The unary methods: decode, call the engine, encode. And the table of all methods.
+
+Unary calls run on a few pool threads and are meant to be rare; the fast path is the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .catalogue import Catalogue, Served
+from .errors import (
+    DeadlinePassed,
+    ModelNotReady,
+    NotStateless,
+    PoolFull,
+    ServerDraining,
+    TenutoError,
+    UnknownModel,
+    UnknownSequence,
+    WrongMessage,
+)
+from .pending import PendingBytes
+from .sequence import Chunk, Closed, Ending, Failed, Output, Reply, Sequence
+from .status import code_of, metadata_of
+from .stream import write_tensors, write_timing
+
+log = logging.getLogger("tenuto.servicer")
+
+SERVICE = pb.DESCRIPTOR.services_by_name["Tenuto"].full_name
+# A caller without a deadline does not wait for ever.
+_LONGEST_WAIT_SECONDS = 3600.0
+_CHUNK_BYTES = 256
+
+Request = TypeVar("Request", bound=Message)
+
+
+class _Parser(Protocol[Request]):
+    """A message class."""
+
+    def FromString(self, data: bytes, /) -> Request: ...  # noqa: N802
+
+
+class _Answer:
+    """The sink of one Predict."""
+
+    def __init__(self) -> None:
+        self.there = threading.Event()
+        self.reply: Reply | None = None
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        self.reply = replies[-1][1]
+        self.there.set()
+
+
+class Servicer:
+    """Predict, the models, and the operators' calls. `max_predicts` bounds the calls that wait at once."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        pending: PendingBytes,
+        *,
+        max_predicts: int,
+        is_draining: Callable[[], bool],
+    ) -> None:
+        self._catalogue = catalogue
+        self._pending = pending
+        self._max_predicts = max_predicts
+        self._is_draining = is_draining
+        self._places = threading.BoundedSemaphore(max_predicts)
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        return {
+            "Predict": _unary(pb.PredictRequest, self.predict),
+            "ListModels": _unary(pb.ListModelsRequest, self.list_models),
+            "GetModel": _unary(pb.GetModelRequest, self.get_model),
+            "ListSequences": _unary(pb.ListSequencesRequest, self.list_sequences),
+            "EndSequence": _unary(pb.EndSequenceRequest, self.end_sequence),
+        }
+
+    def predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
+        """One batch through a stateless model."""
+        served = self._catalogue.find(request.model, request.version)
+        if served.manifest.stateful:
+            raise NotStateless(f"model {request.model!r} holds state; use Stream, where a sequence keeps it")
+        if self._is_draining():
+            raise ServerDraining("the server is leaving; call another one")
+        if not self._places.acquire(blocking=False):
+            raise PoolFull(f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream")
+        try:
+            return self._predict(served, request, context)
+        finally:
+            self._places.release()
+
+    def _predict(
+        self, served: Served, request: pb.PredictRequest, context: grpc.ServicerContext
+    ) -> pb.PredictResponse:
+        if self._pending.full:
+            raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
+        data, counts = served.reader.read(request.inputs)
+        answer = _Answer()
+        sequence = Sequence(answer, served.manifest)
+        nbytes = sum(map(len, data)) + _CHUNK_BYTES
+        self._pending.add(nbytes)
+        now = time.monotonic()
+        served.engine.request(sequence, Chunk(1, data, counts, now, nbytes))
+        context.add_callback(answer.there.set)  # a caller that leaves is not waited for
+        remaining = context.time_remaining()
+        seconds = _LONGEST_WAIT_SECONDS if remaining is None else min(remaining, _LONGEST_WAIT_SECONDS)
+        answer.there.wait(seconds)
+        reply = answer.reply
+        if isinstance(reply, Failed):
+            raise reply.error
+        if isinstance(reply, Output):
+            response = pb.PredictResponse(version=served.engine.version)
+            write_tensors(response.outputs, reply, served.manifest)
+            write_timing(response.timing, reply)
+            return response
+        if isinstance(reply, Closed):
+            raise ServerDraining("the server stopped before the answer was there; call another one")
+        served.engine.close(sequence, Ending.CANCELLED)
+        raise DeadlinePassed(f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less")
+
+    def list_models(self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext) -> pb.ListModelsResponse:
+        models = [_model(one) for one in self._catalogue.served]
+        models += [
+            pb.Model(name=r.model, version=r.version, state=pb.Model.FAILED, why=r.why)
+            for r in self._catalogue.refused
+        ]
+        models.sort(key=lambda m: (m.name, m.version))
+        return pb.ListModelsResponse(models=models)
+
+    def get_model(self, request: pb.GetModelRequest, _context: grpc.ServicerContext) -> pb.GetModelResponse:
+        try:
+            served = self._catalogue.find(request.model, request.version)
+        except ModelNotReady:
+            refused = next(
+                r
+                for r in self._catalogue.refused
+                if r.model == request.model and request.version in (0, r.version)
+            )
+            model = pb.Model(name=refused.model, version=refused.version, state=pb.Model.FAILED, why=refused.why)
+            return pb.GetModelResponse(model=model)
+        return pb.GetModelResponse(model=_model(served), manifest_json=served.manifest.to_json())
+
+    def list_sequences(
+        self, request: pb.ListSequencesRequest, _context: grpc.ServicerContext
+    ) -> pb.ListSequencesResponse:
+        now = time.monotonic()
+        response = pb.ListSequencesResponse()
+        for engine in self._catalogue.engines:
+            if request.model not in ("", engine.manifest.name):
+                continue
+            for s in engine.sequences():
+                response.sequences.add(
+                    sequence_id=s.id,
+                    model=engine.manifest.name,
+                    version=engine.version,
+                    label=s.label,
+                    last_step=s.answered,
+                    age_seconds=now - s.begun,
+                    idle_seconds=now - s.heard,
+                )
+        if request.model and not any(e.manifest.name == request.model for e in self._catalogue.engines):
+            raise UnknownModel(f"no model {request.model!r} serves here")
+        return response
+
+    def end_sequence(
+        self, request: pb.EndSequenceRequest, _context: grpc.ServicerContext
+    ) -> pb.EndSequenceResponse:
+        if not any(e.close_by_id(request.sequence_id, Ending.EVICTED) for e in self._catalogue.engines):
+            raise UnknownSequence(f"no live sequence {request.sequence_id!r} here; see ListSequences")
+        return pb.EndSequenceResponse()
+
+
+def _model(served: Served) -> pb.Model:
+    engine = served.engine
+    return pb.Model(
+        name=engine.manifest.name,
+        version=engine.version,
+        state=pb.Model.READY,
+        stateful=engine.manifest.stateful,
+        provider=served.provider,
+        sha256=served.sha256,
+        description=engine.manifest.description,
+        sequences=engine.metrics.active_sequences,
+        slots=engine.max_sequences,
+    )
+
+
+def _unary(
+    parser: _Parser[Request], method: Callable[[Request, grpc.ServicerContext], Message]
+) -> grpc.RpcMethodHandler:
+    """The handler of one method: bytes that are no request, and the server's errors, become statuses here.
+
+    gRPC's own deserializer would answer INTERNAL, and an exception would leak its text.
+    """
+
+    def handle(message: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            request = parser.FromString(message)
+        except DecodeError:
+            _abort(context, WrongMessage(f"{len(message)} bytes are no request of this method"))
+        try:
+            return method(request, context).SerializeToString()
+        except TenutoError as error:
+            _abort(context, error)
+        except Exception:
+            log.exception("a call met a bug")
+            context.abort(grpc.StatusCode.INTERNAL, "an error inside the server; its log says more")
+        raise AssertionError("abort raises. This is a bug.")
+
+    handler: Any = grpc.unary_unary_rpc_method_handler(handle)
+    return handler  # type: ignore[no-any-return]
+
+
+def _abort(context: grpc.ServicerContext, error: TenutoError) -> None:
+    context.set_trailing_metadata(metadata_of(error))
+    context.abort(code_of(error), str(error))

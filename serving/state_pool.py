@@ -1,0 +1,110 @@
+"""All recurrent state of one model version, preallocated, with the slot in the batch axis.
+
+The pool keeps the model's own layout (`h[layers, slots, hidden]`), so a batch is one `take` and one indexed
+assignment a state, without transposes. Index `capacity` is the dump slot: padding rows read and write it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PoolFull, TenutoError
+from .manifest import State, Value
+
+Array = NDArray[np.generic]
+
+
+class StatePool:
+    """Slots of `states`. Owned by the engine thread, which runs one batch at a time: a slot that is freed
+    between batches is held by none."""
+
+    def __init__(self, states: tuple[State, ...], capacity: int) -> None:
+        self.capacity = capacity
+        self.dump = capacity
+        self._states = states
+        self._axes = [0 if s.batch_axis is None else s.batch_axis for s in states]
+        # np.zeros leaves the pages to the first write, so unused slots cost address space alone.
+        self._arrays: list[Array] = [np.zeros(_layout(s, capacity + 1), s.dtype) for s in states]
+        self._initial: list[Array] = [_initial(s) for s in states]
+        self._free = list(range(capacity - 1, -1, -1))
+        self._holders: dict[int, str] = {}  # slot -> sequence id
+        self.reset(self.dump)
+
+    @property
+    def used(self) -> int:
+        return len(self._holders)
+
+    def allocate(self, holder: str) -> int:
+        """Takes a slot, set to the initial state.
+
+        Raises: PoolFull.
+        """
+        if not self._free:
+            raise PoolFull(
+                f"all {self.capacity} sequence slots are taken; retry, use another server, or raise --max-sequences"
+            )
+        slot = self._free.pop()
+        self._holders[slot] = holder
+        self.reset(slot)
+        return slot
+
+    def free(self, slot: int, holder: str) -> None:
+        if self._holders.get(slot) != holder:
+            raise TenutoError(f"slot {slot} is held by {self._holders.get(slot)}, not {holder}. This is a bug.")
+        del self._holders[slot]
+        self._free.append(slot)
+
+    def reset(self, slot: int) -> None:
+        """Overwrites: a NaN would survive a multiplication by zero."""
+        for array, axis, initial in zip(self._arrays, self._axes, self._initial, strict=True):
+            array[(slice(None),) * axis + (slot,)] = initial
+
+    def gather(self, slots: NDArray[np.intp]) -> dict[str, Array]:
+        """Each state's rows of `slots`, in the model's layout, by the name of the state's input."""
+        return {
+            s.input: array[slots[0]] if s.batch_axis is None else array.take(slots, axis)
+            for s, array, axis in zip(self._states, self._arrays, self._axes, strict=True)
+        }
+
+    def scatter(self, slots: NDArray[np.intp], values: list[Array]) -> None:
+        """The inverse of `gather`: writes each state's new rows back. A slot may stand in `slots` once."""
+        for s, array, axis, value in zip(self._states, self._arrays, self._axes, values, strict=True):
+            array[(slice(None),) * axis + (slots[0] if s.batch_axis is None else slots,)] = value
+
+    def not_finite(self, values: list[Array], rows: int) -> list[int]:
+        """The rows of new state values that hold NaN or Inf where the manifest forbids it."""
+        bad: set[int] = set()
+        for s, value in zip(self._states, values, strict=True):
+            if not s.finite or value.dtype.kind != "f" or np.isfinite(value).all():
+                continue
+            if s.batch_axis is None:
+                return [0]
+            others = tuple(a for a in range(value.ndim) if a != s.batch_axis)
+            bad.update(np.flatnonzero(~np.isfinite(value).all(axis=others)).tolist())
+        return sorted(row for row in bad if row < rows)
+
+    def check(self) -> None:
+        """Raises TenutoError unless free + used = capacity and no slot is in both."""
+        free = set(self._free)
+        whole = free | set(self._holders)
+        if len(free) != len(self._free) or free & set(self._holders) or whole != set(range(self.capacity)):
+            raise TenutoError(
+                f"the state pool lost count: {len(self._free)} free, {len(self._holders)} used, "
+                f"capacity {self.capacity}. This is a bug."
+            )
+
+
+def _layout(state: State, slots: int) -> tuple[int, ...]:
+    if state.batch_axis is None:
+        return (slots, *state.slot_shape)
+    shape = list(state.slot_shape)
+    shape.insert(state.batch_axis, slots)
+    return tuple(shape)
+
+
+def _initial(state: State) -> Array:
+    if isinstance(state.init, tuple):
+        return np.array(state.init, state.dtype).reshape(state.slot_shape)
+    value = state.init.value if isinstance(state.init, Value) else 0
+    return np.full(state.slot_shape, value, state.dtype)

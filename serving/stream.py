@@ -1,0 +1,287 @@
+"""One gRPC stream: its events become commands to engines, their replies become messages.
+
+`received` runs on gRPC's serve thread, `deliver` on engine threads. Between them stands one lock, held while
+the table of sequences is read or changed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .catalogue import Catalogue, Served
+from .errors import (
+    AlreadyOpen,
+    NotOpen,
+    NotSupported,
+    TenutoError,
+    TokenInvalid,
+    TooLarge,
+    WrongMessage,
+    WrongSetting,
+)
+from .manifest import Manifest
+from .metrics import ServerMetrics
+from .pending import PendingBytes
+from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence
+from .status import code_of, metadata_of
+from .transport import Call
+
+log = logging.getLogger("tenuto.stream")
+
+MAX_EVENTS = 4096
+_MAX_LABEL_BYTES = 128
+_MAX_PERIOD_MS = 3_600_000
+# Numbers of sequences that the server ended and whose late events are still ignored.
+_REMEMBERED = 4096
+# What a chunk costs beyond its samples, in bytes, as counted against the pending limit.
+_CHUNK_BYTES = 256
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What every stream shares."""
+
+    window: int
+    idle_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A sequence of this stream that has not ended."""
+
+    sequence: Sequence
+    served: Served
+
+
+class Stream:
+    """The conversation on one call. Implements transport.Listener and sequence.Sink."""
+
+    def __init__(
+        self, call: Call, catalogue: Catalogue, pending: PendingBytes, metrics: ServerMetrics, limits: StreamLimits
+    ) -> None:
+        self._call = call
+        self._catalogue = catalogue
+        self._pending = pending
+        self._metrics = metrics
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._held: dict[int, _Held] = {}
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        self._half_closed = False
+
+    # transport.Listener
+
+    def received(self, message: bytes) -> None:
+        try:
+            request = pb.StreamRequest.FromString(message)
+        except DecodeError:
+            self._abort(WrongMessage(f"{len(message)} bytes are no tenuto.v1.StreamRequest"))
+            return
+        if len(request.events) > MAX_EVENTS:
+            self._abort(TooLarge(f"{len(request.events)} events in one message, the limit is {MAX_EVENTS}"))
+            return
+        now = time.monotonic()
+        for event in request.events:
+            kind = event.WhichOneof("event")
+            held = self._held.get(event.sequence)
+            if kind == "open":
+                self._open(event.sequence, event.open, held, now)
+            elif held is None:
+                self._strayed(event.sequence, kind)
+            elif kind == "chunk":
+                self._chunk(held, event.chunk, now)
+            elif kind == "end":
+                held.served.engine.finish(held.sequence, Ending.END)
+            elif kind == "checkpoint":
+                text = "this server issues no resume tokens, so there is no Checkpoint; leave it out"
+                held.served.engine.finish(held.sequence, NotSupported(text))
+            else:
+                text = "an Event without open, chunk, checkpoint or end"
+                held.served.engine.finish(held.sequence, WrongMessage(text))
+
+    def half_closed(self) -> None:
+        with self._lock:
+            self._half_closed = True
+            held = list(self._held.values())
+        for one in held:
+            one.served.engine.finish(one.sequence, Ending.STREAM_ENDED)
+        if not held:
+            self._call.finish()
+
+    def terminated(self) -> None:
+        with self._lock:
+            held, self._held = list(self._held.values()), {}
+        for one in held:
+            one.served.engine.close(one.sequence, Ending.CANCELLED)
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return self._pending.wait(resume)
+
+    # sequence.Sink
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        response = pb.StreamResponse()
+        add = response.replies.add
+        expired = False
+        for sequence, reply in replies:
+            message = add(sequence=sequence.key)
+            if isinstance(reply, Output):
+                write_output(message.output, reply, sequence.manifest)
+            elif isinstance(reply, Opened):
+                message.opened.sequence_id = reply.id
+                message.opened.version = reply.version
+                message.opened.next_step = reply.next_step
+                message.opened.window = reply.window
+            elif isinstance(reply, Closed):
+                message.closed.reason = reply.reason.value  # type: ignore[assignment]
+                message.closed.last_step = reply.last_step
+                expired = expired or reply.reason is Ending.IDLE_EXPIRED
+                self._forget(sequence, remember=reply.reason is not Ending.END)
+            elif isinstance(reply, Failed):
+                _write_failed(message.failed, reply.error)
+                self._forget(sequence, remember=True)
+        self._call.send(response.SerializeToString())
+        if expired and self._call.backed_up:
+            log.info("%s leaves its replies untaken; its stream is cancelled", self._call.peer())
+            self._call.cancel()
+        with self._lock:
+            done = self._half_closed and not self._held
+        if done:
+            self._call.finish()
+
+    # Events.
+
+    def _open(self, key: int, wish: pb.Open, held: _Held | None, now: float) -> None:
+        if held is not None:
+            text = f"sequence {key} is open on this stream; end it first, or use another number"
+            held.served.engine.finish(held.sequence, AlreadyOpen(text))
+            return
+        try:
+            served = self._catalogue.find(wish.model, wish.version)
+            sequence = self._sequence(key, wish, served.manifest, now)
+        except TenutoError as error:
+            self._refuse(key, error)
+            return
+        with self._lock:
+            self._ended.pop(key, None)
+            self._held[key] = _Held(sequence, served)
+        served.engine.open(sequence)
+
+    def _sequence(self, key: int, wish: pb.Open, manifest: Manifest, now: float) -> Sequence:
+        if wish.resume_token:
+            raise TokenInvalid("this server issues no resume tokens and takes none; open a new sequence")
+        if wish.checkpoint_every:
+            raise NotSupported("this server issues no resume tokens; leave checkpoint_every at 0")
+        if len(wish.label.encode()) > _MAX_LABEL_BYTES:
+            raise WrongSetting(f"label has {len(wish.label.encode())} bytes, the limit is {_MAX_LABEL_BYTES}")
+        if wish.period_ms > _MAX_PERIOD_MS:
+            raise WrongSetting(f"period_ms is {wish.period_ms}, the limit is {_MAX_PERIOD_MS}")
+        limit = self._limits.idle_seconds
+        return Sequence(
+            self,
+            manifest,
+            key=key,
+            now=now,
+            period_seconds=wish.period_ms / 1000,
+            idle_seconds=min(wish.idle_seconds or limit, limit) if limit else wish.idle_seconds,
+            window=self._limits.window,
+            constants=_constants(dict(wish.constants), manifest),
+            label=wish.label,
+        )
+
+    def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> None:
+        engine = held.served.engine
+        try:
+            if chunk.generate:
+                raise NotSupported(f"model {held.served.manifest.name!r} does not generate; leave generate at 0")
+            data, counts = held.served.reader.read(chunk.inputs)
+        except TenutoError as error:
+            engine.finish(held.sequence, type(error)(f"{error}, in step {chunk.step}"))
+            return
+        nbytes = sum(map(len, data)) + _CHUNK_BYTES
+        self._pending.add(nbytes)
+        engine.accept(held.sequence, Chunk(chunk.step, data, counts, now, nbytes))
+
+    def _strayed(self, key: int, kind: str | None) -> None:
+        """An event for no live sequence: late for one that the server ended, or a mistake."""
+        if key not in self._ended:
+            text = f"{kind or 'an empty event'} for sequence {key}, which is not open on this stream; send Open first"
+            self._refuse(key, NotOpen(text))
+
+    def _refuse(self, key: int, error: TenutoError) -> None:
+        with self._lock:
+            self._remember(key)
+        response = pb.StreamResponse()
+        _write_failed(response.replies.add(sequence=key).failed, error)
+        self._call.send(response.SerializeToString())
+
+    def _abort(self, error: TenutoError) -> None:
+        """The stream itself is at fault: it ends, and all that it carries."""
+        self._metrics.messages_refused += 1
+        self.terminated()
+        self._call.finish(code_of(error), str(error), metadata_of(error))
+
+    def _forget(self, sequence: Sequence, *, remember: bool) -> None:
+        with self._lock:
+            held = self._held.get(sequence.key)
+            if held is not None and held.sequence is sequence:
+                del self._held[sequence.key]
+                if remember:
+                    self._remember(sequence.key)
+
+    def _remember(self, key: int) -> None:
+        self._ended[key] = None
+        self._ended.move_to_end(key)
+        if len(self._ended) > _REMEMBERED:
+            self._ended.popitem(last=False)
+
+
+def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]:
+    """The constants that a client chose.
+
+    Raises: WrongSetting.
+    """
+    choices = {c.name: c.allowed for c in manifest.constants if c.allowed}
+    for name, value in wished.items():
+        if name not in choices:
+            names = ", ".join(choices) or "none"
+            raise WrongSetting(f"constant {name!r} cannot be chosen; model {manifest.name!r} offers {names}")
+        if value not in choices[name]:
+            raise WrongSetting(f"constant {name!r} is {value:g}; allowed: {', '.join(f'{v:g}' for v in choices[name])}")
+    return wished
+
+
+def write_output(message: pb.Output, output: Output, manifest: Manifest) -> None:
+    """Fills the wire's Output."""
+    message.step = output.step
+    message.part = output.part
+    message.last = output.last
+    write_tensors(message.outputs, output, manifest)
+    write_timing(message.timing, output)
+
+
+def write_tensors(tensors: object, output: Output, manifest: Manifest) -> None:
+    for spec, (shape, data) in zip(manifest.outputs, output.tensors, strict=False):
+        tensors.add(name=spec.name, dtype=spec.dtype, shape=shape, data=data)  # type: ignore[attr-defined]
+
+
+def write_timing(timing: pb.Timing, output: Output) -> None:
+    timing.queue_us = int(output.queue_seconds * 1e6)
+    timing.compute_us = int(output.compute_seconds * 1e6)
+    timing.batch_size = output.batch_size
+
+
+def _write_failed(message: pb.Failed, error: TenutoError) -> None:
+    message.code = code_of(error).value[0]
+    message.reason = error.reason
+    message.message = str(error)
+    message.retry_after_ms = error.retry_after_ms

@@ -1,0 +1,177 @@
+"""What a client sends for one input -> samples in the graph's own dtype, time first.
+
+Checks everything that one tensor alone can tell: name, dtype, rank, axes, number of bytes, encoding. Values
+(range, NaN) are checked a batch at a time, in `layout`.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .errors import TooLarge, WrongDtype, WrongEncoding, WrongInput, WrongShape
+from .manifest import Dim, Input, Manifest, WireDtype
+
+Array = NDArray[Any]
+_FORMATS = {"png": "PNG", "jpeg": "JPEG"}
+
+
+class WireTensor(Protocol):
+    """The fields of a tensor message."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def data(self) -> bytes: ...
+
+
+class Reader:
+    """Reads one model's inputs from the tensors of a request."""
+
+    def __init__(self, manifest: Manifest, max_bytes: int) -> None:
+        self._inputs = [_InputReader(spec, manifest, max_bytes) for spec in manifest.inputs]
+        self._index = {r.name: i for i, r in enumerate(self._inputs)}
+        self._stateful = manifest.stateful
+
+    def read(self, tensors: Sequence[WireTensor]) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
+        """Per input, in the manifest's order: its samples' bytes, and how many samples.
+
+        Raises: WrongInput, WrongDtype, WrongShape, WrongEncoding, TooLarge.
+        """
+        if len(self._inputs) == 1 and len(tensors) == 1 and tensors[0].name in ("", self._inputs[0].name):
+            data, count = self._inputs[0].read(tensors[0])
+            return (data,), (count,)
+        read: list[tuple[bytes, int] | None] = [None] * len(self._inputs)
+        for position, tensor in enumerate(tensors):
+            index = self._index.get(tensor.name) if tensor.name else position
+            if index is None or index >= len(self._inputs) or read[index] is not None:
+                name = tensor.name or f"number {position + 1}"
+                raise WrongInput(f"tensor {name!r} is not expected, or sent twice; {self._expected()}")
+            read[index] = self._inputs[index].read(tensor)
+        missing = [r.name for r, got in zip(self._inputs, read, strict=True) if got is None]
+        if missing:
+            raise WrongInput(f"input {', '.join(missing)} is missing; {self._expected()}")
+        pairs = [got for got in read if got is not None]
+        counts = tuple(count for _, count in pairs)
+        if not self._stateful and len(set(counts)) > 1:
+            raise WrongShape(f"the inputs' batches differ in length: {counts}; send the same rows for each")
+        return tuple(data for data, _ in pairs), counts
+
+    def _expected(self) -> str:
+        return f"the model's inputs are {', '.join(self._index)}"
+
+
+class _InputReader:
+    def __init__(self, spec: Input, manifest: Manifest, max_bytes: int) -> None:
+        self.name = spec.name
+        self._spec = spec
+        self._max_bytes = max_bytes
+        # The client's shape: without the batch axis for a sequence, with it (as the free axis) else.
+        free = spec.time_axis if manifest.stateful else spec.batch_axis
+        dropped = spec.batch_axis if manifest.stateful else None
+        self._shape: list[Dim] = [d for a, d in enumerate(spec.shape) if a != dropped]
+        self._free = None if free is None else free - (dropped is not None and dropped < free)
+        self._fixed = [d if a != self._free else None for a, d in enumerate(self._shape)]
+
+    def read(self, tensor: WireTensor) -> tuple[bytes, int]:
+        dtype, spec = tensor.dtype, self._spec
+        if dtype == spec.dtype:
+            return self._time_first(tensor.data, tensor.shape, spec.numpy_dtype)
+        wire = spec.wire_dtypes.get(dtype)
+        if wire is not None:
+            data, count = self._time_first(tensor.data, tensor.shape, np.dtype(wire.dtype))
+            return self._scaled(np.frombuffer(data, wire.dtype), wire), count
+        if dtype in spec.wire_encodings:
+            return self._decoded(tensor)
+        accepted = ", ".join([spec.dtype, *spec.wire_dtypes, *sorted(spec.wire_encodings)])
+        raise WrongDtype(f"input {self.name!r} is {dtype or 'without a dtype'}; accepted: {accepted}")
+
+    def _time_first(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[bytes, int]:
+        agrees = len(shape) == len(self._fixed)
+        for have, want in zip(shape, self._fixed, strict=False):
+            agrees = agrees and (want is None or have == want)
+        if not agrees:
+            raise WrongShape(f"input {self.name!r} has shape {list(shape)}, expected {self._shape}")
+        size = dtype.itemsize
+        for length in shape:
+            size *= length
+        if len(data) != size:
+            raise WrongShape(
+                f"input {self.name!r} brings {len(data)} bytes, expected {size} for {dtype} {list(shape)}"
+            )
+        if self._free is None:
+            return data, 1
+        if self._free:
+            data = np.moveaxis(np.frombuffer(data, dtype).reshape(shape), self._free, 0).tobytes()
+        return data, shape[self._free]
+
+    def _scaled(self, values: Array, wire: WireDtype) -> bytes:
+        dtype = self._spec.numpy_dtype
+        scaled = values.astype(dtype)
+        if wire.scale != 1.0:
+            scaled = scaled * dtype.type(wire.scale)
+        if wire.offset:
+            scaled = scaled + dtype.type(wire.offset)
+        return scaled.astype(dtype, copy=False).tobytes()
+
+    def _decoded(self, tensor: WireTensor) -> tuple[bytes, int]:
+        files = [tensor.data] if not tensor.shape else self._split(tensor.data, tensor.shape[0])
+        row_bytes = self._spec.sample_bytes
+        if len(files) * row_bytes > self._max_bytes:
+            raise TooLarge(
+                f"input {self.name!r}: {len(files)} images decode to {len(files) * row_bytes} bytes, "
+                f"the limit is {self._max_bytes}; send fewer at once"
+            )
+        if not files:
+            return b"", 0
+        pixels = np.stack([self._image(file, tensor.dtype) for file in files])
+        wire = self._spec.wire_dtypes.get("uint8", WireDtype(dtype="uint8"))
+        return self._scaled(pixels, wire), len(files)
+
+    def _split(self, data: bytes, count: int) -> list[bytes]:
+        """`count` files, each behind its length as a little-endian uint32."""
+        files: list[bytes] = []
+        at = 0
+        while at + 4 <= len(data):
+            (length,) = struct.unpack_from("<I", data, at)
+            files.append(data[at + 4 : at + 4 + length])
+            at += 4 + length
+        if at != len(data) or len(files) != count:
+            raise WrongEncoding(
+                f"input {self.name!r}: expected {count} encoded images, each behind its length as a "
+                f"little-endian uint32; got {len(data)} bytes that hold {len(files)}"
+            )
+        return files
+
+    def _image(self, file: bytes, encoding: str) -> Array:
+        """One image as uint8 of the row's shape. Its size is checked before its pixels are decoded."""
+        shape = self._spec.sample_shape
+        channels_first = len(shape) == 3 and shape[0] in (1, 3)
+        height, width = shape[1:] if channels_first else shape[:2]
+        colours = 3 if len(shape) == 3 and 3 in (shape[0], shape[2]) else 1
+        try:
+            with warnings.catch_warnings(action="error"), Image.open(
+                io.BytesIO(file), formats=[_FORMATS[encoding]]
+            ) as image:
+                if image.size != (width, height):
+                    got = f"{image.size[0]}x{image.size[1]}"
+                    raise WrongShape(
+                        f"input {self.name!r}: an image of {got} pixels, expected {width}x{height}; resize it first"
+                    )
+                pixels = np.asarray(image.convert("RGB" if colours == 3 else "L"))
+        except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:
+            raise WrongEncoding(f"input {self.name!r}: the bytes are no {encoding} image: {error}") from error
+        if channels_first and colours == 3:
+            pixels = np.moveaxis(pixels, 2, 0)
+        return pixels.reshape(shape)

@@ -1,0 +1,137 @@
+"""Small models that make a mistake visible, written as ONNX graphs.
+
+`accumulator`: every output frame is the sum of all that its sequence ever sent, so cross-talk between two
+sequences shows as a number.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+Manifest = dict[str, Any]
+
+
+def model(nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: dict[str, Any] | None = None) -> bytes:
+    """Serialized bytes of a checked graph, opset 17, IR 10."""
+    initial = [numpy_helper.from_array(np.asarray(v), k) for k, v in (constants or {}).items()]
+    graph = helper.make_graph(nodes, "toy", inputs, outputs, initial)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.checker.check_model(proto)
+    return bytes(proto.SerializeToString())
+
+
+def value(name: str, kind: int, *shape: int | str) -> Any:
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def write(root: Path, name: str, made: tuple[bytes, Manifest], version: int = 1) -> Path:
+    """`root/name/version/` with model.onnx and manifest.json."""
+    folder = root / name / str(version)
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(made[0])
+    (folder / "manifest.json").write_text(json.dumps(made[1] | {"name": name}))
+    return folder
+
+
+def accumulator(*, ragged: bool = True, **changes: Any) -> tuple[bytes, Manifest]:
+    """x [batch, time] -> y [batch, time], the running sum; the state is the sum so far."""
+    nodes = [
+        helper.make_node("Concat", ["total", "x"], ["all"], axis=1),
+        helper.make_node("CumSum", ["all", "one"], ["sums"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["y"]),
+        helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
+    ]
+    # Padding is zeros, so the last column is each row's own total whatever its length.
+    constants = {"one": np.int64(1), "from": np.int64([1]), "to": np.int64([2**31]), "axes": np.int64([1]),
+                 "last": np.int64([-1])}  # fmt: skip
+    inputs = [value("x", FLOAT, "batch", "time"), value("total", FLOAT, "batch", 1)]
+    if ragged:
+        inputs.append(value("lengths", INT32, "batch"))
+        nodes.append(helper.make_node("Identity", ["lengths"], ["seen"]))
+    outputs = [value("y", FLOAT, "batch", "time"), value("total_next", FLOAT, "batch", 1)]
+    x = {"name": "x", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1} | changes.pop("x", {})
+    manifest = {
+        "format": 1,
+        "name": "accumulator",
+        "inputs": [x | ({"lengths": "lengths"} if ragged else {})],
+        "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}],
+        "max_frames": 8,
+    }
+    return model(nodes, inputs, outputs, constants), manifest | changes
+
+
+def doubler(**changes: Any) -> tuple[bytes, Manifest]:
+    """Stateless: x [batch, 2] -> y = 2 x."""
+    nodes = [helper.make_node("Add", ["x", "x"], ["y"])]
+    made = model(nodes, [value("x", FLOAT, "batch", 2)], [value("y", FLOAT, "batch", 2)])
+    manifest = {
+        "format": 1,
+        "name": "doubler",
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 2]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 2]}],
+        "max_batch": 8,
+    }
+    return made, manifest | changes
+
+
+def brightness(side: int = 4) -> tuple[bytes, Manifest]:
+    """Stateless image model: [batch, side, side] in 0…1 -> the mean of each image. PNG, JPEG, uint8, float."""
+    nodes = [helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2], keepdims=0)]
+    made = model(nodes, [value("image", FLOAT, "batch", side, side)], [value("mean", FLOAT, "batch")])
+    wire = [{"dtype": "uint8", "scale": 1 / 255}, {"encoding": "png"}, {"encoding": "jpeg"}]
+    manifest = {
+        "format": 1,
+        "name": "brightness",
+        "inputs": [{"name": "image", "dtype": "float32", "shape": ["batch", side, side], "wire": wire}],
+        "outputs": [{"name": "mean", "dtype": "float32", "shape": ["batch"]}],
+    }
+    return made, manifest
+
+
+def lookup(*, checked: bool = True) -> tuple[bytes, Manifest]:
+    """Stateful: index [batch, time] into a table of four; adds up. An index of 9 fails the whole run, unless
+    the manifest's range stops it before."""
+    nodes = [
+        helper.make_node("Gather", ["table", "index"], ["x"], axis=0),
+        helper.make_node("Concat", ["total", "x"], ["all"], axis=1),
+        helper.make_node("CumSum", ["all", "one"], ["sums"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["y"]),
+        helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
+    ]
+    constants = {"table": np.float32([0, 1, 10, 100]), "one": np.int64(1), "from": np.int64([1]),
+                 "to": np.int64([2**31]), "axes": np.int64([1]), "last": np.int64([-1])}  # fmt: skip
+    inputs = [value("index", INT64, "batch", "time"), value("total", FLOAT, "batch", 1)]
+    outputs = [value("y", FLOAT, "batch", "time"), value("total_next", FLOAT, "batch", 1)]
+    index: dict[str, Any] = {"name": "index", "dtype": "int64", "shape": ["batch", "time"], "time_axis": 1}
+    manifest = {
+        "format": 1,
+        "name": "lookup",
+        "inputs": [index | ({"range": [0, 3]} if checked else {})],
+        "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}],
+    }
+    return model(nodes, inputs, outputs, constants), manifest
+
+
+def explosive() -> tuple[bytes, Manifest]:
+    """Stateful: the state is multiplied by x at every step, so 1e30 twice makes it Inf."""
+    nodes = [helper.make_node("Mul", ["state", "x"], ["state_next"]), helper.make_node("Neg", ["x"], ["y"])]
+    inputs = [value("x", FLOAT, "batch", 1), value("state", FLOAT, "batch", 1)]
+    outputs = [value("y", FLOAT, "batch", 1), value("state_next", FLOAT, "batch", 1)]
+    state = {"input": "state", "output": "state_next", "dtype": "float32", "shape": ["batch", 1]}
+    manifest = {
+        "format": 1,
+        "name": "explosive",
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 1]}],
+        "states": [state | {"init": {"value": 1.0}}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
+    }
+    return model(nodes, inputs, outputs), manifest

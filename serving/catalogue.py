@@ -58,7 +58,9 @@ class Catalogue:
             if other.model == model and version in (0, other.version):
                 raise ModelNotReady(f"model {model}/{other.version} failed its checks: {other.why}")
         if newest is not None:
-            raise UnknownModel(f"model {model!r} has no version {version} here; it serves {newest.engine.version}")
+            raise UnknownModel(
+                f"model {model!r} has no version {version} here; it serves {newest.engine.version}"
+            )
         names = ", ".join(sorted(self._newest)) or "none"
         raise UnknownModel(f"no model {model!r} here; there is {names}")
 

@@ -22,12 +22,17 @@ def _parser() -> argparse.ArgumentParser:
         if name == "repository":
             parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(flag_of(name), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text)
+            parser.add_argument(
+                flag_of(name), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text
+            )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serves until a signal. Exit status 0 after an orderly stop, 2 for wrong settings, 1 for what else is named."""
+    """Serves until a signal.
+
+    Exit status 0 after an orderly stop, 2 for wrong settings, 1 for what else is named.
+    """
     flags = vars(_parser().parse_args(arguments))
     try:
         config = ServerConfig.build(flags, os.environ)
@@ -35,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+        level=config.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
     )
     # Before gRPC is loaded: the serve thread then does the socket I/O itself, a fifth less CPU a message.
     if config.grpc_experiments:

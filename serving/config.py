@@ -1,7 +1,7 @@
 """Every setting of the server: one frozen object, checked when it is built.
 
-A setting is a flag of `tenuto serve` (`--max-sequences`) and an environment variable (`TENUTO_MAX_SEQUENCES`);
-the flag wins. No other module reads the environment.
+A setting is a flag of `tenuto serve` (`--max-sequences`) and an environment variable
+(`TENUTO_MAX_SEQUENCES`); the flag wins. No other module reads the environment.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from .errors import ConfigInvalid
 
 PREFIX = "TENUTO_"
-# Variables of that prefix that are not the server's: data and models for training and tests, the CLI's server.
+# Not the server's: data and models for training and tests, the client commands' server.
 _NOT_OURS = frozenset({"TENUTO_DATA", "TENUTO_MODELS", "TENUTO_SERVER"})
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -28,30 +28,48 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    repository: Annotated[Path, Field(description="folder of models: <model>/<version>/model.onnx")] = Path("exported")
+    repository: Annotated[Path, Field(description="folder of models: <model>/<version>/model.onnx")] = Path(
+        "exported"
+    )
     host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Field(description="gRPC port; 0 takes a free one")] = 8001
     metrics_port: Annotated[Port, Field(description="Prometheus port; 0 takes a free one")] = 8002
     device: Annotated[
-        Literal["auto", "cpu", "cuda"], Field(description="auto takes CUDA where it loads; cuda refuses to start else")
+        Literal["auto", "cpu", "cuda"],
+        Field(description="auto takes CUDA where it loads; cuda refuses to start else"),
     ] = "auto"
-    threads: Annotated[int, Field(ge=0, description="CPU threads inside a run; 0: by the model and the CPUs")] = 0
+    threads: Annotated[
+        int, Field(ge=0, description="CPU threads inside a run; 0: by the model and the CPUs")
+    ] = 0
     max_sequences: Annotated[Positive, Field(description="live sequences per model")] = 4096
     max_streams: Annotated[Positive, Field(description="open gRPC streams")] = 8192
     max_predicts: Annotated[Positive, Field(description="unary Predict calls that may wait at once")] = 24
-    max_pending_bytes: Annotated[Positive, Field(description="unanswered bytes; above it no stream is read")] = 256 << 20
+    max_pending_bytes: Annotated[
+        Positive, Field(description="unanswered bytes; above it no stream is read")
+    ] = 256 << 20
     max_message_bytes: Annotated[Positive, Field(description="bytes of one request message")] = 32 << 20
     window: Annotated[int, Field(ge=1, le=1024, description="unanswered chunks of one sequence")] = 4
-    idle_seconds: Annotated[float, Field(ge=0, description="a silent sequence ends after that; 0: never")] = 300.0
+    idle_seconds: Annotated[float, Field(ge=0, description="a silent sequence ends after that; 0: never")] = (
+        300.0
+    )
     run_seconds: Annotated[Seconds, Field(description="a longer run of a model stops the server")] = 30.0
-    drain_seconds: Annotated[float, Field(ge=0, description="live sequences have that long after SIGTERM")] = 30.0
+    drain_seconds: Annotated[
+        float, Field(ge=0, description="live sequences have that long after SIGTERM")
+    ] = 30.0
     vet_seconds: Annotated[Seconds, Field(description="the check of one model may take that long")] = 120.0
-    vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = 8 << 30
+    vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (
+        8 << 30
+    )
     transport: Annotated[
-        Literal["auto", "nonblocking", "threads"], Field(description="how streams are served; see docs/decisions.md")
+        Literal["auto", "nonblocking", "threads"],
+        Field(description="how streams are served; see docs/decisions.md"),
     ] = "auto"
-    grpc_experiments: Annotated[str, Field(description="GRPC_EXPERIMENTS, unless that is set")] = "-event_engine_listener"
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="log level")] = "info"
+    grpc_experiments: Annotated[str, Field(description="GRPC_EXPERIMENTS, unless that is set")] = (
+        "-event_engine_listener"
+    )
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="log level")] = (
+        "info"
+    )
 
     @classmethod
     def build(cls, flags: Mapping[str, Any], environment: Mapping[str, str]) -> ServerConfig:

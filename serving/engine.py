@@ -19,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import (
-    NotFinite,
-    OutOfRangeValue,
     PoolFull,
     RunFailed,
     ServerDraining,
@@ -28,7 +26,7 @@ from .errors import (
     StepGap,
     TenutoError,
 )
-from .layout import InputLayout, OutputLayout
+from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
 from .pending import PendingBytes
@@ -71,6 +69,7 @@ class Engine:
     ) -> None:
         self.manifest = manifest
         self.version = version
+        self.where = f"{manifest.name}/{version}"  # for logs
         self.max_sequences = max_sequences
         self.metrics = metrics or ModelMetrics(manifest.name, version)
         self.metrics.slots = max_sequences
@@ -81,16 +80,16 @@ class Engine:
         self._clock = clock
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
-        self._inputs = [InputLayout(spec, stateful=manifest.stateful) for spec in manifest.inputs]
-        self._outputs = [OutputLayout(spec, manifest) for spec in manifest.outputs]
-        self._constants: dict[tuple[tuple[str, float], ...], dict[str, Array]] = {}
+        self._layout = Layout(manifest)
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, int, Sequence]] = []  # (deadline, number, …); rechecked when due
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
         self._draining = False
         self._stopped = False
-        self._thread = threading.Thread(target=self._loop, name=f"engine-{manifest.name}-{version}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._loop, name=f"engine-{manifest.name}-{version}", daemon=True
+        )
 
     # Any thread.
 
@@ -146,7 +145,7 @@ class Engine:
             try:
                 self.turn(wait=True)
             except Exception:  # the loop must live on: its callers have no other
-                log.exception("%s/%d: the engine met a bug and goes on", self.manifest.name, self.version)
+                log.exception("%s: the engine met a bug and goes on", self.where)
 
     def turn(self, *, wait: bool = False) -> bool:
         """Takes all commands, then runs one batch. Returns whether there was a batch."""
@@ -182,7 +181,7 @@ class Engine:
         try:
             self._run_batch(batch, started)
         except Exception:
-            log.exception("%s/%d: a batch met a bug; its sequences end", self.manifest.name, self.version)
+            log.exception("%s: a batch met a bug; its sequences end", self.where)
             for turn in batch:
                 error = RunFailed(f"step {turn.chunk.step}: an error inside the server; its log says more")
                 self._close(turn.sequence, Ending.FAILED, error)
@@ -206,59 +205,24 @@ class Engine:
 
     def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array]]:
         """Rows and states of the batch as the graph's feeds. Turns with forbidden values end here."""
-        rows = self._rows_of(batch)
-        size = self._batch_size(batch)
-        feeds: dict[str, Array] = {}
-        for layout, column in zip(self._inputs, rows, strict=True):
-            stacked = layout.stack(column, size)
-            refused = layout.refused(stacked, column)
-            if refused:
-                self._refuse(batch, refused, check_finite=stacked.dtype.kind == "f")
-                rest = [t for i, t in enumerate(batch) if i not in refused]
-                return self._gather(rest) if rest else (rest, {})
-            feeds[layout.name] = stacked
-            if layout.lengths_name:
-                lengths = layout.lengths(column)
-                lengths += lengths[:1] * (size - len(lengths))
-                feeds[layout.lengths_name] = np.array(lengths, np.int32)
+        rows = [[t.sequence.feeds[i].peek(t.frames) for t in batch] for i in range(len(self.manifest.inputs))]
+        feeds, refused = self._layout.stack(rows, self._layout.batch_size([t.frames for t in batch]))
+        if refused:
+            for i, error in refused.items():
+                text = f"{error}, in step {batch[i].chunk.step}"
+                self._close(batch[i].sequence, Ending.FAILED, type(error)(text))
+            rest = [t for i, t in enumerate(batch) if i not in refused]
+            return self._gather(rest) if rest else (rest, {})
         if self.manifest.states:
             feeds.update(self._pool.gather(self._slots(batch)))
         if self.manifest.constants:
-            feeds.update(self._constants_of(batch[0].sequence))
+            feeds.update(self._layout.constants(batch[0].sequence.constants))
         return batch, feeds
-
-    def _rows_of(self, batch: Batch) -> list[list[bytes]]:
-        """Per input, each turn's row."""
-        return [[t.sequence.feeds[i].peek(t.frames) for t in batch] for i in range(len(self._inputs))]
-
-    def _batch_size(self, batch: Batch) -> int:
-        if self.manifest.fixed_batch is not None:
-            return self.manifest.fixed_batch
-        return len(batch) if self.manifest.stateful else sum(t.frames for t in batch)
 
     def _slots(self, batch: Batch) -> NDArray[np.intp]:
         slots = [t.sequence.slot for t in batch]
-        slots += [self._pool.dump] * (self._batch_size(batch) - len(slots))
+        slots += [self._pool.dump] * (self._layout.batch_size([t.frames for t in batch]) - len(slots))
         return np.array(slots, np.intp)
-
-    def _refuse(self, batch: Batch, refused: dict[int, str], *, check_finite: bool) -> None:
-        error = NotFinite if check_finite else OutOfRangeValue
-        for i, text in refused.items():
-            turn = batch[i]
-            self._close(turn.sequence, Ending.FAILED, error(f"{text}, in step {turn.chunk.step}"))
-
-    def _constants_of(self, sequence: Sequence) -> dict[str, Array]:
-        feeds = self._constants.get(sequence.constants)
-        if feeds is None:
-            chosen = dict(sequence.constants)
-            feeds = {
-                c.name: np.full(c.shape, chosen.get(c.name, c.value), c.dtype)
-                if isinstance(c.value, float)
-                else np.array(c.value, c.dtype).reshape(c.shape)
-                for c in self.manifest.constants
-            }
-            self._constants[sequence.constants] = feeds
-        return feeds
 
     def _run(self, feeds: dict[str, Array], now: float) -> list[Array]:
         self.running_since = now
@@ -273,7 +237,7 @@ class Engine:
             turn = batch[0]
             self._close(turn.sequence, Ending.FAILED, RunFailed(f"step {turn.chunk.step}: {error}"))
             return
-        log.warning("%s/%d: a batch failed, running its rows alone: %s", self.manifest.name, self.version, error)
+        log.warning("%s: a batch failed, running its rows alone: %s", self.where, error)
         for turn in batch:
             self.metrics.rows_rerun += 1
             one, feeds = self._gather([turn])
@@ -289,25 +253,24 @@ class Engine:
     def _scatter(self, batch: Batch, results: list[Array]) -> None:
         """Writes the new states back. A sequence whose state is not finite ends; its slot is reset when it
         is handed on."""
-        states = results[len(self._outputs) :]
+        states = results[len(self.manifest.outputs) :]
         if not states:
             return
         for row in self._pool.not_finite(states, len(batch)):
             turn = batch[row]
-            text = f"the state became NaN or Inf in step {turn.chunk.step}; the sequence cannot go on, open a new one"
+            text = f"the state became NaN or Inf in step {turn.chunk.step}; open a new sequence"
             self._close(turn.sequence, Ending.STATE_NOT_FINITE, StateNotFinite(text))
         self._pool.scatter(self._slots(batch), states)
 
     def _reply(self, batch: Batch, results: list[Array], started: float, compute: float) -> None:
         """Cuts the outputs into rows, and answers each chunk that is done."""
-        frames = [t.frames for t in batch]
-        columns = [o.cut(r, frames) for o, r in zip(self._outputs, results, strict=False)]
+        parts = self._layout.cut(results, [t.frames for t in batch])
         rows = len(batch)
-        for i, turn in enumerate(batch):
+        for turn, part in zip(batch, parts, strict=True):
             sequence, chunk = turn.sequence, turn.chunk
             if sequence.ended:
                 continue
-            chunk.parts.append([column[i] for column in columns])
+            chunk.parts.append(part)
             chunk.compute += compute
             sequence.eat(chunk, turn.frames)
             if chunk.frames:
@@ -318,14 +281,9 @@ class Engine:
 
     def _answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int) -> None:
         """The first pending chunk is done: its Output goes out."""
-        tensors: list[tuple[tuple[int, ...], bytes]] = []
-        if chunk.parts:
-            stateless = not self.manifest.stateful
-            for i, layout in enumerate(self._outputs):
-                parts = [p[i] for p in chunk.parts]
-                data = parts[0] if len(parts) == 1 else b"".join(parts) if layout.timed or stateless else parts[-1]
-                tensors.append((layout.shape(data), data))
-        output = Output(chunk.step, chunk.part, True, tuple(tensors), queued, chunk.compute, rows)
+        output = Output(
+            chunk.step, chunk.part, True, self._layout.join(chunk.parts), queued, chunk.compute, rows
+        )
         sequence.pending.popleft()
         if not sequence.answered:
             self.metrics.first_output.add(self._clock() - sequence.begun)
@@ -364,7 +322,9 @@ class Engine:
     def _open(self, sequence: Sequence) -> None:
         try:
             if self._draining:
-                raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
+                raise ServerDraining(
+                    "the server is leaving and takes no new sequences; open it on another one"
+                )
             if self.manifest.stateful:
                 sequence.slot = self._pool.allocate(sequence.id)
             elif len(self._live) >= self.max_sequences:
@@ -403,7 +363,7 @@ class Engine:
             if chunk.step == sequence.answered and sequence.last_output is not None:
                 self._send(sequence, sequence.last_output)
             return
-        text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number the chunks 1, 2, 3 without gaps"
+        text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number chunks without gaps"
         self._finish(sequence, StepGap(text))
 
     def _request(self, sequence: Sequence, chunk: Chunk) -> None:
@@ -448,7 +408,9 @@ class Engine:
     def _tail(self, sequence: Sequence) -> bool:
         """At End, what is left over is padded to a frame where the manifest says so. Whether it was."""
         specs = self.manifest.inputs
-        padding = tuple(f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True))
+        padding = tuple(
+            f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True)
+        )
         if not any(padding):
             return False
         tail = Chunk(sequence.accepted, padding, (), self._clock(), 0, part=1)
@@ -471,7 +433,7 @@ class Engine:
             if sequence.slot >= 0:
                 self._pool.free(sequence.slot, sequence.id)
             self._count_live()
-            log.debug("%s/%d: %s ended %s", self.manifest.name, self.version, sequence.id, reason.name)
+            log.debug("%s: %s ended %s", self.where, sequence.id, reason.name)
         self._send(sequence, Failed(error) if error else Closed(reason, sequence.answered))
         if self._draining and not self._live:
             self.emptied.set()
@@ -520,4 +482,6 @@ class Engine:
         """Raises TenutoError if the pool lost count. For tests, while nothing runs."""
         self._pool.check()
         if self.manifest.stateful and self._pool.used != len(self._live):
-            raise TenutoError(f"{self._pool.used} slots used, {len(self._live)} sequences live. This is a bug.")
+            raise TenutoError(
+                f"{self._pool.used} slots used, {len(self._live)} sequences live. This is a bug."
+            )

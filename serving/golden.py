@@ -1,8 +1,8 @@
 """A model's self test: `golden.npz` beside it, replayed chunk by chunk through the engine itself.
 
-Keys are `{step}.in.{input}` and `{step}.out.{output}`, steps 1, 2, 3…; arrays have the shapes that clients send
-and receive, in the graph's dtype. `tolerance` (float64) bounds the absolute difference: another CPU may round
-otherwise. A step that completes no frame has no `out`.
+Keys are `{step}.in.{input}` and `{step}.out.{output}`, steps 1, 2, 3…; arrays have the shapes that clients
+send and receive, in the graph's dtype. `tolerance` (float64) bounds the absolute difference: another CPU may
+round otherwise. A step that completes no frame has no `out`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def replay(engine: Engine, path: Path, where: str) -> int:
     tolerance, golden = _read(path, where)
     for inputs, expected in golden:
         steps += 1
-        tensors = [_Tensor(n, a.dtype.name, a.shape, np.ascontiguousarray(a).tobytes()) for n, a in inputs.items()]
+        tensors = [
+            _Tensor(n, a.dtype.name, a.shape, np.ascontiguousarray(a).tobytes()) for n, a in inputs.items()
+        ]
         data, counts = reader.read(tensors)
         chunk = Chunk(steps, data, counts, time.monotonic(), 0)
         (engine.accept if engine.manifest.stateful else engine.request)(sequence, chunk)
@@ -67,7 +69,9 @@ def replay(engine: Engine, path: Path, where: str) -> int:
     return steps
 
 
-def _read(path: Path, where: str) -> tuple[float, Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]]:
+def _read(
+    path: Path, where: str
+) -> tuple[float, Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]]:
     """The tolerance, and (inputs, outputs) of each step."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -81,7 +85,10 @@ def _read(path: Path, where: str) -> tuple[float, Iterator[tuple[dict[str, NDArr
             inputs = {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.in.")}
             if not inputs:
                 return
-            yield inputs, {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.out.")}
+            yield (
+                inputs,
+                {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.out.")},
+            )
 
     return tolerance, steps()
 

@@ -1,4 +1,4 @@
-"""Between rows of bytes and the graph's tensors: `InputLayout.stack` and `OutputLayout.cut`, an inverse pair.
+"""Between rows of bytes and the graph's tensors: `stack` and `cut`, an inverse pair.
 
 A row is one turn's samples, time first, C order. `stack` pads the rows to the longest, `cut` gives each row's
 own frames back.
@@ -11,9 +11,70 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import NotFinite, OutOfRangeValue, TenutoError
 from .manifest import Input, Manifest, Output
 
 Array = NDArray[Any]
+
+
+Tensors = tuple[tuple[tuple[int, ...], bytes], ...]  # per output: a client's shape, and the bytes
+
+
+class Layout:
+    """All inputs and outputs of one model."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._inputs = [InputLayout(spec, stateful=manifest.stateful) for spec in manifest.inputs]
+        self._outputs = [OutputLayout(spec, manifest) for spec in manifest.outputs]
+        self._constants: dict[tuple[tuple[str, float], ...], dict[str, Array]] = {}
+
+    def batch_size(self, frames: list[int]) -> int:
+        """Rows of the graph's tensors for turns of that many frames, padding rows included."""
+        if self._manifest.fixed_batch is not None:
+            return self._manifest.fixed_batch
+        return len(frames) if self._manifest.stateful else sum(frames)
+
+    def stack(self, rows: list[list[bytes]], size: int) -> tuple[dict[str, Array], dict[int, TenutoError]]:
+        """`rows[input][turn]` as feeds of `size` rows; and the turns whose values the manifest forbids."""
+        feeds: dict[str, Array] = {}
+        refused: dict[int, TenutoError] = {}
+        for layout, column in zip(self._inputs, rows, strict=True):
+            feeds[layout.name] = stacked = layout.stack(column, size)
+            refused.update(layout.refused(stacked, column))
+            if layout.lengths_name:
+                lengths = layout.lengths(column)
+                lengths += lengths[:1] * (size - len(lengths))
+                feeds[layout.lengths_name] = np.array(lengths, np.int32)
+        return feeds, refused
+
+    def constants(self, chosen: tuple[tuple[str, float], ...]) -> dict[str, Array]:
+        """The constants' feeds, with what a client chose."""
+        feeds = self._constants.get(chosen)
+        if feeds is None:
+            values = {c.name: c.value for c in self._manifest.constants} | dict(chosen)
+            feeds = self._constants[chosen] = {
+                c.name: np.full(c.shape, values[c.name], c.dtype)
+                if isinstance(values[c.name], float)
+                else np.array(values[c.name], c.dtype).reshape(c.shape)
+                for c in self._manifest.constants
+            }
+        return feeds
+
+    def cut(self, results: list[Array], frames: list[int]) -> list[list[bytes]]:
+        """`parts[turn][output]` of a run's outputs."""
+        columns = [o.cut(r, frames) for o, r in zip(self._outputs, results, strict=False)]
+        return [[column[i] for column in columns] for i in range(len(frames))]
+
+    def join(self, parts: list[list[bytes]]) -> Tensors:
+        """One chunk's outputs from the parts of its turns."""
+        tensors = []
+        for i, layout in enumerate(self._outputs if parts else ()):
+            data = parts[-1][i]
+            if len(parts) > 1 and layout.joins:
+                data = b"".join(part[i] for part in parts)
+            tensors.append((layout.shape(data), data))
+        return tuple(tensors)
 
 
 class InputLayout:
@@ -50,30 +111,40 @@ class InputLayout:
             padded = [row if len(row) == longest else row.ljust(longest, b"\0") for row in rows]
             padded += [bytes(longest)] * (batch - len(rows))
             whole = padded[0] if batch == 1 else b"".join(padded)
-            shape = (batch, longest // self._sample_bytes, *self._shape) if self._timed else (batch, *self._shape)
+            shape = (
+                (batch, longest // self._sample_bytes, *self._shape) if self._timed else (batch, *self._shape)
+            )
         stacked = np.frombuffer(whole, self._dtype).reshape(shape)
         if self._stateless and len(stacked) < batch:
             pad = np.zeros((batch - len(stacked), *self._shape), self._dtype)
             stacked = np.concatenate([stacked, pad])
         return stacked if self._move is None else np.ascontiguousarray(np.moveaxis(stacked, *self._move))
 
-    def refused(self, stacked: Array, rows: list[bytes]) -> dict[int, str]:
+    def refused(self, stacked: Array, rows: list[bytes]) -> dict[int, TenutoError]:
         """The rows whose values the manifest forbids, each with what is wrong.
 
         One pass over the whole batch: rows are looked at one by one only where that finds something.
         """
         bounds = self._spec.range
         if self._check_finite and not np.isfinite(stacked).all():
-            return self._each(rows, lambda r: not np.isfinite(r).all(), "holds NaN or Inf")
+            bad = [i for i, row in enumerate(rows) if not np.isfinite(self._values(row)).all()]
+            return {
+                i: NotFinite(f"input {self.name!r} holds NaN or Inf; the model takes numbers only")
+                for i in bad
+            }
         if bounds is not None and (stacked.min() < bounds[0] or stacked.max() > bounds[1]):
-            low, high = bounds
-            text = f"holds a value outside [{low}, {high}]"
-            return self._each(rows, lambda r: bool(r.size and (r.min() < low or r.max() > high)), text)
+            ends = {i: (v.min(), v.max()) for i, row in enumerate(rows) if (v := self._values(row)).size}
+            return {
+                i: OutOfRangeValue(
+                    f"input {self.name!r} holds values from {low} to {high}, allowed are {list(bounds)}"
+                )
+                for i, (low, high) in ends.items()
+                if low < bounds[0] or high > bounds[1]
+            }
         return {}
 
-    def _each(self, rows: list[bytes], bad: Any, text: str) -> dict[int, str]:
-        found = (i for i, row in enumerate(rows) if bad(np.frombuffer(row, self._dtype)))
-        return {i: f"input {self.name!r} {text}" for i in found}
+    def _values(self, row: bytes) -> Array:
+        return np.frombuffer(row, self._dtype)
 
 
 class OutputLayout:
@@ -85,6 +156,7 @@ class OutputLayout:
         self.timed = spec.time_axis is not None
         self._frame_bytes = spec.frame_bytes
         self._stateless = not manifest.stateful
+        self.joins = self.timed or self._stateless  # whether the parts of a chunk's turns are put together
         self._alone = manifest.alone
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
         self._move = (tuple(axes), tuple(range(len(axes)))) if axes != list(range(len(axes))) else None
@@ -112,7 +184,6 @@ class OutputLayout:
 
     def shape(self, data: bytes) -> tuple[int, ...]:
         """The shape of a client's tensor: without the batch axis, or with it for a stateless model."""
-        if not (self.timed or self._stateless):
+        if not self.joins:
             return self.frame_shape
         return (len(data) // self._frame_bytes if self._frame_bytes else 0, *self.frame_shape)
-

@@ -254,7 +254,7 @@ class GraphTensor:
 class Manifest(_Frozen):
     """The whole of it. `name` is the model's folder; the version is the folder below."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,127}$")]
     description: str = ""
     licence: str = ""
@@ -299,13 +299,16 @@ class Manifest(_Frozen):
             twice = sorted({n for n in group if group.count(n) > 1})
             if twice:
                 raise ValueError(f"{kind} named twice: {', '.join(twice)}")
-        if self.states and any((t.batch_axis is None) != self.alone for t in (*self.inputs, *self.states)):
+        axes = [i.batch_axis for i in self.inputs] + [s.batch_axis for s in self.states]
+        if len({axis is None for axis in axes}) > 1:
             raise ValueError("batch_axis must be null everywhere, or nowhere")
         if any(o.time_axis is not None for o in self.outputs) and not self.timed:
             raise ValueError("an output has a time_axis, but no input has one")
         if self.timed and len(self.timed) != len(self.inputs):
             untimed = ", ".join(i.name for i in self.inputs if i.time_axis is None)
-            raise ValueError(f"{untimed}: with a timed input, every input needs a time_axis (or is a constant)")
+            raise ValueError(
+                f"{untimed}: with a timed input, every input needs a time_axis (or is a constant)"
+            )
         for o in self.outputs:
             if o.time_axis is not None and self.timed[0].multiple % o.stride:
                 raise ValueError(
@@ -404,6 +407,8 @@ def _compare(
         return
     same_rank = len(tensor.shape) == len(shape)
     # A fixed axis in the graph must be the same in the manifest; a named one may be anything.
-    agree = same_rank and all(not isinstance(g, int) or g == m for g, m in zip(tensor.shape, shape, strict=True))
+    agree = same_rank and all(
+        not isinstance(g, int) or g == m for g, m in zip(tensor.shape, shape, strict=True)
+    )
     if not agree:
         faults.append(f"{kind} {name!r} is {list(tensor.shape)} in the graph, {list(shape)} in the manifest")

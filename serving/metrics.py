@@ -20,7 +20,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 _SECONDS = (
-    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
+    1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
+    0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -109,11 +110,23 @@ class _Series:
 
 
 _MODEL_COUNTERS = (
-    _Series("tenuto_batches", "Runs of the model, reruns of single rows not counted.", lambda m: m.batches),
+    _Series(
+        "tenuto_batches",
+        "Runs of the model, reruns of single rows not counted.",
+        lambda m: m.batches,
+    ),
     _Series("tenuto_sequences_started", "Sequences admitted.", lambda m: m.sequences_started),
     _Series("tenuto_steps_repeated", "Steps that a client sent again.", lambda m: m.steps_repeated),
-    _Series("tenuto_deadline_misses", "Chunks answered later than their period.", lambda m: m.deadline_misses),
-    _Series("tenuto_rows_rerun", "Rows run again alone after their batch failed.", lambda m: m.rows_rerun),
+    _Series(
+        "tenuto_deadline_misses",
+        "Chunks answered later than their period.",
+        lambda m: m.deadline_misses,
+    ),
+    _Series(
+        "tenuto_rows_rerun",
+        "Rows run again alone after their batch failed.",
+        lambda m: m.rows_rerun,
+    ),
 )
 _MODEL_GAUGES = (
     _Series("tenuto_pending_chunks", "Chunks accepted and not yet answered.", lambda m: m.pending_chunks),
@@ -128,11 +141,27 @@ _MODEL_REASONS: tuple[tuple[str, str, str, Callable[[ModelMetrics], Counter[str]
     ("tenuto_admission_rejections", "Opens and requests refused.", "reason", lambda m: m.rejected),
 )
 _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]], ...] = (
-    ("tenuto_chunk_latency_seconds", "From a chunk accepted to its output handed over.", lambda m: m.chunk_latency),
-    ("tenuto_time_to_first_output_seconds", "From a sequence opened to its first output.", lambda m: m.first_output),
-    ("tenuto_chunk_lag_seconds", "How long after their period late chunks were answered.", lambda m: m.chunk_lag),
+    (
+        "tenuto_chunk_latency_seconds",
+        "From a chunk accepted to its output handed over.",
+        lambda m: m.chunk_latency,
+    ),
+    (
+        "tenuto_time_to_first_output_seconds",
+        "From a sequence opened to its first output.",
+        lambda m: m.first_output,
+    ),
+    (
+        "tenuto_chunk_lag_seconds",
+        "How long after their period late chunks were answered.",
+        lambda m: m.chunk_lag,
+    ),
     ("tenuto_batch_size", "Rows in a batch.", lambda m: m.batch_size),
-    ("tenuto_batch_occupancy_ratio", "Rows in a batch over the most it may hold.", lambda m: m.occupancy),
+    (
+        "tenuto_batch_occupancy_ratio",
+        "Rows in a batch over the most it may hold.",
+        lambda m: m.occupancy,
+    ),
     ("tenuto_padding_ratio", "Share of a batch's samples that is padding.", lambda m: m.padding),
 )
 
@@ -147,7 +176,10 @@ class TenutoCollector(Collector):
         yield from self._process()
         models = list(self._server.models)
         labels = ["model", "version"]
-        for kind, group in ((CounterMetricFamily, _MODEL_COUNTERS), (GaugeMetricFamily, _MODEL_GAUGES)):
+        for kind, group in (
+            (CounterMetricFamily, _MODEL_COUNTERS),
+            (GaugeMetricFamily, _MODEL_GAUGES),
+        ):
             for series in group:
                 family = kind(series.name, series.text, labels=labels)
                 for m in models:
@@ -171,14 +203,20 @@ class TenutoCollector(Collector):
         s = self._server
         yield GaugeMetricFamily("tenuto_pending_bytes", "Bytes of unanswered requests.", s.pending_bytes())
         yield GaugeMetricFamily("tenuto_open_streams", "Open streams.", s.open_streams())
-        yield CounterMetricFamily("tenuto_streams_refused", "Streams refused at the limit.", s.streams_refused())
-        yield CounterMetricFamily("tenuto_messages_refused", "Messages that were no request.", s.messages_refused)
+        yield CounterMetricFamily(
+            "tenuto_streams_refused", "Streams refused at the limit.", s.streams_refused()
+        )
+        yield CounterMetricFamily(
+            "tenuto_messages_refused", "Messages that were no request.", s.messages_refused
+        )
         yield GaugeMetricFamily("tenuto_draining", "1 from the first stop signal on.", float(s.draining))
         build = GaugeMetricFamily("tenuto_build_info", "The server's version.", labels=["version"])
         build.add_metric([s.version], 1)
         yield build
         info = GaugeMetricFamily(
-            "tenuto_model_info", "A model version that serves.", labels=["model", "version", "provider"]
+            "tenuto_model_info",
+            "A model version that serves.",
+            labels=["model", "version", "provider"],
         )
         for m in s.models:
             info.add_metric([m.model, str(m.version), m.provider], 1)
@@ -186,7 +224,9 @@ class TenutoCollector(Collector):
 
     def _stages(self, models: list[ModelMetrics]) -> Metric:
         family = HistogramMetricFamily(
-            "tenuto_stage_seconds", "Time of a batch by stage.", labels=["model", "version", "stage"]
+            "tenuto_stage_seconds",
+            "Time of a batch by stage.",
+            labels=["model", "version", "stage"],
         )
         for m in models:
             for stage, d in m.stages.items():

@@ -25,8 +25,8 @@ Device = Literal["auto", "cpu", "cuda"]
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # What ONNX Runtime's CUDA provider loads, in the order in which people miss it.
-_CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10",
-                   "libcufft.so.12", "libcudnn.so.9")  # fmt: skip
+_CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13",
+                   "libcurand.so.10", "libcufft.so.12", "libcudnn.so.9")  # fmt: skip
 
 _DTYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bool": "bool",
@@ -96,7 +96,9 @@ class ModelRunner:
     ManifestInvalid where manifest and graph disagree, PlatformError if CUDA was chosen and did not load.
     """
 
-    def __init__(self, model: bytes, manifest: Manifest | None, where: str, *, provider: str, threads: int) -> None:
+    def __init__(
+        self, model: bytes, manifest: Manifest | None, where: str, *, provider: str, threads: int
+    ) -> None:
         self.where = where
         self.provider = provider
         wanted = threads or (available_cpus() if manifest and not manifest.stateful else 1)
@@ -114,7 +116,7 @@ class ModelRunner:
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
         if text is None:
             raise ModelInvalid(
-                f"{self.where}: the file has no {METADATA_KEY!r} in its metadata and no manifest.json beside it; "
+                f"{self.where}: no {METADATA_KEY!r} in the metadata and no manifest.json beside the file; "
                 "write one, see docs/manifest.md"
             )
         return Manifest.parse(text, self.where)
@@ -142,11 +144,13 @@ class ModelRunner:
         for i in m.inputs:
             length = i.multiple + i.left_context
             axes = {i.batch_axis: rows, i.time_axis: length}
-            feeds[i.name] = np.zeros([axes.get(a, d) for a, d in enumerate(i.shape)], i.dtype)
+            feeds[i.name] = np.zeros([int(axes.get(a, d)) for a, d in enumerate(i.shape)], i.dtype)
             if i.lengths:
                 feeds[i.lengths] = np.full(rows, length, np.int32)
         for s in m.states:
-            feeds[s.input] = np.zeros([rows if a == s.batch_axis else d for a, d in enumerate(s.shape)], s.dtype)
+            feeds[s.input] = np.zeros(
+                [rows if a == s.batch_axis else int(d) for a, d in enumerate(s.shape)], s.dtype
+            )
         for c in m.constants:
             feeds[c.name] = np.array(c.value, c.dtype).reshape(c.shape)
         return feeds
@@ -187,7 +191,9 @@ def _check_supported(manifest: Manifest, where: str) -> None:
     if manifest.stateful and any(o.batch_axis is None for o in manifest.outputs) and not manifest.alone:
         lacking.append("outputs without a batch_axis")
     if lacking:
-        raise NotSupported(f"{where}: the manifest uses {', '.join(lacking)}, which this version does not support")
+        raise NotSupported(
+            f"{where}: the manifest uses {', '.join(lacking)}, which this version does not support"
+        )
 
 
 def flush_denormals() -> bool:

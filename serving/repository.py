@@ -17,6 +17,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
+
 @dataclass(frozen=True)
 class ModelFolder:
     """One version's folder."""
@@ -64,7 +65,9 @@ class ModelRepository:
 
     def __init__(self, root: Path) -> None:
         if not root.is_dir():
-            raise ConfigInvalid(f"the model repository {root} is no folder; name one that holds <model>/<version>/")
+            raise ConfigInvalid(
+                f"the model repository {root} is no folder; name one that holds <model>/<version>/"
+            )
         self.root = root
 
     def folders(self) -> dict[str, list[ModelFolder]]:

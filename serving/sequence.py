@@ -10,7 +10,8 @@ import enum
 import itertools
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence as Items
+from collections.abc import Mapping
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -145,7 +146,10 @@ class Feed:
 
     def peek(self, frames: int) -> bytes:
         """The next `frames` frames with their context; nothing is eaten."""
-        begin, end = self._start - self._context, self._start + frames * self._multiple * self._sample_bytes
+        begin, end = (
+            self._start - self._context,
+            self._start + frames * self._multiple * self._sample_bytes,
+        )
         return self._data if begin == 0 and end == len(self._data) else self._data[begin:end]
 
     def eat(self, frames: int) -> None:
@@ -166,7 +170,8 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "constants", "ended", "feeds", "heard", "id", "idle_seconds", "key",
-        "label", "last_output", "manifest", "number", "pending", "period_seconds", "scheduled", "sink", "slot", "window",
+        "label", "last_output", "manifest", "number", "pending", "period_seconds", "scheduled", "sink",
+        "slot", "window",
     )  # fmt: skip
 
     def __init__(

@@ -50,8 +50,8 @@ _THREAD_STREAMS = 256
 class Server:
     """A server that serves from `start` on.
 
-    Raises (when built): ConfigInvalid, PlatformError (port in use, CUDA demanded but not loadable), ModelInvalid
-    if there is no model at all that serves.
+    Raises (when built): ConfigInvalid, PlatformError (port in use, CUDA demanded but not loadable),
+    ModelInvalid if there is no model at all that serves.
     """
 
     def __init__(self, config: ServerConfig, version: str) -> None:
@@ -83,7 +83,10 @@ class Server:
         if self._streams.mode == "threads":
             threads += self._streams.max_streams
         options = (
-            ("grpc.so_reuseport", 0),  # a forgotten server on this port would take half of the connections
+            (
+                "grpc.so_reuseport",
+                0,
+            ),  # a forgotten server on this port would take half of the connections
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             # Clients keep quiet connections alive; the default answers them too_many_pings.
@@ -96,7 +99,10 @@ class Server:
         )
         server = grpc.server(ThreadPoolExecutor(threads, "grpc"), options=options)
         servicer = Servicer(
-            self.catalogue, self._pending, max_predicts=config.max_predicts, is_draining=lambda: self.metrics.draining
+            self.catalogue,
+            self._pending,
+            max_predicts=config.max_predicts,
+            is_draining=lambda: self.metrics.draining,
         )
         handlers = servicer.handlers() | {"Stream": self._streams.handler()}
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -176,7 +182,9 @@ class Server:
                     os._exit(HUNG)
 
 
-def load_models(config: ServerConfig, provider: str, pending: PendingBytes, metrics: ServerMetrics) -> Catalogue:
+def load_models(
+    config: ServerConfig, provider: str, pending: PendingBytes, metrics: ServerMetrics
+) -> Catalogue:
     """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
 
     Raises: ModelInvalid if none serves.
@@ -197,7 +205,10 @@ def load_models(config: ServerConfig, provider: str, pending: PendingBytes, metr
                 refused.append(Refused(folder.model, folder.version, str(error)))
         waiting = {model: folders for model, folders in waiting.items() if folders}
     if not served:
-        why = "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused) or "it holds no <model>/<version>/ folder"
+        why = (
+            "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused)
+            or "it holds no <model>/<version>/ folder"
+        )
         raise ModelInvalid(f"no model of {config.repository} serves: {why}")
     return Catalogue(served, refused)
 
@@ -215,7 +226,9 @@ def _load(
     started = time.monotonic()
     files = folder.read()
     if files.fingerprint != verdict.fingerprint:
-        raise ModelInvalid(f"{folder.where}: its files changed while they were checked; leave versions as they are")
+        raise ModelInvalid(
+            f"{folder.where}: its files changed while they were checked; leave versions as they are"
+        )
     runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=config.threads)
     manifest = runner.manifest
     numbers = ModelMetrics(manifest.name, folder.version, provider, load_seconds=time.monotonic() - started)
@@ -230,7 +243,13 @@ def _load(
     )
     state = manifest.slot_bytes * config.max_sequences
     golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
-    log.info("%s serves on %s: %.1f MiB of state at most, %s", folder.where, provider, state / 2**20, golden)
+    log.info(
+        "%s serves on %s: %.1f MiB of state at most, %s",
+        folder.where,
+        provider,
+        state / 2**20,
+        golden,
+    )
     return Served(engine, Reader(manifest, config.max_message_bytes), provider, files.sha256)
 
 
@@ -251,7 +270,9 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _in_use(host: str, port: int, flag: str, why: str) -> PlatformError:
-    return PlatformError(f"cannot listen on {host}:{port}: {why or 'in use'}; choose another {flag}, 0 takes a free one")
+    return PlatformError(
+        f"cannot listen on {host}:{port}: {why or 'in use'}; choose another {flag}, 0 takes a free one"
+    )
 
 
 def _bind(server: grpc.Server, host: str, port: int) -> int:
@@ -262,7 +283,9 @@ def _bind(server: grpc.Server, host: str, port: int) -> int:
         raise _in_use(host, port, "--port", "") from error
 
 
-def _serve_metrics(metrics: ServerMetrics, host: str, port: int) -> prometheus_client.exposition.ThreadingWSGIServer:
+def _serve_metrics(
+    metrics: ServerMetrics, host: str, port: int
+) -> prometheus_client.exposition.ThreadingWSGIServer:
     registry = CollectorRegistry()
     registry.register(TenutoCollector(metrics))
     prometheus_client.ProcessCollector(registry=registry)

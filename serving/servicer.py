@@ -41,12 +41,13 @@ _LONGEST_WAIT_SECONDS = 3600.0
 _CHUNK_BYTES = 256
 
 Request = TypeVar("Request", bound=Message)
+Parsed = TypeVar("Parsed", bound=Message, covariant=True)
 
 
-class _Parser(Protocol[Request]):
+class _Parser(Protocol[Parsed]):
     """A message class."""
 
-    def FromString(self, data: bytes, /) -> Request: ...  # noqa: N802
+    def FromString(self, data: bytes, /) -> Parsed: ...
 
 
 class _Answer:
@@ -78,7 +79,7 @@ class Servicer:
         self._is_draining = is_draining
         self._places = threading.BoundedSemaphore(max_predicts)
 
-    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+    def handlers(self) -> dict[str, Any]:
         return {
             "Predict": _unary(pb.PredictRequest, self.predict),
             "ListModels": _unary(pb.ListModelsRequest, self.list_models),
@@ -95,7 +96,9 @@ class Servicer:
         if self._is_draining():
             raise ServerDraining("the server is leaving; call another one")
         if not self._places.acquire(blocking=False):
-            raise PoolFull(f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream")
+            raise PoolFull(
+                f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream"
+            )
         try:
             return self._predict(served, request, context)
         finally:
@@ -114,8 +117,7 @@ class Servicer:
         now = time.monotonic()
         served.engine.request(sequence, Chunk(1, data, counts, now, nbytes))
         context.add_callback(answer.there.set)  # a caller that leaves is not waited for
-        remaining = context.time_remaining()
-        seconds = _LONGEST_WAIT_SECONDS if remaining is None else min(remaining, _LONGEST_WAIT_SECONDS)
+        seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
         answer.there.wait(seconds)
         reply = answer.reply
         if isinstance(reply, Failed):
@@ -128,9 +130,13 @@ class Servicer:
         if isinstance(reply, Closed):
             raise ServerDraining("the server stopped before the answer was there; call another one")
         served.engine.close(sequence, Ending.CANCELLED)
-        raise DeadlinePassed(f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less")
+        raise DeadlinePassed(
+            f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less"
+        )
 
-    def list_models(self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext) -> pb.ListModelsResponse:
+    def list_models(
+        self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext
+    ) -> pb.ListModelsResponse:
         models = [_model(one) for one in self._catalogue.served]
         models += [
             pb.Model(name=r.model, version=r.version, state=pb.Model.FAILED, why=r.why)
@@ -148,7 +154,9 @@ class Servicer:
                 for r in self._catalogue.refused
                 if r.model == request.model and request.version in (0, r.version)
             )
-            model = pb.Model(name=refused.model, version=refused.version, state=pb.Model.FAILED, why=refused.why)
+            model = pb.Model(
+                name=refused.model, version=refused.version, state=pb.Model.FAILED, why=refused.why
+            )
             return pb.GetModelResponse(model=model)
         return pb.GetModelResponse(model=_model(served), manifest_json=served.manifest.to_json())
 
@@ -197,9 +205,7 @@ def _model(served: Served) -> pb.Model:
     )
 
 
-def _unary(
-    parser: _Parser[Request], method: Callable[[Request, grpc.ServicerContext], Message]
-) -> grpc.RpcMethodHandler:
+def _unary(parser: _Parser[Request], method: Callable[[Request, grpc.ServicerContext], Message]) -> Any:
     """The handler of one method: bytes that are no request, and the server's errors, become statuses here.
 
     gRPC's own deserializer would answer INTERNAL, and an exception would leak its text.
@@ -219,8 +225,7 @@ def _unary(
             context.abort(grpc.StatusCode.INTERNAL, "an error inside the server; its log says more")
         raise AssertionError("abort raises. This is a bug.")
 
-    handler: Any = grpc.unary_unary_rpc_method_handler(handle)
-    return handler  # type: ignore[no-any-return]
+    return grpc.unary_unary_rpc_method_handler(handle)
 
 
 def _abort(context: grpc.ServicerContext, error: TenutoError) -> None:

@@ -41,9 +41,7 @@ class StatePool:
         Raises: PoolFull.
         """
         if not self._free:
-            raise PoolFull(
-                f"all {self.capacity} sequence slots are taken; retry, use another server, or raise --max-sequences"
-            )
+            raise PoolFull(f"all {self.capacity} sequence slots are taken; retry, or raise --max-sequences")
         slot = self._free.pop()
         self._holders[slot] = holder
         self.reset(slot)
@@ -51,7 +49,9 @@ class StatePool:
 
     def free(self, slot: int, holder: str) -> None:
         if self._holders.get(slot) != holder:
-            raise TenutoError(f"slot {slot} is held by {self._holders.get(slot)}, not {holder}. This is a bug.")
+            raise TenutoError(
+                f"slot {slot} is held by {self._holders.get(slot)}, not {holder}. This is a bug."
+            )
         del self._holders[slot]
         self._free.append(slot)
 

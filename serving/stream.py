@@ -66,7 +66,12 @@ class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
     def __init__(
-        self, call: Call, catalogue: Catalogue, pending: PendingBytes, metrics: ServerMetrics, limits: StreamLimits
+        self,
+        call: Call,
+        catalogue: Catalogue,
+        pending: PendingBytes,
+        metrics: ServerMetrics,
+        limits: StreamLimits,
     ) -> None:
         self._call = call
         self._catalogue = catalogue
@@ -202,7 +207,9 @@ class Stream:
         engine = held.served.engine
         try:
             if chunk.generate:
-                raise NotSupported(f"model {held.served.manifest.name!r} does not generate; leave generate at 0")
+                raise NotSupported(
+                    f"model {held.served.manifest.name!r} does not generate; leave generate at 0"
+                )
             data, counts = held.served.reader.read(chunk.inputs)
         except TenutoError as error:
             engine.finish(held.sequence, type(error)(f"{error}, in step {chunk.step}"))
@@ -214,7 +221,7 @@ class Stream:
     def _strayed(self, key: int, kind: str | None) -> None:
         """An event for no live sequence: late for one that the server ended, or a mistake."""
         if key not in self._ended:
-            text = f"{kind or 'an empty event'} for sequence {key}, which is not open on this stream; send Open first"
+            text = f"{kind or 'an empty event'} for sequence {key}, which is not open; send Open first"
             self._refuse(key, NotOpen(text))
 
     def _refuse(self, key: int, error: TenutoError) -> None:
@@ -256,7 +263,9 @@ def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]
             names = ", ".join(choices) or "none"
             raise WrongSetting(f"constant {name!r} cannot be chosen; model {manifest.name!r} offers {names}")
         if value not in choices[name]:
-            raise WrongSetting(f"constant {name!r} is {value:g}; allowed: {', '.join(f'{v:g}' for v in choices[name])}")
+            raise WrongSetting(
+                f"constant {name!r} is {value:g}; allowed: {', '.join(f'{v:g}' for v in choices[name])}"
+            )
     return wished
 
 

@@ -161,13 +161,14 @@ class _InputReader:
         height, width = shape[1:] if channels_first else shape[:2]
         colours = 3 if len(shape) == 3 and 3 in (shape[0], shape[2]) else 1
         try:
-            with warnings.catch_warnings(action="error"), Image.open(
-                io.BytesIO(file), formats=[_FORMATS[encoding]]
-            ) as image:
+            with (
+                warnings.catch_warnings(action="error"),
+                Image.open(io.BytesIO(file), formats=[_FORMATS[encoding]]) as image,
+            ):
                 if image.size != (width, height):
                     got = f"{image.size[0]}x{image.size[1]}"
                     raise WrongShape(
-                        f"input {self.name!r}: an image of {got} pixels, expected {width}x{height}; resize it first"
+                        f"input {self.name!r}: an image of {got} pixels, expected {width}x{height}"
                     )
                 pixels = np.asarray(image.convert("RGB" if colours == 3 else "L"))
         except (OSError, SyntaxError, ValueError, Warning, Image.DecompressionBombError) as error:

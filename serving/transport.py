@@ -1,9 +1,9 @@
 """The stream method on a public `grpc.server`: bytes in, bytes out, no thread held by an open stream.
 
-The handler is non-blocking (the hook that grpcio's own health `Watch` uses): it keeps the call object and posts
-core operation batches itself. That touches two private names, `context._rpc_event.call` and the operations of
-`grpc._cython.cygrpc`; they are used in this file alone and probed before the server starts. If the probe fails,
-an ordinary iterator handler takes over, which admits no more streams than it has threads.
+The handler is non-blocking (the hook that grpcio's own health `Watch` uses): it keeps the call object and
+posts core operation batches itself. That touches two private names, `context._rpc_event.call` and the
+operations of `grpc._cython.cygrpc`; they are used in this file alone and probed before the server starts. If
+the probe fails, an ordinary iterator handler takes over, which admits no more streams than it has threads.
 
 What is already paid for, each with a test in tests/integration/test_transport.py:
 - one send and one read outstanding a call: `start_server_batch` *returns* an error code and raises nothing;
@@ -15,6 +15,7 @@ What is already paid for, each with a test in tests/integration/test_transport.p
 
 from __future__ import annotations
 
+import importlib
 import logging
 import queue
 import threading
@@ -26,6 +27,12 @@ from typing import Any, Literal, Protocol
 import grpc
 
 from .errors import PlatformError
+
+_operations: Any
+try:
+    _operations = importlib.import_module("grpc._cython.cygrpc")
+except ImportError:  # the probe says so
+    _operations = None
 
 log = logging.getLogger("tenuto.transport")
 
@@ -118,7 +125,12 @@ class NonBlockingCall:
     """A stream that holds no thread. Tags run on gRPC's serve thread, sends on any."""
 
     def __init__(
-        self, context: Any, finish: Callable[[None], None], opener: Opener, limit_bytes: int, closed: Callable[[], None]
+        self,
+        context: Any,
+        finish: Callable[[None], None],
+        opener: Opener,
+        limit_bytes: int,
+        closed: Callable[[], None],
     ) -> None:
         self._context = context
         self._core = context._rpc_event.call
@@ -176,12 +188,12 @@ class NonBlockingCall:
     # Operation batches. Each has its own operation object.
 
     def _post_send(self, message: bytes) -> None:
-        error = self._core.start_server_batch((_cygrpc().SendMessageOperation(message, 0),), self._sent)
+        error = self._core.start_server_batch((_operations.SendMessageOperation(message, 0),), self._sent)
         if error:
             self._lost("send", error)
 
     def _arm(self) -> None:
-        error = self._core.start_server_batch((_cygrpc().ReceiveMessageOperation(0),), self._read)
+        error = self._core.start_server_batch((_operations.ReceiveMessageOperation(0),), self._read)
         if error:
             self._lost("read", error)
 
@@ -384,7 +396,9 @@ class StreamMethod:
     not count non-blocking calls.)
     """
 
-    def __init__(self, opener: Opener, *, mode: Mode, max_streams: int, outbox_bytes: int = 256 << 10) -> None:
+    def __init__(
+        self, opener: Opener, *, mode: Mode, max_streams: int, outbox_bytes: int = 256 << 10
+    ) -> None:
         self.mode = choose_mode(mode)
         self.open_streams = 0
         self.refused = 0
@@ -393,7 +407,7 @@ class StreamMethod:
         self._outbox_bytes = outbox_bytes
         self._lock = threading.Lock()
 
-    def handler(self) -> grpc.RpcMethodHandler:
+    def handler(self) -> Any:
         behaviour: Any = self._non_blocking if self.mode == "nonblocking" else self._threaded
         return grpc.stream_stream_rpc_method_handler(behaviour)
 
@@ -413,7 +427,9 @@ class StreamMethod:
             return
         try:
             call = ThreadCall(context, self._opener, self._outbox_bytes)
-            threading.Thread(target=call.read_all, args=(requests,), name="stream-reader", daemon=True).start()
+            threading.Thread(
+                target=call.read_all, args=(requests,), name="stream-reader", daemon=True
+            ).start()
             yield from call.replies()
         finally:
             self._one_less()
@@ -434,16 +450,6 @@ class StreamMethod:
             self.open_streams -= 1
 
 
-def _cygrpc() -> Any:
-    return _operations
-
-
-try:
-    from grpc._cython import cygrpc as _operations
-except ImportError:  # the probe says so
-    _operations = None  # type: ignore[assignment]
-
-
 def choose_mode(mode: Mode) -> Mode:
     """The transport that works here.
 
@@ -456,7 +462,11 @@ def choose_mode(mode: Mode) -> Mode:
         return "nonblocking"
     if mode == "nonblocking":
         raise PlatformError(f"--transport nonblocking does not work with grpcio {grpc.__version__}: {why}")
-    log.warning("the non-blocking transport does not work with grpcio %s (%s): streams use threads", grpc.__version__, why)
+    log.warning(
+        "the non-blocking transport does not work with grpcio %s (%s): streams use threads",
+        grpc.__version__,
+        why,
+    )
     return "threads"
 
 
@@ -489,17 +499,17 @@ def probe() -> str:
         NonBlockingCall(context, finish, _Echo, 1 << 20, lambda: None)
 
     handle.experimental_non_blocking = True  # type: ignore[attr-defined]
-    handlers = {"Echo": grpc.stream_stream_rpc_method_handler(handle)}
+    handlers: dict[str, Any] = {"Echo": grpc.stream_stream_rpc_method_handler(handle)}
     server = grpc.server(ThreadPoolExecutor(1), options=(("grpc.so_reuseport", 0),))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tenuto.probe", handlers),))
     try:
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            echo = channel.stream_stream("/tenuto.probe/Echo")
+            echo: Any = channel.stream_stream("/tenuto.probe/Echo")
             replies = list(echo(iter([b"one", b"two"]), timeout=5.0))
         return "" if replies == [b"one", b"two"] else f"the echo returned {replies!r}"
-    except Exception as error:  # whatever it is, the other transport is there
+    except Exception as error:  # noqa: BLE001  whatever it is, the other transport is there
         return f"the echo failed: {type(error).__name__}"
     finally:
         server.stop(None)

@@ -48,7 +48,9 @@ class Limits:
     memory_bytes: int
 
 
-def vet(folders: list[ModelFolder], *, provider: str, threads: int, limits: Limits) -> dict[ModelFolder, Verdict]:
+def vet(
+    folders: list[ModelFolder], *, provider: str, threads: int, limits: Limits
+) -> dict[ModelFolder, Verdict]:
     """A verdict for each folder, whatever the files do to the process that reads them."""
     verdicts: dict[ModelFolder, Verdict] = {}
     while rest := [f for f in folders if f not in verdicts]:
@@ -147,13 +149,19 @@ def check(folder: ModelFolder, provider: str, threads: int) -> Verdict:
         files = folder.read()
         runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=threads)
         if runner.manifest.name != folder.model:
-            raise ModelInvalid(f"{folder.where}: the manifest is named {runner.manifest.name!r}; they must agree")
+            raise ModelInvalid(
+                f"{folder.where}: the manifest is named {runner.manifest.name!r}; they must agree"
+            )
         runner.enter_thread()
         runner.run(runner.zero_feeds())
         golden, steps = folder.path / "golden.npz", 0
         if golden.is_file():
             engine = Engine(
-                runner.manifest, runner, version=folder.version, max_sequences=1, pending=PendingBytes(1 << 40)
+                runner.manifest,
+                runner,
+                version=folder.version,
+                max_sequences=1,
+                pending=PendingBytes(1 << 40),
             )
             steps = replay(engine, golden, folder.where)
     except RunFailed as error:

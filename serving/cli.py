@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 from .config import ServerConfig, flag_of, variable_of
 from .errors import TenutoError
@@ -28,6 +29,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _version() -> str:
+    try:
+        return version("tenuto")
+    except PackageNotFoundError:  # run from a folder that was never installed
+        return "0+unknown"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serves until a signal.
 
@@ -46,19 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     # Before gRPC is loaded. Its notes on every closed connection are not for an operator's log …
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # … and without its own event threads the serve thread does the socket I/O itself, a fifth less CPU a message.
+    # … and without its event threads the serve thread does the socket I/O itself: a fifth less CPU.
     if config.grpc_experiments:
         os.environ.setdefault("GRPC_EXPERIMENTS", config.grpc_experiments)
     from .server import Server
 
     try:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            number = version("tenuto")
-        except PackageNotFoundError:
-            number = "0+unknown"
-        server = Server(config, number)
+        server = Server(config, _version())
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 1

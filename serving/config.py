@@ -16,7 +16,9 @@ from .errors import ConfigInvalid
 
 PREFIX = "TENUTO_"
 # Not the server's: data and models for training and tests, the client commands' server.
-_NOT_OURS = frozenset({"TENUTO_DATA", "TENUTO_MODELS", "TENUTO_SERVER"})
+_NOT_OURS = frozenset(
+    f"TENUTO_{name}" for name in ("DATA", "MODELS", "SERVER", "TIMEOUT_SECONDS", "REPLY_SECONDS")
+)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]

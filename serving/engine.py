@@ -83,7 +83,7 @@ class Engine:
         self._layout = Layout(manifest)
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
-        self._idle: list[tuple[float, int, Sequence]] = []  # (deadline, number, …); rechecked when due
+        self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
         self._draining = False
         self._stopped = False
@@ -336,7 +336,7 @@ class Engine:
             return
         self._live[sequence.id] = sequence
         if sequence.idle_seconds:
-            heapq.heappush(self._idle, (self._clock() + sequence.idle_seconds, sequence.number, sequence))
+            heapq.heappush(self._idle, (self._clock() + sequence.idle_seconds, sequence.id))
         self.metrics.sequences_started += 1
         self._count_live()
         self._send(sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window))
@@ -445,14 +445,14 @@ class Engine:
     def _expire(self, now: float) -> None:
         """Ends what has been silent for too long. Idle counts from the last chunk accepted."""
         while self._idle and self._idle[0][0] <= now:
-            _, number, sequence = heapq.heappop(self._idle)
-            if sequence.ended:
+            sequence = self._live.get(heapq.heappop(self._idle)[1])
+            if sequence is None:  # ended; only its id was kept
                 continue
             deadline = sequence.heard + sequence.idle_seconds
             if deadline <= now and not sequence.pending:
                 self._close(sequence, Ending.IDLE_EXPIRED)
             else:
-                heapq.heappush(self._idle, (max(deadline, now + 1.0), number, sequence))
+                heapq.heappush(self._idle, (max(deadline, now + 1.0), sequence.id))
 
     def _drain(self) -> None:
         self._draining = True
@@ -462,6 +462,8 @@ class Engine:
     def _stop(self, reason: Ending) -> None:
         for sequence in list(self._live.values()):
             self._close(sequence, reason)
+        while self.step():  # single requests that were accepted are answered
+            pass
         self._stopped = True
 
     def _count_live(self) -> None:

@@ -88,7 +88,7 @@ class InputLayout:
         self._shape = spec.sample_shape
         self._sample_bytes = spec.sample_bytes
         self._timed = spec.time_axis is not None
-        self._stateless = not stateful
+        self._stateless = not stateful and spec.batch_axis is not None  # rows come in batches
         self._check_finite = spec.finite and self._dtype.kind == "f"
         # Where the axes of the stacked array, (batch, time, …), go in the graph's tensor.
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
@@ -155,7 +155,7 @@ class OutputLayout:
         self.frame_shape = spec.frame_shape
         self.timed = spec.time_axis is not None
         self._frame_bytes = spec.frame_bytes
-        self._stateless = not manifest.stateful
+        self._stateless = not manifest.stateful and not manifest.alone
         self.joins = self.timed or self._stateless  # whether the parts of a chunk's turns are put together
         self._alone = manifest.alone
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]

@@ -153,9 +153,10 @@ class Feed:
         return self._data if begin == 0 and end == len(self._data) else self._data[begin:end]
 
     def eat(self, frames: int) -> None:
-        self._start += frames * self._multiple * self._sample_bytes
-        if self._start == len(self._data) and not self._context:
-            self._data, self._start = b"", 0  # an idle sequence does not keep its last chunk alive
+        frame = self._multiple * self._sample_bytes
+        self._start += frames * frame
+        if len(self._data) - self._start < frame:  # an idle sequence does not keep its last chunk alive
+            self._data, self._start = self._data[self._start - self._context :], self._context
 
 
 _numbers = itertools.count(1)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -137,6 +138,7 @@ class Stream:
         response = pb.StreamResponse()
         add = response.replies.add
         expired = False
+        terminal: list[tuple[Sequence, bool]] = []
         for sequence, reply in replies:
             message = add(sequence=sequence.key)
             if isinstance(reply, Output):
@@ -150,11 +152,15 @@ class Stream:
                 message.closed.reason = reply.reason.value  # type: ignore[assignment]
                 message.closed.last_step = reply.last_step
                 expired = expired or reply.reason is Ending.IDLE_EXPIRED
-                self._forget(sequence, remember=reply.reason is not Ending.END)
+                terminal.append((sequence, reply.reason is not Ending.END))
             elif isinstance(reply, Failed):
                 _write_failed(message.failed, reply.error)
-                self._forget(sequence, remember=True)
-        self._call.send(response.SerializeToString())
+                terminal.append((sequence, True))
+        # In one step with its last reply: `half_closed` must not finish the call between the two.
+        with self._lock if terminal else nullcontext():
+            for sequence, remember in terminal:
+                self._forget(sequence, remember=remember)
+            self._call.send(response.SerializeToString())
         if expired and self._call.backed_up:
             log.info("%s leaves its replies untaken; its stream is cancelled", self._call.peer())
             self._call.cancel()
@@ -238,12 +244,11 @@ class Stream:
         self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def _forget(self, sequence: Sequence, *, remember: bool) -> None:
-        with self._lock:
-            held = self._held.get(sequence.key)
-            if held is not None and held.sequence is sequence:
-                del self._held[sequence.key]
-                if remember:
-                    self._remember(sequence.key)
+        held = self._held.get(sequence.key)
+        if held is not None and held.sequence is sequence:
+            del self._held[sequence.key]
+            if remember:
+                self._remember(sequence.key)
 
     def _remember(self, key: int) -> None:
         self._ended[key] = None

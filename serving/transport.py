@@ -26,7 +26,8 @@ from typing import Any, Literal, Protocol
 
 import grpc
 
-from .errors import PlatformError
+from .errors import PlatformError, PoolFull
+from .status import code_of, metadata_of
 
 _operations: Any
 try:
@@ -222,8 +223,10 @@ class NonBlockingCall:
     def _read(self, event: Any) -> tuple[None, tuple[()]]:
         try:
             message = event.batch_operations[0].message()
-            if message is None:
+            if message is None and not self._reads_done:
                 self._reads_done = True
+                self._arm()  # asked twice: see read_all
+            elif message is None:
                 self._listener.half_closed()
             else:
                 self._listener.received(message)
@@ -335,7 +338,9 @@ class ThreadCall:
                 self._listener.received(message)
                 if not self._may_read():
                     return
-            self._listener.half_closed()
+            # A cancelled call looks like a half-close at first: whoever asks again is told the truth.
+            if next(requests, None) is None:
+                self._listener.half_closed()
         except grpc.RpcError:  # the call is over
             pass
         except Exception as error:
@@ -440,9 +445,10 @@ class StreamMethod:
                 self.open_streams += 1
                 return True
             self.refused += 1
-        context.set_code(grpc.StatusCode.RESOURCE_EXHAUSTED)
-        context.set_details(f"{self.max_streams} streams are open; share streams, or raise --max-streams")
-        context.set_trailing_metadata((("tenuto-reason", "POOL_FULL"),))
+        error = PoolFull(f"{self.max_streams} streams are open; share streams, or raise --max-streams")
+        context.set_code(code_of(error))
+        context.set_details(str(error))
+        context.set_trailing_metadata(metadata_of(error))
         return False
 
     def _one_less(self) -> None:

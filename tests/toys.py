@@ -18,7 +18,9 @@ FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 Manifest = dict[str, Any]
 
 
-def model(nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: dict[str, Any] | None = None) -> bytes:
+def model(
+    nodes: list[Any], inputs: list[Any], outputs: list[Any], constants: dict[str, Any] | None = None
+) -> bytes:
     """Serialized bytes of a checked graph, opset 17, IR 10."""
     initial = [numpy_helper.from_array(np.asarray(v), k) for k, v in (constants or {}).items()]
     graph = helper.make_graph(nodes, "toy", inputs, outputs, initial)
@@ -83,7 +85,7 @@ def doubler(**changes: Any) -> tuple[bytes, Manifest]:
 
 
 def brightness(side: int = 4) -> tuple[bytes, Manifest]:
-    """Stateless image model: [batch, side, side] in 0…1 -> the mean of each image. PNG, JPEG, uint8, float."""
+    """Stateless image model: [batch, side, side] in 0…1 -> the mean of each image."""
     nodes = [helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2], keepdims=0)]
     made = model(nodes, [value("image", FLOAT, "batch", side, side)], [value("mean", FLOAT, "batch")])
     wire = [{"dtype": "uint8", "scale": 1 / 255}, {"encoding": "png"}, {"encoding": "jpeg"}]
@@ -110,7 +112,12 @@ def lookup(*, checked: bool = True) -> tuple[bytes, Manifest]:
                  "to": np.int64([2**31]), "axes": np.int64([1]), "last": np.int64([-1])}  # fmt: skip
     inputs = [value("index", INT64, "batch", "time"), value("total", FLOAT, "batch", 1)]
     outputs = [value("y", FLOAT, "batch", "time"), value("total_next", FLOAT, "batch", 1)]
-    index: dict[str, Any] = {"name": "index", "dtype": "int64", "shape": ["batch", "time"], "time_axis": 1}
+    index: dict[str, Any] = {
+        "name": "index",
+        "dtype": "int64",
+        "shape": ["batch", "time"],
+        "time_axis": 1,
+    }
     manifest = {
         "format": 1,
         "name": "lookup",
@@ -123,7 +130,10 @@ def lookup(*, checked: bool = True) -> tuple[bytes, Manifest]:
 
 def explosive() -> tuple[bytes, Manifest]:
     """Stateful: the state is multiplied by x at every step, so 1e30 twice makes it Inf."""
-    nodes = [helper.make_node("Mul", ["state", "x"], ["state_next"]), helper.make_node("Neg", ["x"], ["y"])]
+    nodes = [
+        helper.make_node("Mul", ["state", "x"], ["state_next"]),
+        helper.make_node("Neg", ["x"], ["y"]),
+    ]
     inputs = [value("x", FLOAT, "batch", 1), value("state", FLOAT, "batch", 1)]
     outputs = [value("y", FLOAT, "batch", 1), value("state_next", FLOAT, "batch", 1)]
     state = {"input": "state", "output": "state_next", "dtype": "float32", "shape": ["batch", 1]}
@@ -135,3 +145,51 @@ def explosive() -> tuple[bytes, Manifest]:
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
     }
     return model(nodes, inputs, outputs), manifest
+
+
+def gain() -> tuple[bytes, Manifest]:
+    """Stateful: y = gain * x + the sum of all gained x before; a client may choose the gain 1, 2 or 10."""
+    nodes = [
+        helper.make_node("Mul", ["x", "gain"], ["gained"]),
+        helper.make_node("Add", ["total", "gained"], ["y"]),
+        helper.make_node("Identity", ["y"], ["total_next"]),
+    ]
+    inputs = [value("x", FLOAT, "batch", 1), value("gain", FLOAT), value("total", FLOAT, "batch", 1)]
+    outputs = [value("y", FLOAT, "batch", 1), value("total_next", FLOAT, "batch", 1)]
+    manifest = {
+        "format": 1,
+        "name": "gain",
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", 1]}],
+        "constants": [{"name": "gain", "dtype": "float32", "value": 1.0, "allowed": [1.0, 2.0, 10.0]}],
+        "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
+    }
+    return model(nodes, inputs, outputs), manifest
+
+
+def spinner() -> tuple[bytes, Manifest]:
+    """Stateful: adds 1 as often as `turns` says, in a loop, so that a client decides how long a run takes."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["sum_in", "one"], ["sum_out"]),
+            helper.make_node("Identity", ["go_in"], ["go_out"]),
+        ],
+        "body",
+        [value("i", INT64), value("go_in", TensorProto.BOOL), value("sum_in", FLOAT, "batch", 1)],
+        [value("go_out", TensorProto.BOOL), value("sum_out", FLOAT, "batch", 1)],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["turns"], ["most"], keepdims=0),
+        helper.make_node("Loop", ["most", "", "total"], ["total_next"], body=body),
+        helper.make_node("Identity", ["total_next"], ["y"]),
+    ]
+    inputs = [value("turns", INT64, "batch", 1), value("total", FLOAT, "batch", 1)]
+    outputs = [value("y", FLOAT, "batch", 1), value("total_next", FLOAT, "batch", 1)]
+    manifest = {
+        "format": 1,
+        "name": "spinner",
+        "inputs": [{"name": "turns", "dtype": "int64", "shape": ["batch", 1]}],
+        "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
+    }
+    return model(nodes, inputs, outputs, {"one": np.float32(1)}), manifest

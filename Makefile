@@ -1,0 +1,119 @@
+# Two commands need nothing but Python >= 3.11 and make:
+#   make demo    start the server on exported/, use it, stop it
+#   make test    run every test
+# Every environment is made by the target that needs it, with the versions of constraints.txt.
+# Works with GNU make 3.81, which macOS has.
+
+PYTHON ?= python3
+ARGS ?=
+MODELS ?= digits oil-temperature spoken-digits
+PROTOS := $(wildcard proto/tenuto/*/*.proto)
+SETUP := pyproject.toml constraints.txt .ci/make_venv.py
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-oldest lint format types stubs check-stubs models bench clean python
+
+help:
+	@echo 'make demo          start the server on exported/, use it, stop it'
+	@echo 'make test          run every test (ARGS="-k name" for some)'
+	@echo 'make test-oldest   run the client on the oldest and the newest grpcio and protobuf allowed'
+	@echo 'make lint          ruff: rules and format'
+	@echo 'make format        ruff: repair what it can'
+	@echo 'make types         mypy, strict'
+	@echo 'make stubs         write tenuto/v1 anew from proto/'
+	@echo 'make check-stubs   compare tenuto/v1 with proto/'
+	@echo 'make models        train and export the models anew (MODELS="digits" for some)'
+	@echo 'make bench         run the benchmarks (ARGS go to them)'
+	@echo 'make clean         remove environments, caches and builds'
+
+# --- environments -----------------------------------------------------------------------------------
+
+# A missing or unknown python3 is worth a sentence of its own.
+python:
+	@command -v '$(PYTHON)' >/dev/null || { echo \
+	  'error: PYTHON_MISSING: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=...' >&2; exit 1; }
+
+.venv/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,training,demo]' --group dev
+	@touch $@
+
+.venv-demo/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-demo -c constraints.txt -e '.[demo]'
+	@touch $@
+
+.venv-stubs/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-stubs --group stubs
+	@touch $@
+
+.venv-oldest/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-oldest --group oldest
+	@touch $@
+
+.venv-newest/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-newest -c constraints.txt grpcio numpy protobuf --group pytest
+	@touch $@
+
+# --- running it -------------------------------------------------------------------------------------
+
+demo: .venv-demo/.stamp
+	@.venv-demo/bin/python examples/demo.py $(ARGS)
+
+models: .venv/.stamp
+	@for model in $(MODELS); do .venv/bin/tenuto train $$model $(ARGS) || exit 1; done
+
+bench: .venv/.stamp
+	.venv/bin/python -m benchmarks $(ARGS)
+
+# --- checking it ------------------------------------------------------------------------------------
+
+test: .venv/.stamp
+	.venv/bin/python -m pytest $(ARGS)
+
+# The client as users get it: its wheel with its base dependencies, and tests that see no source tree.
+CLIENT_TESTS = tests/oldest $(wildcard tests/client)
+define test_wheel
+rm -rf $(1)/wheel $(1)/run && mkdir -p $(1)/run/tests
+$(1)/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps -w $(1)/wheel .
+$(1)/bin/python -m pip --disable-pip-version-check install --quiet --force-reinstall --no-deps $(1)/wheel/*.whl
+cp pyproject.toml $(1)/run/ && cp tests/conftest.py $(1)/run/tests/ && cp -R $(CLIENT_TESTS) $(1)/run/tests/
+$(1)/bin/python -m pip --disable-pip-version-check list | grep -E '^(grpcio|numpy|protobuf|tenuto) '
+cd $(1)/run && ../bin/python -m pytest $(ARGS)
+endef
+
+test-oldest: .venv-oldest/.stamp .venv-newest/.stamp
+	$(call test_wheel,.venv-oldest)
+	$(call test_wheel,.venv-newest)
+
+lint: .venv/.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.stamp
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+types: .venv/.stamp
+	.venv/bin/mypy
+
+# --- stubs ------------------------------------------------------------------------------------------
+
+# $(1): the folder to write into
+define write_stubs
+.venv-stubs/bin/python -m grpc_tools.protoc -Iproto \
+  --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+endef
+
+stubs: .venv-stubs/.stamp
+	$(call write_stubs,.)
+
+check-stubs: .venv-stubs/.stamp
+	@rm -rf .venv-stubs/fresh && mkdir -p .venv-stubs/fresh
+	@$(call write_stubs,.venv-stubs/fresh)
+	@cd .venv-stubs/fresh && for file in $$(find tenuto -type f); do \
+	  cmp $$file ../../$$file || { echo "error: STUBS_STALE: $$file is not what proto/ gives; run: make stubs" >&2; exit 1; }; done
+	@echo 'stubs are fresh'
+
+clean:
+	rm -rf .venv .venv-* build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

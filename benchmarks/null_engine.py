@@ -1,0 +1,70 @@
+"""Our transport without an engine: each chunk is answered by zeros, at once, on the thread that read it.
+
+It shows what the transport and the messages cost; the rest of what the whole server costs is the
+engine's. Its frames are as long as what came in, so that its replies have the size of the others'.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")  # as in our server
+
+import grpc
+
+from tenuto.serving.transport import Call, StreamMethod
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .model import OUTPUTS
+
+FLOAT_BYTES = 4
+MAX_STREAMS = 10_000
+
+
+class Zeros:
+    """The listener of one stream."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def received(self, message: bytes) -> None:
+        replies = [reply(event) for event in pb.StreamRequest.FromString(message).events]
+        self._call.send(pb.StreamResponse(replies=replies).SerializeToString())
+
+    def half_closed(self) -> None:
+        self._call.finish()
+
+    def terminated(self) -> None:
+        pass
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return False
+
+
+def reply(event: pb.Event) -> pb.Reply:
+    if event.HasField("open"):
+        opened = pb.Opened(version=1, next_step=1, window=4)
+        return pb.Reply(sequence=event.sequence, opened=opened)
+    frames = event.chunk.inputs[0].shape[0]
+    data = bytes(frames * OUTPUTS * FLOAT_BYTES)
+    tensor = pb.Tensor(name="y", dtype="float32", shape=[frames, OUTPUTS], data=data)
+    timing = pb.Timing(queue_us=1, compute_us=1, batch_size=1)
+    output = pb.Output(step=event.chunk.step, last=True, outputs=[tensor], timing=timing)
+    return pb.Reply(sequence=event.sequence, output=output)
+
+
+def serve() -> None:
+    """Serves on a free port of 127.0.0.1, says which on stdout, until the process is ended."""
+    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
+    method = StreamMethod(Zeros, mode="nonblocking", max_streams=MAX_STREAMS)
+    handler = grpc.method_handlers_generic_handler("tenuto.v1.Tenuto", {"Stream": method.handler()})
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    print(f"serving on 127.0.0.1:{port}", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,55 @@
+"""What the baselines share: messages, and a `grpc.aio` server around a servicer."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Protocol
+
+import grpc
+import numpy as np
+
+from tenuto.v1 import tenuto_pb2 as pb
+from tenuto.v1 import tenuto_pb2_grpc
+
+from .model import INPUTS, Floats
+
+
+class Servicer(Protocol):
+    """The one method that the benchmark calls."""
+
+    def Stream(
+        self, requests: AsyncIterator[pb.StreamRequest], context: object
+    ) -> AsyncIterator[pb.StreamResponse]: ...
+
+
+def frames(chunk: pb.Chunk) -> Floats:
+    """The chunk's samples as [time, 40]."""
+    return np.frombuffer(chunk.inputs[0].data, np.float32).reshape(-1, INPUTS)
+
+
+def opened(sequence: int) -> pb.Reply:
+    return pb.Reply(sequence=sequence, opened=pb.Opened(version=1, next_step=1, window=4))
+
+
+def output(sequence: int, step: int, y: Floats) -> pb.Reply:
+    """The answer to one chunk: y is [time, 12]."""
+    tensor = pb.Tensor(name="y", dtype="float32", shape=y.shape, data=y.tobytes())
+    return pb.Reply(sequence=sequence, output=pb.Output(step=step, last=True, outputs=[tensor]))
+
+
+async def serve(servicer: Servicer) -> None:
+    """Serves on a free port of 127.0.0.1, says which on stdout, until the process is ended."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    tenuto_pb2_grpc.add_TenutoServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"serving on 127.0.0.1:{port}", flush=True)
+    await server.wait_for_termination()
+
+
+def run(servicer: Servicer) -> None:
+    """`serve` on uvloop where that is installed, else on asyncio's own loop."""
+    loop = import_module("uvloop").new_event_loop if find_spec("uvloop") else None
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(serve(servicer))

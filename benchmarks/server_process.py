@@ -1,0 +1,99 @@
+"""The servers under test: each a process of its own on a free port, and what it has cost so far."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from select import select
+from types import TracebackType
+from typing import Self
+
+READY_SECONDS = 120
+STOP_SECONDS = 15
+TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
+
+
+def command(name: str, model: Path) -> list[str]:
+    """How to start the server of that name for `model`, …/REPOSITORY/lstm/1/model.onnx."""
+    if name == "tenuto":
+        repository = str(model.parents[2])
+        arguments = ["tenuto.cli", "serve", repository, "--port", "0", "--metrics-port", "0"]
+    elif name == "null":
+        arguments = ["benchmarks.null_engine"]
+    else:
+        arguments = [f"benchmarks.{name}", str(model)]
+    return [sys.executable, "-m", *arguments]
+
+
+class ServerProcess:
+    """A server that is ready: `port` on 127.0.0.1. As a context manager it ends the process."""
+
+    def __init__(self, name: str, model: Path) -> None:
+        self.name = name
+        self.process = subprocess.Popen(command(name, model), stdout=subprocess.PIPE, text=True, bufsize=1)
+        try:
+            self.port = self._ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _ready(self) -> int:
+        """Waits for the line that names the port."""
+        assert self.process.stdout is not None
+        readable, _, _ = select([self.process.stdout], [], [], READY_SECONDS)
+        line = self.process.stdout.readline() if readable else ""
+        found = re.search(r"127\.0\.0\.1:(\d+)", line)
+        if found is None:
+            raise RuntimeError(f"{self.name} did not say where it serves; it said {line!r}")
+        return int(found[1])
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time of a process and its descendants, the waited-for ones included."""
+    stats = dict(_stats())
+    family = {pid}
+    while more := {child for child, (parent, _) in stats.items() if parent in family} - family:
+        family |= more
+    return sum(stats[member][1] for member in family if member in stats) * TICK_SECONDS
+
+
+def _stats() -> Iterable[tuple[int, tuple[int, int]]]:
+    """(pid, (parent, ticks)) of every process."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                line = (folder / "stat").read_text()
+            except OSError:  # it ended meanwhile
+                continue
+            yield int(folder.name), parse_stat(line)
+
+
+def parse_stat(line: str) -> tuple[int, int]:
+    """(parent, ticks of user and system time) from /proc/PID/stat, see proc(5)."""
+    fields = line.rpartition(")")[2].split()  # from the third on; the second may hold spaces
+    return int(fields[1]), sum(map(int, fields[11:15]))

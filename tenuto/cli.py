@@ -1,0 +1,385 @@
+"""The command `tenuto`: `models`, `predict` and `stream` here, the others in their extras.
+
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage or a missing extra, 130 Ctrl-C.
+The client commands read TENUTO_SERVER, TENUTO_TIMEOUT_SECONDS and TENUTO_REPLY_SECONDS; an option
+given on the command line comes first.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import TenutoError, invalid
+
+if TYPE_CHECKING:
+    from . import Client, Output
+    from .recording import Recording
+    from .tensor import Array, Inputs
+
+# Subcommand -> its module, the extra it needs, and whether the module wants the subcommand's name.
+_ELSEWHERE = {
+    "serve": ("tenuto.serving.cli", "serving", False),
+    "train": ("tenuto.training.cli", "training", True),
+    "evaluate": ("tenuto.training.cli", "training", True),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _ELSEWHERE:
+        return _run_elsewhere(words)
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except TenutoError as error:
+        return _fail(arguments.command, str(error))
+    except OSError as error:
+        return _fail(arguments.command, f"{error.filename or ''}: {error.strerror or error}")
+    return 0
+
+
+def _fail(command: str, text: str) -> int:
+    print(f"tenuto {command}: {' '.join(text.split())}", file=sys.stderr)
+    return 1
+
+
+def _run_elsewhere(words: list[str]) -> int:
+    command = words[0]
+    module, extra, wants_name = _ELSEWHERE[command]
+    try:
+        run = import_module(module).main
+    except ImportError as error:
+        print(
+            f"tenuto {command}: {error}; install what it needs: pip install 'tenuto[{extra}]'",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return int(run(words if wants_name else words[1:]) or 0)
+    except KeyboardInterrupt:
+        return 130
+
+
+# -- arguments -------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tenuto", description="An inference server that holds its callers' recurrent state."
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help="serve the models of a repository (extra: serving)")
+    commands.add_parser("train", help="train and export a model (extra: training)")
+    commands.add_parser("evaluate", help="score an exported model (extra: training)")
+
+    models = _client_command(commands, "models", _models, "list the models of a server")
+    models.add_argument("--json", action="store_true", help="print a JSON list")
+
+    predict = _client_command(commands, "predict", _predict, "send files as one batch")
+    predict.add_argument("model", metavar="MODEL")
+    predict.add_argument("files", metavar="FILE", nargs="+", help=".png, .jpg or .npy")
+    predict.add_argument("--top", type=_count, default=3, help="labels for each file (default 3)")
+    predict.add_argument("--json", action="store_true", help="print one JSON object")
+    _version_option(predict)
+
+    stream = _client_command(commands, "stream", _stream, "send one recording as a sequence")
+    stream.add_argument("model", metavar="MODEL")
+    stream.add_argument("file", metavar="FILE.wav|FILE.csv", help="mono 16-bit sound, or columns")
+    stream.add_argument("--chunk-ms", type=_count, default=20, help="of sound (default 20)")
+    stream.add_argument("--chunk-rows", type=_count, default=1, help="of a CSV file (default 1)")
+    stream.add_argument("--realtime", action="store_true", help="at the pace of the recording")
+    stream.add_argument("--json", action="store_true", help="print a JSON object for each output")
+    _version_option(stream)
+    return parser
+
+
+def _client_command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    options: dict[str, tuple[Callable[[str], Any], str, str]] = {
+        "server": (str, "127.0.0.1:8001", "host:port of the server"),
+        "timeout_seconds": (_seconds, "10", "for each call"),
+        "reply_seconds": (_seconds, "30", "for each output of a stream"),
+    }
+    for option, (kind, default, help_text) in options.items():
+        variable = f"TENUTO_{option.upper()}"
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=kind,
+            default=os.environ.get(variable, default),
+            metavar="HOST:PORT" if option == "server" else "SECONDS",
+            help=f"{help_text} (default: {variable}, else {default})",
+        )
+    return parser
+
+
+def _version_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model-version", type=_count, default=0, metavar="N", help="default: the newest")
+
+
+class _Version(argparse.Action):
+    """--version, read only when asked for."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="print the version and leave")
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from . import __version__
+
+        print(f"tenuto {__version__}")
+        parser.exit()
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return number
+
+
+# -- tenuto models ---------------------------------------------------------------------------------
+
+
+def _client(arguments: argparse.Namespace) -> "Client":
+    from . import Client
+
+    return Client(
+        arguments.server,
+        timeout_seconds=arguments.timeout_seconds,
+        reply_seconds=arguments.reply_seconds,
+    )
+
+
+def _models(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    with _client(arguments) as client:
+        models = client.models()
+    if arguments.json:
+        listed = [{k: v for k, v in asdict(model).items() if k != "manifest"} for model in models]
+        print(json.dumps(listed))
+        return
+    for model in models:
+        state = model.state if model.state == "READY" else f"{model.state}: {model.why}"
+        live = f"{model.sequences}/{model.slots} sequences" if model.stateful else "stateless"
+        first = model.description.partition(". ")[0]
+        print(f"{model.name}/{model.version}  {state}  {live}  {model.provider}  {first}")
+
+
+# -- tenuto predict --------------------------------------------------------------------------------
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        model = client.model(arguments.model, arguments.model_version)
+        inputs, rows = _batch(arguments.files, model.manifest)
+        prediction = client.predict(model.name, inputs, model.version)
+    if arguments.json:
+        answers = [
+            {"file": row, "outputs": {k: v[i].tolist() for k, v in prediction.outputs.items()}}
+            for i, row in enumerate(rows)
+        ]
+        timing = {
+            "queue_us": prediction.timing.queue_us,
+            "compute_us": prediction.timing.compute_us,
+        }
+        print(
+            json.dumps(
+                {
+                    "model": model.name,
+                    "version": prediction.version,
+                    "answers": answers,
+                    "timing": timing,
+                }
+            )
+        )
+        return
+    from .belief import describe
+
+    entries = [entry for entry in model.manifest["outputs"] if entry["name"] in prediction.outputs]
+    for i, row in enumerate(rows):
+        told = (describe(entry, prediction[entry["name"]][i], arguments.top) for entry in entries)
+        print(f"{row}: {'; '.join(told)}")
+
+
+def _batch(files: list[str], manifest: dict[str, Any]) -> tuple["Inputs", list[str]]:
+    """Return the files' content as one batch, and what to call each of its rows."""
+    arrays = [name.lower().endswith(".npy") for name in files]
+    if any(arrays) and not all(arrays):
+        raise invalid("images and .npy arrays are mixed; send one batch of each", "WRONG_INPUT")
+    if not any(arrays):
+        from .tensor import encoding
+
+        images = [Path(name).read_bytes() for name in files]
+        for name, image in zip(files, images, strict=True):
+            encoding(name, image)  # so that the error names the file
+        return images, files
+    import numpy as np
+
+    rank = len(manifest["inputs"][0]["shape"])
+    batches, rows = [], []
+    for name in files:
+        batch = _load(name)
+        if batch.ndim == rank - 1:  # one row
+            batches.append(batch[np.newaxis])
+            rows.append(name)
+        else:
+            batches.append(batch)
+            rows += [f"{name}[{i}]" for i in range(len(batch) if batch.ndim else 0)]
+    try:
+        return np.concatenate(batches), rows
+    except ValueError as error:
+        shapes = ", ".join(f"{name} {list(b.shape)}" for name, b in zip(files, batches, strict=True))
+        raise invalid(f"the arrays make no one batch: {shapes}", "WRONG_SHAPE") from error
+
+
+def _load(name: str) -> "Array":
+    import numpy as np
+
+    try:
+        array: Array = np.load(name, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise invalid(f"{name} is no .npy file of numbers: {error}", "WRONG_ENCODING") from error
+    return array
+
+
+# -- tenuto stream ---------------------------------------------------------------------------------
+
+
+def _stream(arguments: argparse.Namespace) -> None:
+    from .recording import read
+
+    asyncio.run(_stream_recording(arguments, read(arguments.file)))
+
+
+async def _stream_recording(arguments: argparse.Namespace, recording: "Recording") -> None:
+    from . import aio
+
+    async with aio.Client(
+        arguments.server,
+        timeout_seconds=arguments.timeout_seconds,
+        reply_seconds=arguments.reply_seconds,
+    ) as client:
+        model = await client.model(arguments.model, arguments.model_version)
+        recording = recording.suited(model.manifest["inputs"][0])
+        samples = _chunk_samples(arguments, recording)
+        period = samples / recording.rate_hz if arguments.realtime and recording.rate_hz else 0.0
+        teller = _Teller(model.manifest["outputs"], arguments.json)
+        stream = client.stream(
+            model.name,
+            version=model.version,
+            period_ms=min(round(1000 * period), 2**32 - 1),
+            label=Path(arguments.file).name.encode()[:128].decode(errors="ignore"),
+        )
+        began = time.monotonic()
+        async with stream:
+            async for output in stream.run(_paced(recording, samples, period)):
+                teller.tell(output)
+        teller.summarise(time.monotonic() - began, recording.seconds)
+
+
+def _chunk_samples(arguments: argparse.Namespace, recording: "Recording") -> int:
+    if recording.columns:
+        return int(arguments.chunk_rows)
+    return max(1, round((recording.rate_hz or 0.0) * int(arguments.chunk_ms) / 1000))
+
+
+async def _paced(recording: "Recording", samples: int, period_seconds: float) -> AsyncIterator["Array"]:
+    """Yield each chunk when its last sample would have been recorded; at once if the period is 0."""
+    began = time.monotonic()
+    for number, chunk in enumerate(recording.chunks(samples), 1):
+        if period_seconds:
+            await asyncio.sleep(began + number * period_seconds - time.monotonic())
+        yield chunk
+
+
+class _Teller:
+    """Prints what the model believes: a line whenever its strongest labels change, or its values."""
+
+    def __init__(self, entries: list[dict[str, Any]], as_json: bool) -> None:
+        self._entries = entries
+        self._as_json = as_json
+        self._labels: list[str] = []
+        self._latencies_ms: list[float] = []
+
+    def tell(self, output: "Output") -> None:
+        self._latencies_ms.append(1000 * output.latency_seconds)
+        if self._as_json:
+            print(
+                json.dumps(
+                    {
+                        "step": output.step,
+                        "part": output.part,
+                        "latency_ms": round(self._latencies_ms[-1], 3),
+                        "outputs": {name: v.tolist() for name, v in output.outputs.items()},
+                    }
+                ),
+                flush=True,
+            )
+            return
+        self._tell_in_words(output)
+
+    def _tell_in_words(self, output: "Output") -> None:
+        from .belief import describe, guesses, last_frame
+
+        told, labels = [], []
+        for entry in self._entries:
+            array = output.outputs.get(entry["name"])
+            frame = None if array is None else last_frame(entry, array)
+            if frame is None:
+                continue
+            told.append(describe(entry, frame))
+            if entry.get("labels"):
+                labels.append(guesses(entry, frame.reshape(-1), 1)[0].label)
+        if told and (labels != self._labels or not labels):
+            self._labels = labels
+            print(f"step {output.step}: {'; '.join(told)}", flush=True)
+
+    def summarise(self, seconds: float, recorded_seconds: float | None) -> None:
+        import numpy as np
+
+        p50, p99 = np.percentile(self._latencies_ms or [0.0], [50, 99])
+        factor = seconds / recorded_seconds if recorded_seconds else None
+        if self._as_json:
+            summary = {
+                "outputs": len(self._latencies_ms),
+                "seconds": round(seconds, 6),
+                "latency_p50_ms": round(float(p50), 3),
+                "latency_p99_ms": round(float(p99), 3),
+                "real_time_factor": factor,
+            }
+            print(json.dumps({"summary": summary}))
+            return
+        line = (
+            f"{len(self._latencies_ms)} outputs in {seconds:.2f} s; latency p50 {p50:.2f} ms, "
+            f"p99 {p99:.2f} ms"
+        )
+        if factor is not None:
+            line += f"; real-time factor {factor:.3g} ({recorded_seconds:g} s recorded)"
+        print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""What the server answers: predictions, outputs of a stream, models."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .tensor import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How long a step took, as the server saw it."""
+
+    queue_us: int  # from accepted to the start of its (last) batch, in microseconds
+    compute_us: int  # inside the model, summed over its batches, in microseconds
+    batch_size: int  # rows in its (last) batch, those of other callers included
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prediction:
+    """The answer of a stateless model to one batch.
+
+    `outputs`: name -> array [batch, …]; `prediction["name"]` is `prediction.outputs["name"]`.
+    `version` is the model version that answered.
+    """
+
+    outputs: dict[str, Array]
+    version: int
+    timing: Timing
+
+    def __getitem__(self, name: str) -> Array:
+        return self.outputs[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Output:
+    """The answer of a stateful model to one chunk.
+
+    `outputs`: name -> array without the batch axis. Outputs with a time axis hold the frames that
+    the chunk completed, those without one their value after the last of these; it is empty if the
+    chunk completed no frame. `step` is the chunk's number, from 1; `part` counts up where one step
+    has several outputs, and `last` marks the last of them. `latency_seconds` is from the call of
+    `send` (waiting for the window included) to the arrival here.
+    """
+
+    step: int
+    part: int
+    last: bool
+    outputs: dict[str, Array]
+    timing: Timing
+    latency_seconds: float
+
+    def __getitem__(self, name: str) -> Array:
+        return self.outputs[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One version of a model, as the server knows it.
+
+    `state` is "READY" or "FAILED", and then `why` says so. `sequences` of `slots` are live.
+    `manifest` is the model's own description (docs/manifest.md); empty in a listing.
+    """
+
+    name: str
+    version: int
+    state: str
+    why: str
+    stateful: bool
+    provider: str
+    sha256: str
+    description: str
+    sequences: int
+    slots: int
+    manifest: dict[str, Any] = field(default_factory=dict)

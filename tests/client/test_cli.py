@@ -1,0 +1,269 @@
+"""The client commands against the fake server, and what is dispatched elsewhere."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import types
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tenuto.cli import main
+from tests.client.fake_server import MANIFESTS, FakeServer
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
+    with FakeServer() as fake:
+        monkeypatch.setenv("TENUTO_SERVER", fake.target)
+        yield fake
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> str:
+    """50 ms of 8 kHz sound; each sample is 1."""
+    return write_wav(tmp_path / "ones.wav", rate=8000)
+
+
+def write_wav(path: Path, *, rate: int, channels: int = 1, width: int = 2) -> str:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(b"\1\0" * 400)
+    return str(path)
+
+
+def test_models_prints_a_line_for_each(server: FakeServer, capsys: Any) -> None:
+    assert main(["models"]) == 0
+    accumulator, brightness, broken = capsys.readouterr().out.splitlines()
+    assert accumulator.startswith("accumulator/3  READY  1/64 sequences  CPUExecutionProvider")
+    assert "stateless" in brightness
+    assert "FAILED: no such operator" in broken
+
+
+def test_models_as_json(server: FakeServer, capsys: Any) -> None:
+    assert main(["models", "--json"]) == 0
+    assert next(model["name"] for model in json.loads(capsys.readouterr().out)) == "accumulator"
+
+
+def test_predict_sends_images_as_one_batch(server: FakeServer, capsys: Any, tmp_path: Path) -> None:
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    for file in files:
+        Path(file).write_bytes(PNG)
+    assert main(["predict", "brightness", *files]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{file}: log_probabilities dark 99.9 %, bright 0.1 %" for file in files]
+    (request,) = server.requests
+    assert request.inputs[0].shape == [2]
+
+
+def test_predict_joins_rows_and_batches_of_npy(server: FakeServer, capsys: Any, tmp_path: Path) -> None:
+    one, many = str(tmp_path / "one.npy"), str(tmp_path / "many.npy")
+    np.save(one, np.full((2, 2), 255, np.uint8))
+    np.save(many, np.zeros((2, 2, 2), np.uint8))
+    assert main(["predict", "brightness", one, many, "--top", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{one}: log_probabilities bright 99.9 %",
+        f"{many}[0]: log_probabilities dark 99.9 %",
+        f"{many}[1]: log_probabilities dark 99.9 %",
+    ]
+
+
+def test_predict_as_json(server: FakeServer, capsys: Any, tmp_path: Path) -> None:
+    file = str(tmp_path / "one.npy")
+    np.save(file, np.zeros((2, 2), np.uint8))
+    assert main(["predict", "brightness", file, "--json", "--model-version", "3"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["model"], printed["version"]) == ("brightness", 3)
+    assert len(printed["answers"][0]["outputs"]["log_probabilities"]) == 2
+
+
+def test_stream_sends_sound_in_chunks_and_sums_up(server: FakeServer, capsys: Any, sound: str) -> None:
+    assert main(["stream", "accumulator", sound, "--realtime"]) == 0
+    *told, summary = capsys.readouterr().out.splitlines()
+    assert told == ["step 1: total 160; sign positive 100.0 %"]  # a line when the label changes
+    assert summary.startswith("3 outputs in ")
+    assert "latency p50 " in summary
+    assert "real-time factor " in summary
+    assert [len(tensor.data) // 2 for tensor in server.inputs] == [160, 160, 80]
+    assert {tensor.dtype for tensor in server.inputs} == {"int16"}
+    assert (server.opens[0].period_ms, server.opens[0].label) == (20, "ones.wav")
+
+
+def test_stream_as_json(server: FakeServer, capsys: Any, sound: str) -> None:
+    assert main(["stream", "accumulator", sound, "--chunk-ms", "25", "--json"]) == 0
+    *outputs, summary = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [output["step"] for output in outputs] == [1, 2]
+    assert outputs[1]["outputs"]["total"][-1] == 400
+    assert summary["summary"]["outputs"] == 2
+
+
+def test_stream_sends_rows_of_csv_in_the_models_order(
+    server: FakeServer, capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sensors: dict[str, Any] = {
+        "name": "x",
+        "dtype": "float32",
+        "shape": ["batch", "time", 2],
+        "batch_axis": 0,
+        "time_axis": 1,
+        "columns": ["load", "oil"],
+    }
+    plain = [{"name": "total", "shape": ["batch", "samples"], "time_axis": 1}]
+    manifest = {**MANIFESTS["accumulator"], "inputs": [sensors], "outputs": plain}
+    monkeypatch.setitem(MANIFESTS, "accumulator", manifest)
+    table = tmp_path / "year.csv"
+    table.write_text("date,oil,load\n2016-07-01,1,2\n2016-07-02,3,4\n2016-07-03,5,6\n")
+    assert main(["stream", "accumulator", str(table), "--chunk-rows", "2"]) == 0
+    rows = [np.frombuffer(tensor.data, np.float32).tolist() for tensor in server.inputs]
+    assert rows == [[2, 1, 4, 3], [6, 5]]
+    assert [list(tensor.shape) for tensor in server.inputs] == [[2, 2], [1, 2]]
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("step 1: total 10", "step 2: total 21")
+
+    table.write_text("date,oil\n2016-07-01,1\n")
+    assert main(["stream", "accumulator", str(table)]) == 1
+    assert "has no column load" in capsys.readouterr().err
+    table.write_text("date,oil,load\n2016-07-01,1,much\n")
+    assert main(["stream", "accumulator", str(table)]) == 1
+    assert "row 1 after the header" in capsys.readouterr().err
+    table.write_text("")
+    assert main(["stream", "accumulator", str(table)]) == 1
+    assert "no CSV file with a header row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rate,channels,width,text",
+    [
+        (16000, 1, 2, "has 16000 Hz, the model's input 'x' takes 8000 Hz"),
+        (8000, 2, 2, "has 2 channels of 16 bits; expected 1 of 16 bits"),
+        (8000, 1, 1, "has 1 channels of 8 bits"),
+    ],
+)
+def test_sound_of_another_kind_is_an_error_of_one_line(
+    server: FakeServer, capsys: Any, tmp_path: Path, rate: int, channels: int, width: int, text: str
+) -> None:
+    file = write_wav(tmp_path / "a.wav", rate=rate, channels=channels, width=width)
+    assert main(["stream", "accumulator", file]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("tenuto stream: ")
+    assert text in error
+    assert error.count("\n") == 1
+    assert server.inputs == []
+
+
+@pytest.mark.parametrize(
+    "words,text",
+    [
+        (["stream", "accumulator", "none.wav"], "none.wav: No such file"),
+        (["stream", "accumulator", "note.txt"], "expected a file named .wav or .csv"),
+        (["stream", "accumulator", "fake.wav"], "fake.wav is no PCM WAV file"),
+        (["stream", "brightness", "ones.wav"], "no time axis to stream along; use tenuto predict"),
+        (["stream", "none", "ones.wav"], "UNKNOWN_MODEL: no model 'none'"),
+        (["predict", "brightness", "note.txt"], "WRONG_ENCODING: note.txt begins with 6e 6f"),
+        (["predict", "brightness", "note.txt", "a.npy"], "mixed"),
+        (["predict", "brightness", "fake.npy"], "fake.npy is no .npy file"),
+        (["predict", "brightness", "a.npy", "b.npy"], "make no one batch: a.npy [1, 2, 2]"),
+    ],
+    ids=lambda value: "-".join(value[:3]) if isinstance(value, list) else None,
+)
+def test_an_error_is_one_line_and_exit_code_1(
+    server: FakeServer,
+    capsys: Any,
+    tmp_path: Path,
+    sound: str,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    text: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("note.txt", "fake.wav", "fake.npy"):
+        Path(name).write_text("no recording at all, but long enough to be read as one")
+    np.save("a.npy", np.zeros((2, 2), np.uint8))
+    np.save("b.npy", np.zeros((3, 3), np.uint8))
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_no_server_is_an_error_that_says_where(server: FakeServer, capsys: Any) -> None:
+    server.stop()
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err.startswith(f"tenuto models: UNAVAILABLE: {server.target}: ")
+
+
+def test_an_option_comes_before_its_variable(server: FakeServer, capsys: Any) -> None:
+    assert main(["models", "--server", "nowhere"]) == 1
+    assert "setting target: expected 'host:port'" in capsys.readouterr().err
+
+
+def test_a_wrong_variable_is_wrong_usage(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("TENUTO_TIMEOUT_SECONDS", "-1")
+    with pytest.raises(SystemExit, match="2"):
+        main(["models"])
+    assert "--timeout-seconds: expected seconds above 0, got '-1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command,module,received",
+    [
+        ("serve", "tenuto.serving.cli", ["--port", "0", "--help"]),
+        ("train", "tenuto.training.cli", ["train", "--port", "0", "--help"]),
+        ("evaluate", "tenuto.training.cli", ["evaluate", "--port", "0", "--help"]),
+    ],
+)
+def test_other_commands_go_to_their_extra(
+    monkeypatch: pytest.MonkeyPatch, command: str, module: str, received: list[str]
+) -> None:
+    seen: list[str] = []
+    fake = types.ModuleType(module)
+
+    def run(argv: list[str]) -> int:
+        seen.extend(argv)
+        return 7
+
+    fake.__dict__["main"] = run
+    monkeypatch.setitem(sys.modules, module, fake)
+    assert main([command, "--port", "0", "--help"]) == 7
+    assert seen == received
+
+
+@pytest.mark.parametrize("command,extra", [("serve", "serving"), ("train", "training")])
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, f"tenuto.{extra}.cli", None)  # so that importing it fails
+    assert main([command]) == 2
+    assert f"pip install 'tenuto[{extra}]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["stream", "--help"], ["--version"]])
+def test_help_and_version_leave_with_0(words: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    assert "tenuto" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_with_130(server: FakeServer, sound: str) -> None:
+    server.on_step = {2: None}  # the command waits for an answer that does not come
+    command = [sys.executable, "-m", "tenuto.cli", "stream", "accumulator", sound]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("step 1")
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert process.stderr.read() == ""
+    assert server.left.wait(10)

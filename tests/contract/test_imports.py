@@ -1,0 +1,152 @@
+"""Imports run one way (docs/architecture.md): by reading the sources, without importing anything."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# serving/, lowest first. A module imports from its own row and from those above it in this table.
+SERVING = [
+    ["errors", "metrics"],
+    ["config", "layout", "manifest", "pending", "sequence", "status", "tensor"],
+    ["state_pool", "scheduler", "model_runner", "repository"],
+    ["engine"],
+    ["catalogue", "golden"],
+    ["vetting", "transport", "stream", "servicer"],
+    ["server"],
+    ["cli"],
+]
+ROW = {module: row for row, modules in enumerate(SERVING) for module in modules}
+
+PACKAGES = {"tenuto", "tenuto.serving", "tenuto.training", "tenuto.training.datasets"}
+CLIENT_NEEDS = {"google", "grpc", "numpy", "tenuto"} | sys.stdlib_module_names
+DATASETS_NEED = {"numpy", "pooch", "tenuto"} | sys.stdlib_module_names
+
+
+def module_name(path: str) -> str:
+    """serving/engine.py -> tenuto.serving.engine; tenuto/client.py -> tenuto.client."""
+    parts = Path(path).with_suffix("").parts
+    parts = parts if parts[0] == "tenuto" else ("tenuto", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: str, source: str) -> Iterator[str]:
+    """The absolute names of the modules that a source imports, wherever in it."""
+    package = module_name(path).split(".")
+    if Path(path).name != "__init__.py":
+        package.pop()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(start + (node.module or "").split(".")).strip(".")
+            yield from (f"{base}.{n.name}" if base in PACKAGES else base for n in node.names)
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def violations(path: str, source: str) -> list[str]:
+    """What the imports of one source break, in words; empty when nothing."""
+    names = set(imported(path, source))
+    top = Path(path).parts[0]
+    found = []
+    if top == "serving":
+        own = Path(path).stem
+        if own != "__init__" and own not in ROW:
+            found.append(f"{path} has no place in the table SERVING; give it one")
+        for name in names:
+            if name.split(".")[0] == "torch" or within(name, "tenuto.training"):
+                found.append(f"{path} imports {name}: the server needs no torch and no training")
+            elif within(name, "tenuto.serving"):
+                other = name.removeprefix("tenuto.serving").strip(".").split(".")[0]
+                if ROW.get(other, 0) > ROW.get(own, len(SERVING)):
+                    found.append(f"{path} imports {name}, which lies above it")
+            elif (name.startswith("tenuto.") and name != "tenuto.__version__") and not (
+                within(name, "tenuto.v1") or within(name, "tenuto.oip")
+            ):
+                found.append(f"{path} imports {name}: of the client, the server uses the stubs alone")
+    elif top == "training":
+        for name in names:
+            if within(name, "tenuto.serving") and not within(name, "tenuto.serving.manifest"):
+                found.append(f"{path} imports {name}: training knows the manifest alone")
+            if path.startswith("training/datasets/") and name.split(".")[0] not in DATASETS_NEED:
+                found.append(f"{path} imports {name}: the data sets need numpy and pooch alone")
+    elif top == "tenuto":
+        for name in names:
+            halves = within(name, "tenuto.serving") or within(name, "tenuto.training")
+            if halves and path != "tenuto/cli.py":
+                found.append(f"{path} imports {name}: the client stands alone")
+            if name.split(".")[0] not in CLIENT_NEEDS:
+                found.append(f"{path} imports {name}: the client needs grpcio, protobuf and numpy")
+    return found
+
+
+SOURCES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder in ("serving", "training", "training/datasets", "tenuto")
+    for path in (ROOT / folder).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SOURCES)
+def test_a_module_imports_only_what_lies_below_it(path: str) -> None:
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("folder", ["serving", "training"])
+def test_no_two_modules_import_each_other(folder: str) -> None:
+    paths = [path for path in SOURCES if path.startswith(f"{folder}/")]
+    graph = {
+        module_name(path): set(imported(path, (ROOT / path).read_text(encoding="utf-8"))) for path in paths
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize(
+    "path,source,complaint",
+    [
+        ("serving/errors.py", "from .manifest import Manifest", "lies above it"),
+        ("serving/scheduler.py", "from . import engine", "lies above it"),
+        ("serving/scheduler.py", "import tenuto.serving.server", "lies above it"),
+        ("serving/engine.py", "def late():\n    from .server import run", "lies above it"),
+        ("serving/engine.py", "import torch.nn", "no torch"),
+        ("serving/engine.py", "from ..training.digits import Net", "no training"),
+        ("serving/engine.py", "from ..client import Client", "the stubs alone"),
+        ("serving/utils.py", "import os", "no place in the table"),
+        ("training/digits.py", "from tenuto.serving import engine", "the manifest alone"),
+        ("training/digits.py", "from ..serving.errors import PoolFull", "the manifest alone"),
+        ("training/datasets/mnist.py", "import torch", "numpy and pooch alone"),
+        ("tenuto/client.py", "from .serving.manifest import Manifest", "stands alone"),
+        ("tenuto/cli.py", "import pydantic", "grpcio, protobuf and numpy"),
+    ],
+)
+def test_a_wrong_import_is_found(path: str, source: str, complaint: str) -> None:
+    assert [complaint in found for found in violations(path, source)] == [True]
+
+
+@pytest.mark.parametrize(
+    "path,source",
+    [
+        ("serving/engine.py", "from .scheduler import Scheduler\nfrom . import errors"),
+        (
+            "serving/servicer.py",
+            "from tenuto.v1 import tenuto_pb2\nfrom ..v1 import tenuto_pb2_grpc",
+        ),
+        ("training/digits.py", "import torch\nfrom tenuto.serving.manifest import Manifest"),
+        ("training/datasets/mnist.py", "import gzip, numpy, pooch\nfrom . import store"),
+        ("tenuto/cli.py", "from .serving import cli"),
+    ],
+)
+def test_a_right_import_is_not(path: str, source: str) -> None:
+    assert violations(path, source) == []

@@ -1,0 +1,148 @@
+"""The loaders: what they import, what they refuse, and what they return."""
+
+import ast
+import gzip
+import io
+import subprocess
+import sys
+import wave
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tenuto.training.datasets import etth1, fsdd, mnist, store
+from tenuto.training.datasets.store import ChecksumMismatch, DataUnavailable
+
+FOLDER = Path(mnist.__file__).parent
+LOADS: list[Callable[[], Any]] = [mnist.test, lambda: fsdd.recordings("test"), etth1.series]
+
+
+def test_source_imports_numpy_and_pooch_alone() -> None:
+    allowed = {"numpy", "pooch", *sys.stdlib_module_names}
+    for file in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert {name.name.split(".")[0] for name in node.names} <= allowed, file
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                assert (node.module or "").split(".")[0] in allowed, file
+
+
+def test_importing_the_loaders_brings_no_other_package() -> None:
+    code = (
+        "import sys, tenuto.training.datasets.mnist, tenuto.training.datasets.fsdd\n"
+        "import tenuto.training.datasets.etth1\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'pydantic', 'grpc', 'google.protobuf'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("load", LOADS, ids=["mnist", "fsdd", "etth1"])
+def test_missing_file_is_named_with_its_source(
+    load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    with pytest.raises(DataUnavailable, match=r"no file (mnist|fsdd|etth1)/\S+; put it .*https://"):
+        load()
+
+
+def test_failed_download_tries_every_mirror_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def offline(url: str, **_: object) -> str:
+        tried.append(url)
+        raise OSError("no network")
+
+    monkeypatch.delenv(store.VARIABLE, raising=False)
+    monkeypatch.setattr("pooch.retrieve", offline)
+    with pytest.raises(DataUnavailable, match="could not be downloaded from .* TENUTO_DATA"):
+        mnist.test()
+    assert tried == [f"{mirror}t10k-images-idx3-ubyte.gz" for mirror in mnist.MIRRORS]
+
+
+def test_wrong_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    for folder in ("mnist", "fsdd", "etth1"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
+    (tmp_path / "etth1/ETTh1.csv").write_bytes(b"date,OT\n")
+    _zip(tmp_path / "fsdd/recordings.zip", "recordings/")
+    for load in LOADS:
+        with pytest.raises(ChecksumMismatch, match="expected"):
+            load()
+
+
+def test_torn_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    for folder in ("mnist", "fsdd"):
+        (tmp_path / folder).mkdir()
+    whole = gzip.compress(b"whole")
+    (tmp_path / "mnist/t10k-images-idx3-ubyte.gz").write_bytes(whole[:-4])
+    (tmp_path / "fsdd/recordings.zip").write_bytes(b"PK")
+    for load in LOADS[:2]:
+        with pytest.raises(ChecksumMismatch, match="is not a whole"):
+            load()
+
+
+@pytest.mark.parametrize("prefix", ["recordings/", "free-spoken-digit-dataset-1.0.10/recordings/"])
+def test_fsdd_reads_either_archive(prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    (tmp_path / "fsdd").mkdir()
+    files = _zip(tmp_path / "fsdd/recordings.zip", prefix)
+    monkeypatch.setattr(fsdd, "CHECKSUM", fsdd.digest(files))
+    test, train = fsdd.recordings("test"), fsdd.recordings("train")
+    assert [(r.name, r.digit, r.speaker, r.index) for r in test] == [("3_a_4.wav", 3, "a", 4)]
+    assert [r.index for r in train] == [5]
+    np.testing.assert_array_equal(test[0].pcm, np.arange(8, dtype=np.int16))
+
+
+def _zip(path: Path, prefix: str) -> dict[str, bytes]:
+    files = {}
+    for name in ("3_a_4.wav", "3_a_5.wav"):
+        buffer = io.BytesIO()
+        with wave.open(buffer, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(np.arange(8, dtype="<i2").tobytes())
+        files[name] = buffer.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"{prefix}../README.md", b"not a recording")
+        for name, content in files.items():
+            archive.writestr(prefix + name, content)
+    return files
+
+
+def test_mnist_shapes(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    images, labels = reachable(mnist.test)
+    assert (images.shape, images.dtype) == ((10000, 28, 28), np.uint8)
+    assert (labels.shape, labels.dtype) == ((10000,), np.uint8)
+    assert labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+def test_fsdd_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    test = reachable(lambda: fsdd.recordings("test"))
+    train = reachable(lambda: fsdd.recordings("train"))
+    assert (len(test), len(train)) == (300, 2700)
+    assert {r.digit for r in test} == set(range(10))
+    assert not {r.name for r in test} & {r.name for r in train}
+    assert all(r.pcm.dtype == np.int16 and r.pcm.ndim == 1 and len(r.pcm) > 160 for r in test)
+
+
+def test_etth1_shape(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    series = reachable(etth1.series)
+    assert (series.values.shape, series.values.dtype) == ((17420, 7), np.float32)
+    assert series.columns == etth1.COLUMNS
+    hours = np.diff(series.dates)
+    assert (hours == np.timedelta64(1, "h")).all()
+    mean, std = series.statistics()
+    np.testing.assert_allclose(mean[-1], 17.128262, rtol=1e-6)
+    np.testing.assert_allclose(std[-1], 9.176491, rtol=1e-6)

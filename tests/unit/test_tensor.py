@@ -1,0 +1,355 @@
+"""What the reader accepts, what it makes of it, and that each refusal says what, expected and got."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from tenuto.serving.errors import (
+    TenutoError,
+    TooLarge,
+    WrongDtype,
+    WrongEncoding,
+    WrongInput,
+    WrongShape,
+)
+from tenuto.serving.tensor import Reader
+
+from .fakes import FakeTensor, accumulator, doubler
+
+PCM = {"dtype": "int16", "scale": 1 / 32768}
+PNG = [{"dtype": "uint8", "scale": 1 / 255}, {"encoding": "png"}, {"encoding": "jpeg"}]
+
+
+def create_reader(max_bytes: int = 1 << 20, **x: Any) -> Reader:
+    """A stateful model's reader: x is float32 [batch, time] unless said otherwise."""
+    return Reader(accumulator(x=x, ragged=False), max_bytes)
+
+
+def image_reader(*shape: int, max_bytes: int = 1 << 20, **x: Any) -> Reader:
+    """A stateless model's reader of images."""
+    spec = {"name": "image", "dtype": "float32", "shape": ["batch", *shape], "wire": PNG} | x
+    return Reader(doubler(inputs=[spec]), max_bytes)
+
+
+def encoded(pixels: NDArray[Any], encoding: str = "png") -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, encoding)
+    return file.getvalue()
+
+
+def grey(height: int = 4, width: int = 6) -> NDArray[np.uint8]:
+    return (np.arange(height * width, dtype=np.uint8) * 3).reshape(height, width)
+
+
+def behind_lengths(*files: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(f)) + f for f in files)
+
+
+# Numbers.
+
+
+def test_the_graphs_own_dtype_passes_untouched() -> None:
+    tensor = FakeTensor.of(np.float32([1, 2, 3]))
+    data, counts = create_reader().read([tensor])
+    assert data[0] is tensor.data
+    assert counts == (3,)
+
+
+@pytest.mark.parametrize("name", ["", "x"])
+def test_an_input_may_go_without_its_name(name: str) -> None:
+    assert create_reader().read([FakeTensor.of(np.float32([1]), name)])[1] == (1,)
+
+
+def test_no_samples_at_all_are_a_legal_chunk() -> None:
+    assert create_reader().read([FakeTensor("", "float32", (0,), b"")]) == ((b"",), (0,))
+
+
+def test_wire_dtypes_are_scaled_and_shifted() -> None:
+    reader = create_reader(wire=[PCM, {"dtype": "uint8", "scale": 0.5, "offset": -1.0}])
+    (data,), _ = reader.read([FakeTensor.of(np.int16([-32768, 0, 16384]))])
+    assert np.frombuffer(data, np.float32).tolist() == [-1.0, 0.0, 0.5]
+    (data,), _ = reader.read([FakeTensor.of(np.uint8([0, 2, 255]))])
+    assert np.frombuffer(data, np.float32).tolist() == [-1.0, 0.0, 126.5]
+
+
+def test_a_wire_dtype_may_only_widen() -> None:
+    reader = create_reader(dtype="int64", wire=[{"dtype": "int8"}])
+    (data,), _ = reader.read([FakeTensor.of(np.int8([-1, 5]))])
+    assert np.frombuffer(data, np.int64).tolist() == [-1, 5]
+
+
+def test_the_time_axis_comes_first_whatever_the_clients_order() -> None:
+    reader = create_reader(shape=["batch", 2, "time"], time_axis=2)
+    array = np.float32([[1, 2, 3], [10, 20, 30]])
+    (data,), counts = reader.read([FakeTensor.of(array)])
+    assert counts == (3,)
+    assert np.frombuffer(data, np.float32).tolist() == [1, 10, 2, 20, 3, 30]
+
+
+def test_the_time_axis_may_stand_before_the_batch_axis() -> None:
+    reader = create_reader(shape=["time", "batch", 2], time_axis=0, batch_axis=1)
+    array = np.float32([[1, 2], [3, 4], [5, 6]])
+    assert reader.read([FakeTensor.of(array)]) == ((array.tobytes(),), (3,))
+
+
+def test_a_stateless_batch_axis_may_stand_anywhere() -> None:
+    spec = {"name": "x", "dtype": "float32", "shape": [2, "batch"], "batch_axis": 1}
+    reader = Reader(doubler(inputs=[spec]), 1 << 20)
+    (data,), counts = reader.read([FakeTensor.of(np.float32([[1, 2, 3], [4, 5, 6]]))])
+    assert counts == (3,)
+    assert np.frombuffer(data, np.float32).tolist() == [1, 4, 2, 5, 3, 6]
+
+
+def test_a_sequence_without_time_axis_sends_one_step() -> None:
+    reader = create_reader(shape=["batch", 2], time_axis=None) if False else None
+    del reader
+    spec = {"name": "x", "dtype": "float32", "shape": ["batch", 2]}
+    y = {"name": "y", "dtype": "float32", "shape": ["batch", 2]}
+    reader = Reader(accumulator(inputs=[spec], outputs=[y]), 1 << 20)
+    assert reader.read([FakeTensor.of(np.float32([1, 2]))])[1] == (1,)
+    with pytest.raises(WrongShape, match=r"shape \[1, 2\], expected \[2\]"):
+        reader.read([FakeTensor.of(np.float32([[1, 2]]))])
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize("dtype, shown", [("float64", "float64"), ("", "without a dtype"), ("png", "png")])
+def test_a_wrong_dtype_is_told_with_all_that_are_accepted(dtype: str, shown: str) -> None:
+    with pytest.raises(WrongDtype, match=f"input 'x' is {shown}; accepted: float32, int16") as caught:
+        create_reader(wire=[PCM]).read([FakeTensor("x", dtype, (1,), bytes(4))])
+    assert caught.value.reason == "WRONG_DTYPE"
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (2, 3), (3, 2, 1), (0, 3)])
+def test_a_wrong_shape_is_told_with_the_expected_one(shape: tuple[int, ...]) -> None:
+    reader = create_reader(shape=["batch", "time", 2])
+    with pytest.raises(WrongShape, match=rf"input 'x' has shape \[{', '.join(map(str, shape))}\]") as caught:
+        reader.read([FakeTensor("x", "float32", shape, bytes(4 * int(np.prod(shape))))])
+    assert "expected ['time', 2]" in str(caught.value)
+
+
+@pytest.mark.parametrize("nbytes", [0, 11, 13, 16])
+def test_bytes_that_do_not_fill_the_shape_are_counted(nbytes: int) -> None:
+    with pytest.raises(WrongShape, match=rf"brings {nbytes} bytes, expected 12 for float32 \[3\]"):
+        create_reader().read([FakeTensor("x", "float32", (3,), bytes(nbytes))])
+
+
+def test_a_shape_of_giants_is_refused_without_allocating() -> None:
+    with pytest.raises(WrongShape, match="expected 17179869180"):
+        create_reader().read([FakeTensor("x", "float32", (2**32 - 1,), b"1234")])
+
+
+def test_an_unknown_input_is_told_which_there_are() -> None:
+    with pytest.raises(WrongInput, match="'pcm' is not expected, or sent twice; the model's inputs are x"):
+        create_reader().read([FakeTensor.of(np.float32([1]), "pcm")])
+
+
+# Several inputs.
+
+
+def two_inputs(*, stateful: bool = True) -> Reader:
+    if not stateful:
+        spec = {"dtype": "float32", "shape": ["batch", 2]}
+        return Reader(doubler(inputs=[{"name": "a"} | spec, {"name": "b"} | spec]), 1 << 20)
+    timed = {"dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
+    return Reader(accumulator(inputs=[{"name": "a"} | timed, {"name": "b"} | timed]), 1 << 20)
+
+
+ONE, TWO = np.float32([1]), np.float32([2, 3])
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [FakeTensor.of(ONE), FakeTensor.of(TWO)],
+        [FakeTensor.of(ONE, "a"), FakeTensor.of(TWO, "b")],
+        [FakeTensor.of(TWO, "b"), FakeTensor.of(ONE, "a")],
+        [FakeTensor.of(ONE), FakeTensor.of(TWO, "b")],
+    ],
+    ids=["by order", "by name", "by name, other order", "mixed"],
+)
+def test_inputs_are_found_by_name_or_by_order(tensors: list[FakeTensor]) -> None:
+    assert two_inputs().read(tensors) == ((ONE.tobytes(), TWO.tobytes()), (1, 2))
+
+
+@pytest.mark.parametrize("tensors, missing", [([], "a, b"), ([FakeTensor.of(ONE, "b")], "a")])
+def test_a_missing_input_is_named(tensors: list[FakeTensor], missing: str) -> None:
+    with pytest.raises(WrongInput, match=f"input {missing} is missing; the model's inputs are a, b"):
+        two_inputs().read(tensors)
+
+
+@pytest.mark.parametrize(
+    "second, shown",
+    [(FakeTensor.of(ONE, "a"), "'a'"), (FakeTensor.of(ONE, "c"), "'c'"), (FakeTensor.of(ONE), "'number 3'")],
+)
+def test_an_input_sent_twice_is_refused(second: FakeTensor, shown: str) -> None:
+    tensors = [FakeTensor.of(ONE, "a"), second]
+    if not second.name:
+        tensors.insert(1, FakeTensor.of(ONE, "b"))
+    with pytest.raises(WrongInput, match=f"tensor {shown} is not expected, or sent twice"):
+        two_inputs().read(tensors)
+
+
+def test_inputs_of_a_request_bring_the_same_rows() -> None:
+    tensors = [FakeTensor.of(np.ones((n, 2), np.float32)) for n in (2, 3)]
+    with pytest.raises(WrongShape, match=r"\(2, 3\); send the same rows for each"):
+        two_inputs(stateful=False).read(tensors)
+
+
+# Encoded images.
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+def test_one_image_needs_no_length(encoding: str) -> None:
+    pixels = np.full((4, 6), 51, np.uint8)
+    (data,), counts = image_reader(4, 6).read([FakeTensor("", encoding, (), encoded(pixels, encoding))])
+    assert counts == (1,)
+    np.testing.assert_allclose(np.frombuffer(data, np.float32), 0.2, atol=0.01)
+
+
+def test_several_images_come_behind_their_lengths() -> None:
+    files = behind_lengths(encoded(grey()), encoded(255 - grey()))
+    (data,), counts = image_reader(4, 6).read([FakeTensor("", "png", (2,), files)])
+    assert counts == (2,)
+    expected = np.stack([grey(), 255 - grey()]).astype(np.float32) / 255
+    np.testing.assert_allclose(np.frombuffer(data, np.float32).reshape(2, 4, 6), expected, atol=1e-6)
+
+
+def test_an_image_is_the_same_as_its_pixels() -> None:
+    reader = image_reader(4, 6)
+    as_pixels = reader.read([FakeTensor.of(grey()[None])])
+    assert reader.read([FakeTensor("", "png", (), encoded(grey()))]) == as_pixels
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 3), (3, 4, 6)])
+def test_colours_stand_first_or_last_as_the_graph_wants(shape: tuple[int, int, int]) -> None:
+    pixels = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    (data,), _ = image_reader(*shape).read([FakeTensor("", "png", (), encoded(pixels))])
+    expected = pixels if shape[2] == 3 else np.moveaxis(pixels, 2, 0)
+    got = np.frombuffer(data, np.float32).reshape(shape) * 255
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 6), (4, 6, 1), (4, 6)])
+def test_colour_images_are_made_grey_where_the_model_is(shape: tuple[int, ...]) -> None:
+    pixels = np.repeat(grey()[:, :, None], 3, axis=2)
+    (data,), _ = image_reader(*shape).read([FakeTensor("", "png", (), encoded(pixels))])
+    np.testing.assert_allclose(np.frombuffer(data, np.float32).reshape(4, 6) * 255, grey(), atol=1e-3)
+
+
+def test_a_model_of_bytes_takes_pixels_as_they_are() -> None:
+    reader = image_reader(4, 6, dtype="uint8", wire=[{"encoding": "png"}])
+    (data,), _ = reader.read([FakeTensor("", "png", (), encoded(grey()))])
+    assert data == grey().tobytes()
+
+
+def test_a_wrong_size_is_refused_before_the_pixels_are_decoded() -> None:
+    """The file has a header alone: decoding it would fail in another way."""
+    header = encoded(np.zeros((700, 900), np.uint8))[:60]
+    with pytest.raises(WrongShape, match="an image of 900x700 pixels, expected 6x4"):
+        image_reader(4, 6).read([FakeTensor("", "png", (), header)])
+
+
+@pytest.mark.parametrize("side", [12_000, 30_000])
+def test_a_decompression_bomb_is_refused_by_its_header(side: int) -> None:
+    header = bytearray(encoded(np.zeros((4, 4), np.uint8)))
+    header[16:24] = struct.pack(">II", side, side)
+    header[29:33] = struct.pack(">I", __import__("zlib").crc32(header[12:29]))
+    with warnings.catch_warnings(), pytest.raises((WrongShape, WrongEncoding), match="'image'"):
+        warnings.simplefilter("ignore")
+        image_reader(4, 4).read([FakeTensor("", "png", (), bytes(header))])
+
+
+def test_reading_images_leaves_the_process_wide_warnings_alone() -> None:
+    """Readers run on several threads; `warnings.catch_warnings` belongs to the whole process."""
+    filters, show = warnings.filters, warnings.showwarning
+    seen = []
+
+    class Watched(bytes):
+        def __buffer__(self, flags: int) -> memoryview:  # pragma: no cover
+            raise AssertionError
+
+    original = Image.open
+
+    def spy(*arguments: Any, **keywords: Any) -> Any:
+        seen.append((warnings.filters, warnings.showwarning))
+        return original(*arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "open", spy)
+        image_reader(4, 6).read([FakeTensor("", "png", (), encoded(grey()))])
+    assert seen == [(filters, show)]
+
+
+@pytest.mark.parametrize("encoding", ["png", "jpeg"])
+@pytest.mark.parametrize("keep", [0, 10, 100])
+def test_a_truncated_image_is_refused_by_name(encoding: str, keep: int) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (16, 16), np.uint8)
+    file = encoded(noise, encoding)[: -len(encoded(noise, encoding)) + keep or 0]
+    with pytest.raises(WrongEncoding, match=f"input 'image': the bytes are no {encoding} image"):
+        image_reader(16, 16).read([FakeTensor("", encoding, (), file)])
+
+
+def test_a_png_is_no_jpeg() -> None:
+    with pytest.raises(WrongEncoding, match="are no jpeg image"):
+        image_reader(4, 6).read([FakeTensor("", "jpeg", (), encoded(grey()))])
+
+
+@given(at=st.integers(0, 400), value=st.integers(0, 255), cut=st.integers(0, 60))
+def test_no_bytes_make_the_reader_fail_in_an_unnamed_way(at: int, value: int, cut: int) -> None:
+    file = bytearray(encoded(grey(16, 16)))
+    file[at % len(file)] = value
+    try:
+        image_reader(16, 16).read([FakeTensor("", "png", (), bytes(file[: len(file) - cut]))])
+    except TenutoError as error:
+        assert error.reason in ("WRONG_ENCODING", "WRONG_SHAPE")
+
+
+@pytest.mark.parametrize(
+    "data, count",
+    [
+        (b"", 1),
+        (b"\x05\x00\x00", 1),
+        (behind_lengths(b"12345")[:-1], 1),
+        (behind_lengths(b"1", b"2"), 3),
+        (behind_lengths(b"1", b"2"), 1),
+        (b"\xff\xff\xff\xff1", 1),
+    ],
+    ids=["nothing", "half a length", "too short", "one too few", "one too many", "giant"],
+)
+def test_lengths_that_do_not_add_up_are_refused(data: bytes, count: int) -> None:
+    with pytest.raises(WrongEncoding, match=f"expected {count} encoded images.*got {len(data)} bytes"):
+        image_reader(4, 6).read([FakeTensor("", "png", (count,), data)])
+
+
+def test_no_images_are_an_empty_batch() -> None:
+    assert image_reader(4, 6).read([FakeTensor("", "png", (0,), b"")]) == ((b"",), (0,))
+
+
+def test_small_files_must_not_decode_to_more_than_the_limit() -> None:
+    reader = image_reader(4, 6, max_bytes=4 * 24 * 2)
+    file = encoded(grey())
+    reader.read([FakeTensor("", "png", (2,), behind_lengths(file, file))])
+    with pytest.raises(TooLarge, match="3 images decode to 288 bytes, the limit is 192; send fewer"):
+        reader.read([FakeTensor("", "png", (3,), behind_lengths(file, file, file))])
+
+
+def test_one_step_of_a_sequence_is_one_image() -> None:
+    spec = {"name": "image", "dtype": "float32", "shape": ["batch", 4, 6], "wire": PNG}
+    y = {"name": "y", "dtype": "float32", "shape": ["batch", 2]}
+    reader = Reader(accumulator(inputs=[spec], outputs=[y]), 1 << 20)
+    file = encoded(grey())
+    assert reader.read([FakeTensor("", "png", (), file)])[1] == (1,)
+    with pytest.raises(WrongShape, match="2 images, expected 1"):
+        reader.read([FakeTensor("", "png", (2,), behind_lengths(file, file))])

@@ -1,0 +1,1 @@
+"""Trains, evaluates and exports the models that Tenuto serves. Start at `cli.py`."""

@@ -49,7 +49,7 @@ class ServerConfig(BaseModel):
     max_pending_bytes: Annotated[
         Positive, Field(description="unanswered bytes; above it no stream is read")
     ] = 256 << 20
-    max_message_bytes: Annotated[Positive, Field(description="bytes of one request message")] = 32 << 20
+    max_message_bytes: Annotated[Positive, Field(description="bytes of one request message")] = 64 << 20
     window: Annotated[int, Field(ge=1, le=1024, description="unanswered chunks of one sequence")] = 4
     idle_seconds: Annotated[float, Field(ge=0, description="a silent sequence ends after that; 0: never")] = (
         300.0

@@ -73,7 +73,7 @@ class Layout:
             data = parts[-1][i]
             if len(parts) > 1 and layout.joins:
                 data = b"".join(part[i] for part in parts)
-            tensors.append((layout.shape(data), data))
+            tensors.append(layout.tensor(data))
         return tuple(tensors)
 
 
@@ -160,6 +160,10 @@ class OutputLayout:
         self._alone = manifest.alone
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
         self._move = (tuple(axes), tuple(range(len(axes)))) if axes != list(range(len(axes))) else None
+        # Where a client's tensor has its free axis: time for a sequence, else the batch.
+        self._free = (spec.batch_axis or 0) if spec.time_axis is None else spec.time_axis
+        if spec.time_axis is not None and spec.batch_axis is not None:
+            self._free -= spec.batch_axis < spec.time_axis
         # Output frames that one of the model's chunks completes.
         first = manifest.timed[0].multiple if manifest.timed else 1
         self._per_frame = first // spec.stride if self.timed else 0
@@ -182,8 +186,13 @@ class OutputLayout:
         per = self._per_frame * size
         return [whole[i * row : i * row + n * per] for i, n in enumerate(frames)]
 
-    def shape(self, data: bytes) -> tuple[int, ...]:
-        """The shape of a client's tensor: without the batch axis, or with it for a stateless model."""
+    def tensor(self, data: bytes) -> tuple[tuple[int, ...], bytes]:
+        """A client's tensor: the manifest's axes in their order, without the batch axis for a sequence."""
         if not self.joins:
-            return self.frame_shape
-        return (len(data) // self._frame_bytes if self._frame_bytes else 0, *self.frame_shape)
+            return self.frame_shape, data
+        count = len(data) // self._frame_bytes
+        if not self._free:
+            return (count, *self.frame_shape), data
+        array = np.frombuffer(data, self._dtype).reshape(count, *self.frame_shape)
+        array = np.moveaxis(array, 0, self._free)
+        return array.shape, array.tobytes()

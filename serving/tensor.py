@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -127,6 +126,8 @@ class _InputReader:
 
     def _decoded(self, tensor: WireTensor) -> tuple[bytes, int]:
         files = [tensor.data] if not tensor.shape else self._split(tensor.data, tensor.shape[0])
+        if self._free is None and len(files) != 1:
+            raise WrongShape(f"input {self.name!r} brings {len(files)} images, expected 1")
         row_bytes = self._spec.sample_bytes
         if len(files) * row_bytes > self._max_bytes:
             raise TooLarge(
@@ -161,10 +162,7 @@ class _InputReader:
         height, width = shape[1:] if channels_first else shape[:2]
         colours = 3 if len(shape) == 3 and 3 in (shape[0], shape[2]) else 1
         try:
-            with (
-                warnings.catch_warnings(action="error"),
-                Image.open(io.BytesIO(file), formats=[_FORMATS[encoding]]) as image,
-            ):
+            with Image.open(io.BytesIO(file), formats=[_FORMATS[encoding]]) as image:
                 if image.size != (width, height):
                     got = f"{image.size[0]}x{image.size[1]}"
                     raise WrongShape(

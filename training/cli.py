@@ -25,6 +25,7 @@ class Recipe(Protocol):
 def main(argv: list[str]) -> int:
     """Run `train ...` or `evaluate ...`; return the exit code. Failures are one line on stderr."""
     options = _parser().parse_args(argv)
+    said_by = f"tenuto {options.command}"
     try:
         # Imported here: `--help` must not need them, and a missing one is worth a sentence.
         from . import checks, evaluate
@@ -34,8 +35,8 @@ def main(argv: list[str]) -> int:
         if options.command == "train":
             importlib.import_module("torch")
     except ModuleNotFoundError as error:
-        print(f"tenuto: {error.name} is missing: pip install 'tenuto[training]'", file=sys.stderr)
-        return 1
+        print(f"{said_by}: {error.name} is missing; pip install 'tenuto[training]'", file=sys.stderr)
+        return 2
     refusals = (DataUnavailable, ChecksumMismatch, checks.CheckFailed, evaluate.NoTestSet, NotOurs)
     try:
         if options.command == "train":
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         else:
             _print_figures(evaluate.evaluate(options.folder))
     except (*refusals, OSError) as error:
-        print(f"tenuto: {error}", file=sys.stderr)
+        print(f"{said_by}: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -54,11 +55,18 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train, evaluate and export one of our models")
     train.add_argument("model", choices=MODELS)
     train.add_argument("--seed", type=int, default=0, help="decides all that is random (0)")
-    train.add_argument("--epochs", type=int, help="passes over the data (the recipe's own number)")
+    train.add_argument("--epochs", type=_positive, help="passes over the data (the recipe's own number)")
     train.add_argument("--output", type=Path, default=Path("exported"), help="gets <model>/1 (exported)")
     evaluate = commands.add_parser("evaluate", help="measure an exported model on its test set")
     evaluate.add_argument("folder", type=Path, metavar="MODEL_DIR", help="such as exported/digits/1")
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
+    return value
 
 
 def _train(model: str, seed: int, epochs: int | None, output: Path) -> None:

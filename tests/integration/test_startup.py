@@ -38,11 +38,16 @@ def _other_dtype(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _never_runs() -> bytes:
-    """x [batch, 2] as a tensor of 7 elements, which no batch has."""
-    nodes = [helper.make_node("Reshape", ["x", "shape"], ["y"])]
-    seven = {"shape": np.int64([7, 1])}
+    """Takes elements of a table that are beyond its end, whatever comes."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Add", ["shape", "nine"], ["beyond"]),
+        helper.make_node("Gather", ["table", "beyond"], ["taken"]),
+        helper.make_node("Add", ["x", "taken"], ["y"]),
+    ]
+    inputs = [toys.value("x", toys.FLOAT, "batch", 2)]
     outputs = [toys.value("y", toys.FLOAT, "batch", 2)]
-    return toys.model(nodes, [toys.value("x", toys.FLOAT, "batch", 2)], outputs, seven)
+    return toys.model(nodes, inputs, outputs, {"nine": np.int64([9]), "table": np.float32([1, 2])})
 
 
 # Per broken model, what the refusal says.

@@ -1,5 +1,6 @@
 """`tenuto train` and `tenuto evaluate`, from the command line."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def test_missing_data_stops_training_before_anything_is_written(
 
 def test_missing_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["evaluate", str(tmp_path / "none")]) == 1
-    assert capsys.readouterr().err.startswith("tenuto: ")
+    assert capsys.readouterr().err.startswith("tenuto evaluate: ")
 
 
 def test_a_file_that_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,3 +55,11 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path, capsys: pytest.Capt
     said = capsys.readouterr().err
     assert "model.onnx: " in said
     assert said.count("\n") == 1
+
+
+def test_missing_torch_names_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert cli.main(["train", "digits"]) == 2
+    assert capsys.readouterr().err.endswith("torch is missing; pip install 'tenuto[training]'\n")

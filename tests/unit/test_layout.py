@@ -219,3 +219,21 @@ def test_constants_are_the_manifests_unless_chosen() -> None:
     assert given_["table"].tolist() == [[1.0], [2.0]]
     assert float(layout.constants((("gain", 2.0),))["gain"]) == 2.0
     assert float(layout.constants(())["gain"]) == 1.0
+
+
+def test_a_clients_output_has_the_manifests_axes_in_their_order() -> None:
+    """As its inputs do, however the rows are held here."""
+    layout = Layout(create_manifest(["a", "batch", "time"]))
+    time_first = ramp(3, 2)
+    (shape, data), = layout.join([[time_first.tobytes()]])
+    assert shape == (2, 3)
+    np.testing.assert_array_equal(np.frombuffer(data, np.float32).reshape(shape), time_first.T)
+
+
+def test_a_stateless_output_has_its_batch_axis_where_the_manifest_has_it() -> None:
+    tensor = {"dtype": "float32", "shape": [2, "batch"], "batch_axis": 1}
+    layout = Layout(doubler(inputs=[{"name": "x"} | tensor], outputs=[{"name": "y"} | tensor]))
+    rows = ramp(3, 2)
+    (shape, data), = layout.join([[rows.tobytes()]])
+    assert shape == (2, 3)
+    np.testing.assert_array_equal(np.frombuffer(data, np.float32).reshape(shape), rows.T)

@@ -22,7 +22,9 @@ _NOT_OURS = frozenset(
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Positive = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+_LONGEST_SECONDS = 1e9  # more, infinity above all, is nothing that a timer can wait for
+Seconds = Annotated[float, Field(gt=0, le=_LONGEST_SECONDS)]
+SecondsOrZero = Annotated[float, Field(ge=0, le=_LONGEST_SECONDS)]
 
 
 class ServerConfig(BaseModel):
@@ -51,12 +53,12 @@ class ServerConfig(BaseModel):
     ] = 256 << 20
     max_message_bytes: Annotated[Positive, Field(description="bytes of one request message")] = 64 << 20
     window: Annotated[int, Field(ge=1, le=1024, description="unanswered chunks of one sequence")] = 4
-    idle_seconds: Annotated[float, Field(ge=0, description="a silent sequence ends after that; 0: never")] = (
-        300.0
-    )
+    idle_seconds: Annotated[
+        SecondsOrZero, Field(description="a silent sequence ends after that; 0: never")
+    ] = 300.0
     run_seconds: Annotated[Seconds, Field(description="a longer run of a model stops the server")] = 30.0
     drain_seconds: Annotated[
-        float, Field(ge=0, description="live sequences have that long after SIGTERM")
+        SecondsOrZero, Field(description="live sequences have that long after SIGTERM")
     ] = 30.0
     vet_seconds: Annotated[Seconds, Field(description="the check of one model may take that long")] = 120.0
     vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (

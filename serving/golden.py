@@ -7,8 +7,8 @@ round otherwise. A step that completes no frame has no `out`.
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,50 +47,51 @@ def replay(engine: Engine, path: Path, where: str) -> int:
 
     Raises: ModelInvalid where an output differs, or the file is no golden file.
     """
-    sink, steps = _Collector(), 0
+    sink = _Collector()
     sequence = Sequence(sink, engine.manifest)
     reader = Reader(engine.manifest, _MAX_BYTES)
     if engine.manifest.stateful:
         engine.open(sequence)
     tolerance, golden = _read(path, where)
-    for inputs, expected in golden:
-        steps += 1
+    for step, (inputs, expected) in enumerate(golden, 1):
         tensors = [
             _Tensor(n, a.dtype.name, a.shape, np.ascontiguousarray(a).tobytes()) for n, a in inputs.items()
         ]
         data, counts = reader.read(tensors)
-        chunk = Chunk(steps, data, counts, time.monotonic(), 0)
+        chunk = Chunk(step, data, counts, time.monotonic(), 0)
         (engine.accept if engine.manifest.stateful else engine.request)(sequence, chunk)
         while engine.turn():
             pass
-        _compare(engine, sink.replies[-1], expected, tolerance, f"{where}: golden step {steps}")
-    if not steps:
-        raise ModelInvalid(f"{where}: golden.npz holds no step 1")
-    return steps
+        _compare(engine, sink.replies[-1], expected, tolerance, f"{where}: golden step {step}")
+    return len(golden)
 
 
-def _read(
-    path: Path, where: str
-) -> tuple[float, Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]]:
+_Arrays = dict[str, NDArray[Any]]
+
+
+def _read(path: Path, where: str) -> tuple[float, list[tuple[_Arrays, _Arrays]]]:
     """The tolerance, and (inputs, outputs) of each step."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         tolerance = float(arrays.pop("tolerance", np.float64(1e-4)))
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # zipfile, zlib and numpy each have classes of their own
         raise ModelInvalid(f"{where}: golden.npz cannot be read: {error}") from error
+    steps: list[tuple[_Arrays, _Arrays]] = []
+    while inputs := _take(arrays, f"{len(steps) + 1}.in."):
+        steps.append((inputs, _take(arrays, f"{len(steps) + 1}.out.")))
+    if not steps:
+        raise ModelInvalid(f"{where}: golden.npz holds no step 1")
+    if arrays:
+        names = ", ".join(sorted(arrays))
+        raise ModelInvalid(f"{where}: golden.npz holds {names}, no part of its steps 1 to {len(steps)}")
+    return tolerance, steps
 
-    def steps() -> Iterator[tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]]:
-        for step in range(1, len(arrays) + 1):
-            inputs = {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.in.")}
-            if not inputs:
-                return
-            yield (
-                inputs,
-                {k.split(".", 2)[2]: a for k, a in arrays.items() if k.startswith(f"{step}.out.")},
-            )
 
-    return tolerance, steps()
+def _take(arrays: _Arrays, prefix: str) -> _Arrays:
+    """Moves the arrays of one step out of the file's, by the names of their tensors."""
+    keys = [key for key in arrays if key.startswith(prefix)]
+    return {key.removeprefix(prefix): arrays.pop(key) for key in keys}
 
 
 def _compare(

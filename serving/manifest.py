@@ -119,6 +119,8 @@ class Input(_Tensor):
         encoded = any(isinstance(w, WireEncoding) for w in self.wire)
         if encoded and not (self.dtype == "uint8" or "uint8" in self.wire_dtypes):
             raise ValueError(f"{self.name}: png and jpeg need a uint8 entry in wire, to say how pixels scale")
+        if encoded and len(self._row_shape(self.time_axis)) not in (2, 3):
+            raise ValueError(f"{self.name}: png and jpeg need [height, width] and perhaps colours in the shape")
         self._row_shape(self.time_axis)
         return self
 
@@ -155,6 +157,14 @@ class Constant(_Frozen):
     value: float | tuple[float, ...]
     shape: tuple[int, ...] = ()
     allowed: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Constant:
+        if isinstance(self.value, tuple) and len(self.value) != math.prod(self.shape):
+            raise ValueError(
+                f"{self.name}: value holds {len(self.value)} numbers, the shape {math.prod(self.shape)}"
+            )
+        return self
 
 
 class State(_Frozen):
@@ -366,7 +376,8 @@ class Manifest(_Frozen):
         for i in self.inputs:
             _compare(faults, "input", have_in, i.name, i.dtype, i.shape)
             if i.lengths:
-                _compare(faults, "input", have_in, i.lengths, "int32", ("batch",))
+                rows = 1 if i.batch_axis is None else i.shape[i.batch_axis]
+                _compare(faults, "input", have_in, i.lengths, "int32", (rows,))
         for s in self.states:
             _compare(faults, "state input", have_in, s.input, s.dtype, s.shape)
             _compare(faults, "state output", have_out, s.output, s.dtype, s.shape)

@@ -15,6 +15,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .errors import ModelInvalid, NotSupported, PlatformError, RunFailed
+from .layout import Layout
 from .manifest import METADATA_KEY, GraphTensor, Manifest
 
 log = logging.getLogger("tenuto.model_runner")
@@ -144,16 +145,16 @@ class ModelRunner:
         for i in m.inputs:
             length = i.multiple + i.left_context
             axes = {i.batch_axis: rows, i.time_axis: length}
-            feeds[i.name] = np.zeros([int(axes.get(a, d)) for a, d in enumerate(i.shape)], i.dtype)
+            low, high = i.range or (0, 0)
+            value = min(max(0, low), high)  # zero, or the nearest that the range allows
+            feeds[i.name] = np.full([int(axes.get(a, d)) for a, d in enumerate(i.shape)], value, i.dtype)
             if i.lengths:
                 feeds[i.lengths] = np.full(rows, length, np.int32)
         for s in m.states:
             feeds[s.input] = np.zeros(
                 [rows if a == s.batch_axis else int(d) for a, d in enumerate(s.shape)], s.dtype
             )
-        for c in m.constants:
-            feeds[c.name] = np.array(c.value, c.dtype).reshape(c.shape)
-        return feeds
+        return feeds | Layout(m).constants(())
 
 
 def _session(model: bytes, where: str, provider: str, threads: int) -> onnxruntime.InferenceSession:
@@ -188,7 +189,7 @@ def _check_supported(manifest: Manifest, where: str) -> None:
         lacking.append("generate")
     if any(o.lengths_output for o in manifest.outputs):
         lacking.append("lengths_output")
-    if manifest.stateful and any(o.batch_axis is None for o in manifest.outputs) and not manifest.alone:
+    if any(o.batch_axis is None for o in manifest.outputs) and not manifest.alone:
         lacking.append("outputs without a batch_axis")
     if lacking:
         raise NotSupported(

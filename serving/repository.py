@@ -35,15 +35,17 @@ class ModelFolder:
 
         Raises: ModelInvalid, ManifestInvalid.
         """
-        try:
-            model = (self.path / "model.onnx").read_bytes()
-        except OSError as error:
-            raise ModelInvalid(f"{self.where}: model.onnx cannot be read: {error.strerror}") from error
-        sidecar = self.path / "manifest.json"
-        text = sidecar.read_bytes() if sidecar.is_file() else b""
-        manifest = Manifest.parse(text, f"{self.where}/manifest.json") if text else None
-        fingerprint = hashlib.sha256(hashlib.sha256(text).digest() + model).hexdigest()
+        model = self._bytes("model.onnx")
+        text = self._bytes("manifest.json") if (self.path / "manifest.json").exists() else None
+        manifest = None if text is None else Manifest.parse(text, f"{self.where}/manifest.json")
+        fingerprint = hashlib.sha256(hashlib.sha256(text or b"").digest() + model).hexdigest()
         return ModelFiles(self, model, hashlib.sha256(model).hexdigest(), fingerprint, manifest)
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as error:
+            raise ModelInvalid(f"{self.where}: {name} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

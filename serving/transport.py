@@ -419,10 +419,14 @@ class StreamMethod:
     @property
     def _non_blocking(self) -> Any:
         def handle(_requests: Any, context: Any, finish: Callable[[None], None]) -> None:
-            if self._admitted(context):
-                NonBlockingCall(context, finish, self._opener, self._outbox_bytes, self._one_less)
-            else:
+            if not self._admitted(context):
                 finish(None)
+                return
+            try:
+                NonBlockingCall(context, finish, self._opener, self._outbox_bytes, self._one_less)
+            except Exception:  # gRPC answers it; the place must not be lost
+                self._one_less()
+                raise
 
         handle.experimental_non_blocking = True  # type: ignore[attr-defined]
         return handle

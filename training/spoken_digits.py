@@ -58,9 +58,7 @@ WINDOW, HOP = 200, 80  # samples: 25 ms of sound every 10 ms
 STEP = 2 * HOP  # samples that make one output frame: 20 ms
 OVERLAP = WINDOW - HOP  # samples that the next chunk needs again
 BINS = 128  # frequencies of a 256-point Fourier transform, without 0 Hz
-# A multiple of 8: ONNX Runtime takes logarithms 8 at a time and the last few with another function, so
-# other numbers of bands differ by 8e-6 from one chunking to another (measured with 23).
-BANDS = 40
+BANDS = 40  # a multiple of 8: whole vectors, so that a frame's bits do not depend on its neighbours
 HEAR, ANSWER = 160, 64  # hidden sizes of the two LSTMs
 FLOOR = 1e-6  # power added before the logarithm: about -60 dB below a full-scale tone in one band
 

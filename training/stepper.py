@@ -20,13 +20,13 @@ class NotOurs(ValueError):
     """A file that is no model of this package; the text says why."""
 
 
-def load(model: bytes | Path) -> tuple[onnxruntime.InferenceSession, Manifest]:
-    """Return a CPU session of one thread, and the manifest inside the file.
+def load(model: bytes | Path, threads: int = 1) -> tuple[onnxruntime.InferenceSession, Manifest]:
+    """Return a CPU session of `threads` threads, and the manifest inside the file.
 
     Raises OSError for a file that cannot be read and NotOurs for one without a manifest.
     """
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads
     where = "the model" if isinstance(model, bytes) else str(model)
     content = model if isinstance(model, bytes) else model.read_bytes()
     try:

@@ -1,7 +1,7 @@
 """A model that others made, served by a manifest beside it: Silero's voice activity detector.
 
-It needs what the vocabulary is for: chunks of exactly 512 samples, the last 64 of the chunk before put in front,
-a constant that the server feeds, a state whose batch axis is 1, and inputs bound by name.
+It needs what the vocabulary is for: chunks of exactly 512 samples, the last 64 of the chunk before put in
+front, a constant that the server feeds, a state whose batch axis is 1, and inputs bound by name.
 """
 
 from __future__ import annotations
@@ -51,7 +51,13 @@ def manifest(name: str) -> dict[str, Any]:
         ],
         "constants": [{"name": "sr", "dtype": "int64", "value": 16000}],
         "states": [
-            {"input": "state", "output": "stateN", "dtype": "float32", "shape": [2, "batch", 128], "batch_axis": 1}
+            {
+                "input": "state",
+                "output": "stateN",
+                "dtype": "float32",
+                "shape": [2, "batch", 128],
+                "batch_axis": 1,
+            }
         ],
         "outputs": [{"name": "output", "dtype": "float32", "shape": ["batch", 1]}],
     }

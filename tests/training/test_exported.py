@@ -85,8 +85,9 @@ def test_golden_steps_replay(model: str) -> None:
         assert seen == set(golden.files)  # and so a step that completes no frame has no outputs
 
 
-def test_any_batch_and_chunking_gives_the_same_bits(model: str) -> None:
-    session, manifest = load(EXPORTED / model / "1/model.onnx")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_batch_and_chunking_gives_the_same_bits(threads: int, model: str) -> None:
+    session, manifest = load(EXPORTED / model / "1/model.onnx", threads)
     entry = manifest.inputs[0]
     rng = np.random.default_rng(7)
     noise = rng.standard_normal((2000, *entry.sample_shape))

@@ -1,4 +1,4 @@
-"""Stand-ins for the unit tests: a sink that keeps, a runner in numpy, and an engine that is turned by hand."""
+"""Stand-ins: a sink that keeps, runners in numpy, and an engine that is turned by hand."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
 import warnings
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tenuto.serving.errors import (
-    TenutoError,
     TooLarge,
     WrongDtype,
     WrongEncoding,
@@ -302,10 +302,8 @@ def test_a_png_is_no_jpeg() -> None:
 def test_no_bytes_make_the_reader_fail_in_an_unnamed_way(at: int, value: int, cut: int) -> None:
     file = bytearray(encoded(grey(16, 16)))
     file[at % len(file)] = value
-    try:
+    with contextlib.suppress(WrongEncoding, WrongShape):
         image_reader(16, 16).read([FakeTensor("", "png", (), bytes(file[: len(file) - cut]))])
-    except TenutoError as error:
-        assert error.reason in ("WRONG_ENCODING", "WRONG_SHAPE")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,289 @@
+"""The manifest refuses what it does not know, says all that is wrong, and agrees with the graph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tenuto.serving.errors import ManifestInvalid
+from tenuto.serving.manifest import GraphTensor, Manifest
+
+EXPORTED = Path(__file__).parents[2] / "exported"
+
+X: dict[str, Any] = {"name": "x", "dtype": "float32", "shape": ["batch", "time", 3], "time_axis": 1}
+Y: dict[str, Any] = {"name": "y", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
+H: dict[str, Any] = {"input": "h", "output": "h_next", "dtype": "float32", "shape": [2, "batch", 4],
+                     "batch_axis": 1}  # fmt: skip
+
+
+def create_fields(*, x: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    whole = {"format": 1, "name": "toy", "inputs": [X | (x or {})], "states": [H], "outputs": [Y]}
+    return {key: value for key, value in (whole | changes).items() if value is not None}
+
+
+def parse(fields: dict[str, Any]) -> Manifest:
+    return Manifest.parse(json.dumps(fields), "toy/1/manifest.json")
+
+
+def create_manifest(**changes: Any) -> Manifest:
+    return parse(create_fields(**changes))
+
+
+def stateless(**x: Any) -> dict[str, Any]:
+    image = {"name": "x", "dtype": "float32", "shape": ["batch", 4, 4]} | x
+    y = {"name": "y", "dtype": "float32", "shape": ["batch", 10]}
+    return {"name": "toy", "inputs": [image], "outputs": [y]}
+
+
+# Refused.
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        create_fields() | {"max_bach": 3},
+        create_fields(x={"timeaxis": 1}),
+        create_fields(states=[H | {"initial": 0}]),
+        create_fields(x={"chunk": {"multiple": 3, "exact": 3}}),
+        create_fields(outputs=[Y | {"softmax": True}]),
+    ],
+    ids=["manifest", "input", "state", "chunk", "output"],
+)
+def test_unknown_keys_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ManifestInvalid, match="Extra inputs are not permitted"):
+        parse(fields)
+
+
+def test_every_fault_is_listed_with_its_place() -> None:
+    fields = create_fields(x={"dtype": "float31"}, max_batch=0, colour="blue")
+    with pytest.raises(ManifestInvalid) as caught:
+        parse(fields)
+    first, *faults = str(caught.value).splitlines()
+    assert first == "toy/1/manifest.json: the manifest is not valid:"
+    places = {line.split(":")[0].strip() for line in faults}
+    assert places >= {"inputs.0.dtype", "max_batch", "colour"}
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff\xfe", '"text"', "[]"])
+def test_what_is_no_json_object_is_refused_by_name(text: str | bytes) -> None:
+    with pytest.raises(ManifestInvalid, match="toy/1/manifest.json: the manifest is"):
+        Manifest.parse(text, "toy/1/manifest.json")
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "format of another version": (create_fields(format=2), "format: Input should be 1"),
+    "no inputs": (create_fields(inputs=[]), "inputs: .*at least 1"),
+    "a name that is no folder": (create_fields(name="../x"), "name: .*pattern"),
+    "batch_axis beyond the shape": (create_fields(x={"batch_axis": 3}), "batch_axis 3 is no axis of"),
+    "negative time_axis": (create_fields(x={"time_axis": -1}), "time_axis -1 is no axis of"),
+    "time and batch the same": (create_fields(x={"time_axis": 0}), "time_axis and batch_axis are both 0"),
+    "a named axis beside batch and time": (
+        create_fields(x={"shape": ["batch", "time", "width"]}),
+        "every axis but batch and time needs a positive length",
+    ),
+    "an axis of nothing": (create_fields(x={"shape": ["batch", "time", 0]}), "needs a positive length"),
+    "a state with a named axis": (create_fields(states=[H | {"shape": [2, "batch", "w"]}]), "every axis but"),
+    "chunk without time": (stateless(chunk={"multiple": 2}), "need a time_axis"),
+    "lengths without time": (stateless(lengths="n"), "need a time_axis"),
+    "left_context without time": (stateless(left_context=1), "need a time_axis"),
+    "range of floats": (create_fields(x={"range": [0, 1]}), "range is for integer inputs"),
+    "png without pixels' scale": (stateless(wire=[{"encoding": "png"}]), "need a uint8 entry"),
+    "png of what is no image": (
+        stateless(shape=["batch", 4], dtype="uint8", wire=[{"encoding": "png"}]),
+        "png and jpeg need",
+    ),
+    "init of another size": (create_fields(states=[H | {"init": [1, 2]}]), "init holds 2 values, one slot 8"),
+    "one input twice": (create_fields(inputs=[X, X]), "inputs named twice: x"),
+    "lengths named as a state": (create_fields(x={"lengths": "h"}), "inputs named twice: h"),
+    "one output twice": (create_fields(outputs=[Y, Y]), "outputs named twice: y"),
+    "batch_axis null in one place": (create_fields(x={"batch_axis": None, "shape": [1, "time"]}),
+                                     "must be null everywhere, or nowhere"),
+    "a timed output of untimed inputs": (stateless() | {"outputs": [Y]}, "no input has one"),
+    "an untimed input beside a timed one": (
+        create_fields(inputs=[X, {"name": "z", "dtype": "float32", "shape": ["batch", 2]}]),
+        "z: with a timed input, every input needs a time_axis",
+    ),
+    "stride that does not divide": (
+        create_fields(x={"chunk": {"multiple": 4}}, outputs=[Y | {"stride": 3}]),
+        "stride 3 does not divide the 4 samples",
+    ),
+    "time without a state": (create_fields(states=[]), "a time_axis needs states"),
+    "a constant of another size": (
+        create_fields(constants=[{"name": "c", "dtype": "float32", "value": [1, 2], "shape": [3]}]),
+        "value holds 2 numbers, the shape 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, message", WRONG.values(), ids=WRONG.keys())
+def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestInvalid, match=message):
+        parse(fields)
+
+
+# Properties.
+
+
+def test_defaults_are_small_and_the_properties_follow() -> None:
+    m = create_manifest()
+    assert (m.stateful, m.alone, m.ragged) == (True, False, False)
+    assert (m.rows_per_batch, m.frames_per_turn, m.slot_bytes) == (64, 32, 2 * 4 * 4)
+    assert m.inputs[0].sample_shape == (3,)
+    assert (m.inputs[0].sample_bytes, m.inputs[0].multiple) == (12, 1)
+    assert (m.outputs[0].frame_shape, m.outputs[0].frame_bytes) == ((), 4)
+    assert m.states[0].slot_shape == (2, 4)
+
+
+def test_a_model_is_stateful_by_states_or_left_context() -> None:
+    assert not parse(stateless()).stateful
+    context_alone = create_manifest(states=None, x={"left_context": 2})
+    assert context_alone.stateful
+    assert context_alone.slot_bytes == 0
+
+
+def test_rows_may_differ_in_length_only_if_every_timed_input_has_lengths() -> None:
+    z = X | {"name": "z", "lengths": "nz"}
+    assert create_manifest(x={"lengths": "n"}).ragged
+    assert create_manifest(inputs=[X | {"lengths": "n"}, z]).ragged
+    assert not create_manifest(inputs=[X, z]).ragged
+
+
+def test_a_graph_without_batch_axis_runs_one_row() -> None:
+    alone = create_manifest(
+        inputs=[X | {"shape": ["time", 3], "batch_axis": None, "time_axis": 0}],
+        states=[H | {"shape": [2, 4], "batch_axis": None}],
+    )
+    assert (alone.alone, alone.rows_per_batch) == (True, 1)
+
+
+def test_a_fixed_batch_bounds_the_rows() -> None:
+    assert create_manifest(fixed_batch=8).rows_per_batch == 8
+    assert create_manifest(fixed_batch=8, max_batch=4).rows_per_batch == 4
+
+
+@pytest.mark.parametrize(
+    "chunk, multiple, turn", [("free", 1, 32), ({"multiple": 5}, 5, 32), ({"exact": 5}, 5, 1)]
+)
+def test_the_chunk_decides_the_frame_and_the_turn(chunk: Any, multiple: int, turn: int) -> None:
+    m = create_manifest(x={"chunk": chunk})
+    assert (m.inputs[0].multiple, m.frames_per_turn) == (multiple, turn)
+
+
+# JSON.
+
+
+ROUND_TRIPS = {
+    "small": create_fields(),
+    "stateless": stateless(wire=[{"dtype": "uint8", "scale": 0.5}, {"encoding": "png"}]),
+    "rich": create_fields(
+        x={"chunk": {"multiple": 4}, "left_context": 2, "lengths": "n", "tail": "pad",
+           "wire": [{"dtype": "int16", "scale": 1 / 32768, "offset": 0.25}]},
+        constants=[{"name": "c", "dtype": "int64", "value": [1, 2], "shape": [2], "allowed": [1, 2]}],
+        states=[H | {"init": {"value": 0.1}, "finite": False}],
+        outputs=[Y | {"stride": 2, "labels": ["a", "b"], "activation": "softmax"}],
+        description="ein Modell", resumes_from=["abc"],
+    ),
+    "values of a state": create_fields(x={"left_context": 1, "left_context_value": 0.1},
+                                                        states=[H | {"init": list(range(8))}]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
+def test_to_json_says_the_same_again(fields: dict[str, Any]) -> None:
+    manifest = parse(fields)
+    text = manifest.to_json()
+    assert Manifest.parse(text, "again") == manifest
+    assert Manifest.parse(text, "again").to_json() == text
+    assert json.loads(text)["format"] == 1
+
+
+def test_to_json_leaves_defaults_out() -> None:
+    assert set(json.loads(create_manifest().to_json())) == {"format", "name", "inputs", "states", "outputs"}
+
+
+@pytest.mark.parametrize("path", sorted(EXPORTED.glob("*/*/manifest.json")), ids=str)
+def test_the_committed_manifests_are_valid_and_named_as_their_folder(path: Path) -> None:
+    assert Manifest.parse(path.read_bytes(), str(path)).name == path.parents[1].name
+
+
+# Against the graph.
+
+
+def graph_tensor(name: str, *shape: int | str | None, dtype: str = "float32") -> GraphTensor:
+    return GraphTensor(name, dtype, shape)
+
+
+INPUTS = [graph_tensor("x", "N", "T", 3), graph_tensor("h", 2, "N", 4)]
+OUTPUTS = [graph_tensor("y", "N", None), graph_tensor("h_next", 2, "N", 4)]
+
+
+def disagreements(
+    manifest: Manifest, inputs: list[GraphTensor] = INPUTS, outputs: list[GraphTensor] = OUTPUTS
+) -> list[str]:
+    try:
+        manifest.check_graph(inputs, outputs, "toy/1")
+    except ManifestInvalid as error:
+        first, *lines = str(error).splitlines()
+        assert first == "toy/1: the manifest disagrees with the graph:"
+        return [line.strip() for line in lines]
+    return []
+
+
+def test_a_graph_of_that_shape_agrees_whatever_its_axes_are_named() -> None:
+    assert disagreements(create_manifest()) == []
+
+
+def test_a_graph_that_leaves_shapes_out_agrees() -> None:
+    assert disagreements(create_manifest(), outputs=[graph_tensor("y"), OUTPUTS[1]]) == []
+
+
+def test_an_output_of_the_graph_may_go_unused() -> None:
+    assert disagreements(create_manifest(), outputs=[*OUTPUTS, graph_tensor("more", 1)]) == []
+
+
+DISAGREE: dict[str, tuple[dict[str, Any], list[GraphTensor], str]] = {
+    "name": ({}, [graph_tensor("pcm", "N", "T", 3)], "input 'x' is not in the graph, which has h, pcm"),
+    "dtype": ({}, [graph_tensor("x", "N", "T", 3, dtype="float64")],
+              "input 'x' is float64 in the graph, float32 in the manifest"),
+    "rank": ({}, [graph_tensor("x", "N", 3)], "input 'x' is ['N', 3] in the graph, ['batch', 'time', 3]"),
+    "axis length": ({}, [graph_tensor("x", "N", "T", 4)], "input 'x' is ['N', 'T', 4] in the graph"),
+    "fixed batch": ({}, [graph_tensor("x", 8, "T", 3)], "input 'x' is [8, 'T', 3] in the graph"),
+    "extra input": ({}, [graph_tensor("x", "N", "T", 3), graph_tensor("speed")],
+                    "the graph's input 'speed' is not in the manifest"),
+    "lengths": ({"x": {"lengths": "n"}},
+                [graph_tensor("x", "N", "T", 3), graph_tensor("n", "N", dtype="int64")],
+                "input 'n' is int64 in the graph, int32 in the manifest"),
+    "constant": ({"constants": [{"name": "c", "dtype": "float32", "value": 1}]},
+                 [graph_tensor("x", "N", "T", 3)], "constant 'c' is not in the graph"),
+    "control": ({"controls": [{"name": "start", "kind": "start", "dtype": "int32"}]},
+                [graph_tensor("x", "N", "T", 3)], "control 'start' is not in the graph"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, inputs, line", DISAGREE.values(), ids=DISAGREE.keys())
+def test_each_disagreement_is_a_line(
+    changes: dict[str, Any], inputs: list[GraphTensor], line: str
+) -> None:
+    found = disagreements(create_manifest(**changes), [*inputs, INPUTS[1]])
+    assert any(f.startswith(line) for f in found), found
+
+
+def test_all_disagreements_are_listed_at_once() -> None:
+    found = disagreements(create_manifest(), [graph_tensor("z", 1)], [graph_tensor("q", 1)])
+    assert [f.split(" is ")[0] for f in found] == [
+        "input 'x'", "state input 'h'", "state output 'h_next'", "output 'y'", "the graph's input 'z'",
+    ]  # fmt: skip
+
+
+def test_a_graph_of_fixed_batch_agrees_if_the_manifest_says_so() -> None:
+    """Its lengths have that many rows, too."""
+    manifest = create_manifest(
+        inputs=[X | {"shape": [8, "time", 3], "lengths": "n"}],
+        states=[H | {"shape": [2, 8, 4]}], outputs=[Y | {"shape": [8, "time"]}], fixed_batch=8,
+    )  # fmt: skip
+    inputs = [graph_tensor("x", 8, "T", 3), graph_tensor("n", 8, dtype="int32"), graph_tensor("h", 2, 8, 4)]
+    outputs = [graph_tensor("y", 8, "T"), graph_tensor("h_next", 2, 8, 4)]
+    assert disagreements(manifest, inputs, outputs) == []

@@ -1,0 +1,123 @@
+"""Numbers in, Prometheus text out: with a closed set of names and labels."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tenuto.serving.metrics import STAGES, Distribution, ModelMetrics, ServerMetrics, TenutoCollector
+
+MODEL = {"model", "version"}
+LABELS = {  # of every family; a new one is added here on purpose
+    "tenuto_active_sequences": MODEL,
+    "tenuto_admission_rejections": MODEL | {"reason"},
+    "tenuto_batch_occupancy_ratio": MODEL,
+    "tenuto_batch_size": MODEL,
+    "tenuto_batches": MODEL,
+    "tenuto_build_info": {"version"},
+    "tenuto_chunk_lag_seconds": MODEL,
+    "tenuto_chunk_latency_seconds": MODEL,
+    "tenuto_chunks": MODEL | {"outcome"},
+    "tenuto_deadline_misses": MODEL,
+    "tenuto_draining": set(),
+    "tenuto_messages_refused": set(),
+    "tenuto_model_info": MODEL | {"provider"},
+    "tenuto_model_load_seconds": MODEL,
+    "tenuto_open_streams": set(),
+    "tenuto_padding_ratio": MODEL,
+    "tenuto_pending_bytes": set(),
+    "tenuto_pending_chunks": MODEL,
+    "tenuto_rows_rerun": MODEL,
+    "tenuto_sequence_slots": MODEL,
+    "tenuto_sequence_slots_used": MODEL,
+    "tenuto_sequences_ended": MODEL | {"reason"},
+    "tenuto_sequences_started": MODEL,
+    "tenuto_stage_seconds": MODEL | {"stage"},
+    "tenuto_steps_repeated": MODEL,
+    "tenuto_streams_refused": set(),
+    "tenuto_time_to_first_output_seconds": MODEL,
+}
+
+
+def create_metrics() -> ServerMetrics:
+    server = ServerMetrics("1.2.3", pending_bytes=lambda: 12, open_streams=lambda: 3)
+    model = ModelMetrics("digits", 2, "CPUExecutionProvider", slots=8)
+    model.chunks["answered"] += 5
+    model.ended["END"] += 1
+    model.rejected["POOL_FULL"] += 1
+    model.batch_size.add(3)
+    server.models.append(model)
+    return server
+
+
+def scrape(server: ServerMetrics) -> dict[str, Metric]:
+    registry = CollectorRegistry()
+    registry.register(TenutoCollector(server))
+    text = generate_latest(registry).decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(server: ServerMetrics, sample: str, **labels: str) -> float:
+    found = [s.value for f in scrape(server).values() for s in f.samples
+             if s.name == sample and labels.items() <= s.labels.items()]  # fmt: skip
+    (one,) = found
+    return float(one)
+
+
+def test_the_names_and_their_labels_are_a_closed_set() -> None:
+    """Never a sequence, a peer or a tenant: each would be a series of its own."""
+    families = scrape(create_metrics())
+    labels = {name: set().union(*(set(s.labels) - {"le"} for s in f.samples)) for name, f in families.items()}
+    assert labels == LABELS
+
+
+def test_every_family_has_a_help_text() -> None:
+    assert all(f.documentation.endswith(".") for f in scrape(create_metrics()).values())
+
+
+def test_a_server_without_models_can_be_scraped() -> None:
+    assert set(scrape(ServerMetrics("1"))) == set(LABELS)
+
+
+def test_values_arrive_under_their_names() -> None:
+    server = create_metrics()
+    assert value(server, "tenuto_chunks_total", outcome="answered", model="digits", version="2") == 5
+    assert value(server, "tenuto_sequences_ended_total", reason="END") == 1
+    assert value(server, "tenuto_admission_rejections_total", reason="POOL_FULL") == 1
+    assert value(server, "tenuto_sequence_slots") == 8
+    assert value(server, "tenuto_pending_bytes") == 12
+    assert value(server, "tenuto_open_streams") == 3
+    assert value(server, "tenuto_build_info", version="1.2.3") == 1
+    assert value(server, "tenuto_model_info", provider="CPUExecutionProvider") == 1
+    assert value(server, "tenuto_batch_size_bucket", le="2.0") == 0
+    assert value(server, "tenuto_batch_size_bucket", le="4.0") == 1
+    assert value(server, "tenuto_batch_size_bucket", le="+Inf") == 1
+    assert value(server, "tenuto_batch_size_sum") == 3
+    server.draining = True
+    assert value(server, "tenuto_draining") == 1
+
+
+def test_each_stage_is_a_series() -> None:
+    samples = scrape(create_metrics())["tenuto_stage_seconds"].samples
+    assert {s.labels["stage"] for s in samples} == set(STAGES)
+
+
+def test_model_versions_are_told_apart() -> None:
+    server = create_metrics()
+    server.models.append(ModelMetrics("digits", 3, batches=9))
+    assert value(server, "tenuto_batches_total", version="2") == 0
+    assert value(server, "tenuto_batches_total", version="3") == 9
+
+
+def test_a_bound_belongs_to_its_bucket() -> None:
+    d = Distribution((1.0, 2.0))
+    for v in (0.5, 1.0, 1.5, 2.0, 2.1):
+        d.add(v)
+    assert d.buckets() == [("1.0", 2.0), ("2.0", 4.0), ("+Inf", 5.0)]
+    assert d.total == pytest.approx(7.1)
+
+
+def test_an_empty_distribution_has_all_its_buckets() -> None:
+    assert Distribution((1.0,)).buckets() == [("1.0", 0.0), ("+Inf", 0.0)]

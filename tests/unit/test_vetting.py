@@ -1,0 +1,183 @@
+"""A model that takes its process down takes no other model with it, and is named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tenuto.serving import vetting
+from tenuto.serving.model_runner import CPU
+from tenuto.serving.repository import ModelFolder
+from tenuto.serving.vetting import Limits, Verdict, check, vet
+from tests import toys
+
+# Stands in for the child: what it does is the model's name.
+CHILD = f"""#!{sys.executable} -IS
+import os, signal, sys
+for line in sys.stdin:
+    model, _, path = line.strip('[]\\n').replace('"', "").split(", ")
+    with open(os.environ["VETTING_LOG"], "a") as log:
+        log.write(model + "\\n")
+    if model.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if model.startswith("exit"):
+        sys.exit(3)
+    if model.startswith("hang"):
+        signal.pause()
+    why = "it is bad" if model.startswith("bad") else ""
+    sys.stdout.write('{{"fingerprint": "of ' + model + '", "why": "' + why + '", "golden_steps": 2}}\\n')
+    sys.stdout.flush()
+"""
+NEVER = Limits(seconds=1e9, memory_bytes=1 << 50)
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts the fake child in place; the file's lines are the models that it began with."""
+    child = tmp_path / "child"
+    child.write_text(CHILD)
+    child.chmod(child.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(vetting, "sys", SimpleNamespace(executable=str(child)))
+    monkeypatch.setattr(vetting, "_POLL_SECONDS", 0.01)
+    monkeypatch.setenv("VETTING_LOG", str(tmp_path / "log"))
+    return tmp_path / "log"
+
+
+def folders(*models: str) -> list[ModelFolder]:
+    return [ModelFolder(model, 1, Path("/nowhere")) for model in models]
+
+
+def verdicts(*models: str, limits: Limits = NEVER) -> dict[str, Verdict]:
+    found = vet(folders(*models), provider=CPU, threads=1, limits=limits)
+    return {folder.model: verdict for folder, verdict in found.items()}
+
+
+def test_one_child_checks_all_models_that_do_it_no_harm(log: Path) -> None:
+    found = verdicts("a", "bad", "c")
+    assert found == {
+        "a": Verdict("of a", golden_steps=2),
+        "bad": Verdict("of bad", "it is bad", 2),
+        "c": Verdict("of c", golden_steps=2),
+    }
+    assert log.read_text().split() == ["a", "bad", "c"]
+
+
+@pytest.mark.parametrize("guilty, died", [("crash", "signal 11"), ("exit", "exit status 3")])
+def test_a_model_that_ends_the_child_is_named_and_the_others_are_checked(
+    guilty: str, died: str, log: Path
+) -> None:
+    found = verdicts("a", guilty, "c", "d")
+    assert found[guilty].why == f"loading it ends the process that checks it ({died})"
+    assert found[guilty].fingerprint == ""
+    assert [found[m].why for m in "acd"] == ["", "", ""]
+    assert log.read_text().split() == ["a", guilty, "c", "d"]  # nothing is checked twice
+
+
+def test_every_model_may_be_guilty(log: Path) -> None:
+    found = verdicts("crash1", "crash2", "exit3")
+    assert all("ends the process" in v.why for v in found.values())
+
+
+def test_a_model_that_takes_too_long_is_named_and_the_others_are_checked(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock stands still until the slow one has begun, and then an hour is over."""
+
+    def clock() -> float:
+        return 3600.0 if log.exists() and "hang" in log.read_text() else 0.0
+
+    monkeypatch.setattr(vetting, "time", SimpleNamespace(monotonic=clock))
+    found = verdicts("a", "hang", "c", limits=Limits(60, 1 << 50))
+    assert found["hang"].why == "its check took more than 60 s"
+    assert (found["a"].why, found["c"].why) == ("", "")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_model_that_takes_too_much_memory_is_named(log: Path) -> None:
+    found = verdicts("hang", limits=Limits(1e9, 1 << 20))
+    assert found["hang"].why == "its check took more than 1 MiB of memory"
+
+
+def test_no_child_is_left_behind(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def spy(*arguments: object, **keywords: object) -> subprocess.Popen[bytes]:
+        children.append(start(*arguments, **keywords))  # type: ignore[call-overload]
+        return children[-1]
+
+    monkeypatch.setattr(vetting, "subprocess", SimpleNamespace(Popen=spy, PIPE=subprocess.PIPE))
+    verdicts("hang", limits=Limits(1e9, 1))
+    verdicts("a")
+    assert len(children) == 2
+    assert all(child.returncode is not None for child in children)
+
+
+def test_nothing_to_check_starts_no_child(log: Path) -> None:
+    assert verdicts() == {}
+    assert not log.exists()
+
+
+def test_lines_are_put_together_from_what_the_pipe_gives() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as pipe:
+        lines = vetting._Lines(pipe)
+        assert lines.next(0) is None
+        os.write(writing, b"on")
+        assert lines.next(0) is None
+        os.write(writing, b"e\ntwo\nthr")
+        assert (lines.next(0), lines.next(0), lines.next(0)) == (b"one", b"two", None)
+        os.close(writing)
+        assert lines.next(0) == b""
+
+
+# What the child does with one model.
+
+
+def create_folder(root: Path, made: tuple[bytes, toys.Manifest], model: str | None = None) -> ModelFolder:
+    path = toys.write(root, made[1]["name"], made)
+    return ModelFolder(model or made[1]["name"], 1, path)
+
+
+def test_a_good_model_gets_the_fingerprint_of_the_files_that_were_checked(tmp_path: Path) -> None:
+    folder = create_folder(tmp_path, toys.accumulator())
+    assert check(folder, CPU, 1) == Verdict(folder.read().fingerprint)
+
+
+def test_its_golden_file_is_replayed(tmp_path: Path) -> None:
+    folder = create_folder(tmp_path, toys.accumulator())
+    golden = {"1.in.x": np.float32([1, 2]), "1.out.y": np.float32([1, 3])}
+    np.savez(folder.path / "golden.npz", **golden)  # type: ignore[arg-type]
+    assert check(folder, CPU, 1).golden_steps == 1
+    np.savez(folder.path / "golden.npz", **golden | {"1.out.y": np.float32([1, 4])})  # type: ignore[arg-type]
+    assert "output 'y' is off by 1" in check(folder, CPU, 1).why
+
+
+def test_a_manifest_of_another_name_is_refused(tmp_path: Path) -> None:
+    folder = create_folder(tmp_path, toys.doubler())
+    moved = tmp_path / "other" / "1"
+    shutil.copytree(folder.path, moved)
+    why = check(ModelFolder("other", 1, moved), CPU, 1).why
+    assert why == "other/1: the manifest is named 'doubler'; they must agree"
+
+
+def test_a_model_that_fails_on_zeros_is_refused(tmp_path: Path) -> None:
+    made = toys.lookup(checked=False)
+    made[1]["inputs"][0]["range"] = [9, 9]  # the nearest to zero that the manifest allows, and no row there
+    why = check(create_folder(tmp_path, made), CPU, 1).why
+    assert why.startswith("its run on zeros failed: lookup/1: ")
+
+
+def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    folder = create_folder(tmp_path, (b"no model", toys.doubler()[1]))
+    verdict = check(folder, CPU, 1)
+    assert "ONNX Runtime does not load it" in verdict.why
+    assert verdict.fingerprint == ""

@@ -341,7 +341,7 @@ def test_a_stream_that_is_over_is_freed_without_the_collector(
             elif how != "cancel":
                 conversation.done_sending()
                 conversation.rest()
-        wait_for(lambda: not any(ref() for ref in alive), f"{alive} to be freed")
+        wait_for(lambda: not any(ref() for ref in alive), "the stream to be freed")
     finally:
         gc.enable()
     assert len(alive) == 2
@@ -590,7 +590,6 @@ def test_above_the_pending_limit_no_stream_is_read_and_then_all_is_answered(
         Conversation(channel) as second,
     ):
         engine = engine_of(server, "accumulator")
-        waiting = server._pending._waiting
         second.send(opening("accumulator"))
         second.opened()
         first.send(opening("accumulator"))
@@ -615,15 +614,17 @@ def test_above_the_pending_limit_no_stream_is_read_and_then_all_is_answered(
             assert answer.retry_after_ms > 0
             assert engine.metrics.pending_chunks + engine._inbox.qsize() == 5
             gate.open()
-            for step in range(1, 5):
-                assert first.values(step)[-1] == step * len(samples)
-            assert first.opened().next_step == 1
-            assert first.values(1) == [5.0]
-            assert first.closed().reason == pb.END
+            replies = [first.read() for _ in range(7)]
+            sums = [(r.output.step, array(r.output.outputs[0])[-1]) for r in replies
+                    if r.sequence == 0]  # fmt: skip
+            assert sums == [(step, step * len(samples)) for step in range(1, 5)]
+            opened, output, closed = (r for r in replies if r.sequence == 7)
+            assert opened.opened.next_step == 1
+            assert array(output.output.outputs[0]).tolist() == [5.0]
+            assert closed.closed.reason == pb.END
             assert second.values(1) == [1.0]
             assert second.values(2) == [2.0]
             assert second.closed().reason == pb.END
-        del waiting
     assert_nothing_is_left(server)
 
 

@@ -120,7 +120,9 @@ class Input(_Tensor):
         if encoded and not (self.dtype == "uint8" or "uint8" in self.wire_dtypes):
             raise ValueError(f"{self.name}: png and jpeg need a uint8 entry in wire, to say how pixels scale")
         if encoded and len(self._row_shape(self.time_axis)) not in (2, 3):
-            raise ValueError(f"{self.name}: png and jpeg need [height, width] and perhaps colours in the shape")
+            raise ValueError(
+                f"{self.name}: png and jpeg need [height, width] and perhaps colours in the shape"
+            )
         self._row_shape(self.time_axis)
         return self
 

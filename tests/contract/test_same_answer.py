@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from hypothesis import given, settings, strategies
 from numpy.typing import NDArray
 
 from tenuto.serving.manifest import Manifest
@@ -26,7 +27,16 @@ from tenuto.training.datasets.store import DataUnavailable
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 from tests.integration.running import TRANSPORTS, engine_of, serving
-from tests.integration.wire import PATIENCE_SECONDS, array, chunk, connect, ending, opening, stub, tensor
+from tests.integration.wire import (
+    PATIENCE_SECONDS,
+    array,
+    chunk,
+    connect,
+    ending,
+    opening,
+    stub,
+    tensor,
+)
 
 EXPORTED = Path(__file__).parents[2] / "exported"
 STREAMS = 4
@@ -73,7 +83,7 @@ def cut(samples: Array, longest: int, chance: random.Random) -> list[Array]:
 def stream(
     port: int, model: str, pieces: dict[int, list[Array]], chance: random.Random
 ) -> dict[int, list[pb.Output]]:
-    """All sequences of one gRPC stream: events in random order and random company, at most four unanswered."""
+    """All sequences of one gRPC stream: events in random order and company, at most four unanswered."""
     requests: queue.SimpleQueue[pb.StreamRequest | None] = queue.SimpleQueue()
     outputs: dict[int, list[pb.Output]] = {key: [] for key in pieces}
     sent, answered, open_ = dict.fromkeys(pieces, 0), dict.fromkeys(pieces, 0), set(pieces)
@@ -160,7 +170,7 @@ def test_sixty_four_recordings_together_equal_each_alone(server: Server, longest
 
 
 def test_synthetic_sound_together_equals_each_alone(server: Server) -> None:
-    """The same without any data set, so that it never skips; lengths from less than a frame to two seconds."""
+    """The same without any data set, so that it never skips; up to two seconds each."""
     draw = np.random.default_rng(5)
     inputs = [draw.integers(-9000, 9000, draw.integers(160, 16000)).astype(np.int16) for _ in range(32)]
     got = together(server.port, "spoken-digits", inputs, 900, seed=3)
@@ -191,6 +201,35 @@ def test_sums_do_not_leak(tmp_path: Path, transport: str, ragged: bool) -> None:
         engine_of(server, "accumulator").check()
     for outputs, sent in zip(got, inputs, strict=True):
         np.testing.assert_array_equal(outputs["y"], np.cumsum(sent, dtype=np.float32))
+
+
+# Per sequence, the lengths of its chunks.
+_CUTS = strategies.lists(strategies.lists(strategies.integers(0, 40), max_size=6), min_size=1, max_size=9)
+
+
+@pytest.fixture(scope="module", params=TRANSPORTS)
+def sums(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("sums")
+    toys.write(root, "accumulator", toys.accumulator())
+    toys.write(root, "grouped", toys.accumulator(ragged=False))
+    toys.write(root, "fours", toys.accumulator(x={"chunk": {"multiple": 4}}))
+    with serving(root, transport=request.param) as server:
+        yield server
+
+
+@pytest.mark.parametrize("model", ["accumulator", "grouped", "fours"])
+@settings(max_examples=15)
+@given(cuts=_CUTS)
+def test_any_chunking_gives_the_running_sums(sums: Server, model: str, cuts: list[list[int]]) -> None:
+    """Chunk lengths as hypothesis likes them, empty ones too, and what is left over at the end dropped."""
+    eaten = 4 if model == "fours" else 1
+    inputs = [np.arange(sum(lengths), dtype=np.float32) + i for i, lengths in enumerate(cuts)]
+    pieces = {i: np.split(inputs[i], np.cumsum(lengths)[:-1]) for i, lengths in enumerate(cuts) if lengths}
+    got = stream(sums.port, model, pieces, random.Random(0))
+    for i in pieces:
+        whole = inputs[i][: len(inputs[i]) // eaten * eaten]
+        y = _joined(got[i]).get("y", np.zeros(0, np.float32))
+        np.testing.assert_array_equal(y, np.cumsum(whole, dtype=np.float32))
 
 
 def test_a_digit_is_the_same_in_any_batch(server: Server) -> None:

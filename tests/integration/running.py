@@ -19,7 +19,7 @@ from tenuto.serving.engine import Engine
 from tenuto.serving.errors import TenutoError
 from tenuto.serving.repository import ModelFolder
 from tenuto.serving.server import Server
-from tenuto.serving.vetting import Limits, Verdict
+from tenuto.serving.vetting import Verdict
 from tests import toys
 
 TRANSPORTS = ("nonblocking", "threads")

@@ -23,7 +23,6 @@ from .wire import (
     PREDICT,
     STREAM,
     Conversation,
-    Refusal,
     array,
     checkpoint,
     chunk,
@@ -41,7 +40,7 @@ NO_PROTOBUF = b"\xff\xff\xff\xff"
 
 
 def code_of(failed: pb.Failed) -> str:
-    return code_pb2.Code.Name(failed.code)  # type: ignore[arg-type]
+    return code_pb2.Code.Name(failed.code)
 
 
 # What the victim sends as its step 2, and how it ends.
@@ -202,9 +201,7 @@ def test_a_fault_ends_its_sequence_alone_and_its_number_can_be_opened_again(
     bad = pb.Event.FromString(event.SerializeToString())
     bad.sequence = VICTIM
     conversation.send(opening(model, VICTIM), opening("accumulator", NEIGHBOUR))
-    conversation.send(
-        chunk(1, _input(model, 1), sequence=VICTIM), chunk(1, [5.0], sequence=NEIGHBOUR)
-    )
+    conversation.send(chunk(1, _input(model, 1), sequence=VICTIM), chunk(1, [5.0], sequence=NEIGHBOUR))
     conversation.send(bad, chunk(2, [6.0], sequence=NEIGHBOUR), ending(NEIGHBOUR))
     # What still comes for the victim's number is ignored until it is opened again.
     conversation.send(chunk(3, _input(model, 1), sequence=VICTIM), ending(VICTIM))
@@ -223,9 +220,7 @@ def test_a_fault_ends_its_sequence_alone_and_its_number_can_be_opened_again(
     sums = [array(r.output.outputs[0]).tolist() for r in of[NEIGHBOUR][1:3]]
     assert sums == [[5.0], [11.0]]
 
-    conversation.send(
-        opening("accumulator", VICTIM), chunk(1, [7.0], sequence=VICTIM), ending(VICTIM)
-    )
+    conversation.send(opening("accumulator", VICTIM), chunk(1, [7.0], sequence=VICTIM), ending(VICTIM))
     conversation.opened()
     assert conversation.values(1) == [7.0]
     assert conversation.closed().reason == pb.END
@@ -330,9 +325,7 @@ def test_what_cannot_be_opened_is_refused_once_and_the_stream_lives_on(
 
 
 def test_the_chunks_before_a_fault_are_answered_first(conversation: Conversation) -> None:
-    conversation.send(
-        opening("accumulator"), chunk(1, [1.0]), chunk(2, [2.0]), chunk(3, tensor([1], "int8"))
-    )
+    conversation.send(opening("accumulator"), chunk(1, [1.0]), chunk(2, [2.0]), chunk(3, tensor([1], "int8")))
     conversation.opened()
     assert conversation.values(1) == [1.0]
     assert conversation.values(2) == [3.0]
@@ -391,9 +384,7 @@ def _in_one_batch(
     return {r.sequence: r for r in answers}
 
 
-def test_in_a_batch_that_fails_only_the_guilty_row_fails(
-    conversation: Conversation, server: Server
-) -> None:
+def test_in_a_batch_that_fails_only_the_guilty_row_fails(conversation: Conversation, server: Server) -> None:
     counting = Counting(server)
     inputs = {n: tensor([n % 4, 3, 9 if n == 3 else 2], "int64") for n in range(5)}
 
@@ -403,7 +394,7 @@ def test_in_a_batch_that_fails_only_the_guilty_row_fails(
     assert (failed.reason, code_of(failed)) == ("RUN_FAILED", "INTERNAL")
     assert "step 1" in failed.message
     assert "unchecked/1" in failed.message
-    table = np.float32([0, 1, 10, 100])
+    table = np.array([0, 1, 10, 100], np.float32)
     for n, reply in answers.items():
         expected = np.cumsum(table[np.frombuffer(inputs[n].data, "int64")], dtype="float32")
         assert reply.output.outputs[0].data == expected.tobytes()
@@ -416,9 +407,7 @@ def test_a_state_that_is_not_finite_ends_its_sequence_alone(
     conversation: Conversation, server: Server
 ) -> None:
     counting = Counting(server)
-    answers = _in_one_batch(
-        conversation, server, "explosive", {n: tensor([1e30]) for n in range(4)}
-    )
+    answers = _in_one_batch(conversation, server, "explosive", {n: tensor([1e30]) for n in range(4)})
     assert {r.output.timing.batch_size for r in answers.values()} == {4}
     # The second 1e30 is one too many; 0.5 is not.
     conversation.send(*(chunk(2, [1e30 if n == 2 else 0.5], sequence=n) for n in range(4)))
@@ -444,16 +433,12 @@ def test_a_value_refused_in_a_batch_leaves_its_neighbours_bit_identical(
     values = rng.standard_normal((6, 5), "float32")
     values[4, 3] = np.nan
 
-    answers = _in_one_batch(
-        conversation, server, "accumulator", {n: tensor(v) for n, v in enumerate(values)}
-    )
+    answers = _in_one_batch(conversation, server, "accumulator", {n: tensor(v) for n, v in enumerate(values)})
 
     assert answers.pop(4).failed.reason == "NOT_FINITE"
     assert {r.output.timing.batch_size for r in answers.values()} == {5}
     for n, reply in answers.items():
-        conversation.send(
-            opening("accumulator", 50 + n), chunk(1, tensor(values[n]), sequence=50 + n)
-        )
+        conversation.send(opening("accumulator", 50 + n), chunk(1, tensor(values[n]), sequence=50 + n))
         conversation.opened()
         alone = conversation.output(1)
         assert alone.timing.batch_size == 1
@@ -493,9 +478,7 @@ def test_as_many_events_as_a_message_may_hold_are_taken(conversation: Conversati
     assert {r.WhichOneof("reply") for r in replies} == {"opened", "closed"}
 
 
-def test_a_message_over_the_limit_ends_its_call_alone(
-    toy_repository: Path, transport: str
-) -> None:
+def test_a_message_over_the_limit_ends_its_call_alone(toy_repository: Path, transport: str) -> None:
     with serving(toy_repository, transport=transport, max_message_bytes=4096) as server:
         with connect(server.port) as channel, Conversation(channel) as conversation:
             conversation.send(opening("accumulator"), chunk(1, [1.0]))
@@ -641,7 +624,7 @@ def test_bytes_that_are_no_request_are_an_invalid_argument_of_every_unary_method
     channel: grpc.Channel,
 ) -> None:
     for method in ("Predict", "GetModel", "ListSequences", "EndSequence"):
-        call = channel.unary_unary(PREDICT.replace("Predict", method))
+        call: Any = channel.unary_unary(PREDICT.replace("Predict", method))
         refusal = refused(call, NO_PROTOBUF)
         assert (refusal.code, refusal.reason) == (Code.INVALID_ARGUMENT, "WRONG_MESSAGE")
         assert refusal.text == "4 bytes are no request of this method"
@@ -678,6 +661,6 @@ def test_an_unknown_model_is_refused_by_the_operators_calls(api: Any) -> None:
     ):
         assert (refusal.code, refusal.reason) == (Code.NOT_FOUND, "UNKNOWN_MODEL")
         assert "'nothing'" in refusal.text
-    refusal: Refusal = refused(api.EndSequence, pb.EndSequenceRequest(sequence_id="abc"))
+    refusal = refused(api.EndSequence, pb.EndSequenceRequest(sequence_id="abc"))
     assert (refusal.code, refusal.reason) == (Code.NOT_FOUND, "UNKNOWN_SEQUENCE")
     assert "'abc'" in refusal.text

@@ -88,9 +88,7 @@ def test_sequences_of_several_models_share_a_stream(conversation: Conversation) 
     )
     replies = [conversation.read() for _ in range(6)]
     values = {
-        r.sequence: array(r.output.outputs[0]).tolist()
-        for r in replies
-        if r.WhichOneof("reply") == "output"
+        r.sequence: array(r.output.outputs[0]).tolist() for r in replies if r.WhichOneof("reply") == "output"
     }
     assert values == {1: [3.0], 2: [100.0, 110.0], 3: [30.0]}
 
@@ -273,9 +271,7 @@ def test_more_unanswered_chunks_than_the_window_end_the_sequence_and_leave_its_n
     assert counting.rise("tenuto_chunks_total", **dropped) == 2
 
 
-def test_a_silent_sequence_expires_and_a_busy_one_does_not(
-    toy_repository: Path, transport: str
-) -> None:
+def test_a_silent_sequence_expires_and_a_busy_one_does_not(toy_repository: Path, transport: str) -> None:
     with (
         serving(toy_repository, transport=transport, idle_seconds=0.6) as server,
         connect(server.port) as channel,
@@ -300,6 +296,8 @@ def test_a_silent_sequence_expires_and_a_busy_one_does_not(
         assert [r.sequence for r in rest if r.WhichOneof("reply") == "opened"] == [1]
         ended = {"model": "accumulator", "reason": "IDLE_EXPIRED"}
         assert counting.rise("tenuto_sequences_ended_total", **ended) == 1
+        conversation.done_sending()
+        assert conversation.rest() == []
         assert_nothing_is_left(server)
 
 
@@ -310,9 +308,7 @@ def test_a_client_may_ask_for_a_shorter_idle_time(conversation: Conversation) ->
     assert (closed.reason, closed.last_step) == (pb.IDLE_EXPIRED, 0)
 
 
-def test_a_full_pool_refuses_at_once_and_takes_again_what_was_freed(
-    tmp_path: Path, transport: str
-) -> None:
+def test_a_full_pool_refuses_at_once_and_takes_again_what_was_freed(tmp_path: Path, transport: str) -> None:
     toys.write(tmp_path, "accumulator", toys.accumulator())
     toys.write(tmp_path, "doubler", toys.doubler())
     with (
@@ -338,6 +334,8 @@ def test_a_full_pool_refuses_at_once_and_takes_again_what_was_freed(
             conversation.send(ending(0), ending(2), ending(3))
             for _ in range(3):
                 conversation.closed()
+        conversation.done_sending()
+        assert conversation.rest() == []
         assert_nothing_is_left(server)
 
 
@@ -355,9 +353,7 @@ def test_a_slot_that_is_handed_on_is_clean(tmp_path: Path, transport: str) -> No
             conversation.closed()
 
 
-def test_declared_periods_are_held_against_the_answers(
-    conversation: Conversation, server: Server
-) -> None:
+def test_declared_periods_are_held_against_the_answers(conversation: Conversation, server: Server) -> None:
     counting, engine = Counting(server), engine_of(server, "accumulator")
     with Gate(engine) as gate:
         conversation.send(opening("accumulator", period_ms=1), chunk(1, [1.0]))

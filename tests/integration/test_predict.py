@@ -85,9 +85,7 @@ def test_calls_of_many_threads_get_their_own_answers(channel: grpc.Channel) -> N
     assert wrong == []
 
 
-def test_more_calls_than_may_wait_are_refused_at_once(
-    toy_repository: Path, transport: str
-) -> None:
+def test_more_calls_than_may_wait_are_refused_at_once(toy_repository: Path, transport: str) -> None:
     with (
         serving(toy_repository, transport=transport, max_predicts=2) as server,
         connect(server.port) as channel,
@@ -179,8 +177,6 @@ def test_images_are_taken_raw_and_encoded_by_predict_and_on_a_stream(
 def test_a_colour_image_is_taken_as_grey_by_a_grey_model(api: Any) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (4, 4), (51, 51, 51)).save(buffer, "png")
-    request = pb.PredictRequest(
-        model="brightness", inputs=[pb.Tensor(dtype="png", data=buffer.getvalue())]
-    )
+    request = pb.PredictRequest(model="brightness", inputs=[pb.Tensor(dtype="png", data=buffer.getvalue())])
     (mean,) = array(api.Predict(request, timeout=30).outputs[0]).tolist()
     assert mean == pytest.approx(0.2)

@@ -47,7 +47,7 @@ def _never_runs() -> bytes:
     ]
     inputs = [toys.value("x", toys.FLOAT, "batch", 2)]
     outputs = [toys.value("y", toys.FLOAT, "batch", 2)]
-    return toys.model(nodes, inputs, outputs, {"nine": np.int64([9]), "table": np.float32([1, 2])})
+    return toys.model(nodes, inputs, outputs, {"nine": np.array([9]), "table": np.ones(2, np.float32)})
 
 
 # Per broken model, what the refusal says.
@@ -183,10 +183,8 @@ def test_a_metrics_port_in_use_is_named(toy_repository: Path) -> None:
 @pytest.fixture
 def without_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a driver and CUDA, and no cuDNN."""
-    monkeypatch.setattr(
-        model_runner.onnxruntime, "get_available_providers", lambda: [model_runner.CUDA, "CPU"]
-    )
-    monkeypatch.setattr(model_runner.onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [model_runner.CUDA, "CPU"])
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None)
     monkeypatch.setattr(model_runner, "_loads", lambda library: not library.startswith("libcudnn"))
 
 
@@ -208,10 +206,8 @@ def test_cuda_not_demanded_and_not_loadable_falls_back_and_says_so(
     assert "running on the CPU: libcudnn.so.9 cannot be loaded" in caplog.text
 
 
-def test_a_build_without_cuda_is_named(
-    toy_repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model_runner.onnxruntime, "get_available_providers", lambda: ["CPU"])
+def test_a_build_without_cuda_is_named(toy_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPU"])
     with pytest.raises(PlatformError, match="this build of onnxruntime has no CUDA provider"):
         build(toy_repository, device="cuda")
 
@@ -221,8 +217,6 @@ def test_onnx_runtime_taking_another_provider_than_chosen_is_refused(
 ) -> None:
     # It does not raise: it falls back in silence.
     cpu_only = type("Session", (), {"get_providers": lambda _: ["CPUExecutionProvider"]})
-    monkeypatch.setattr(
-        model_runner.onnxruntime, "InferenceSession", lambda *_, **__: cpu_only()
-    )
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: cpu_only())
     with pytest.raises(TenutoError, match="CUDAExecutionProvider was chosen"):
         model_runner.ModelRunner(b"", None, "x/1", provider=model_runner.CUDA, threads=1)

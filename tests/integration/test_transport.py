@@ -6,7 +6,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -234,9 +234,7 @@ def test_a_listener_that_raises_at_its_end_leaves_the_server_alive(
     assert_serves(channel)
 
 
-def test_an_opener_that_raises_gives_its_place_back(
-    channel: grpc.Channel, server: Server
-) -> None:
+def test_an_opener_that_raises_gives_its_place_back(channel: grpc.Channel, server: Server) -> None:
     def broken(_call: Any) -> Any:
         raise ZeroDivisionError("a bug in the opener")
 
@@ -271,10 +269,9 @@ def test_finishing_a_call_again_and_again_is_harmless(
         thread.start()
     for thread in threads:
         thread.join(30)
-    try:
+    with suppress(grpc.RpcError):  # or the end, if OK was the first
         conversation.rest()
-    except grpc.RpcError as error:
-        assert error.code() in (Code.ABORTED, Code.CANCELLED)  # type: ignore[attr-defined]
+    assert conversation.call.code() in (Code.OK, Code.ABORTED, Code.CANCELLED)
     call.finish(Code.INTERNAL, "too late")
     call.send(b"too late")
     call.cancel()
@@ -416,9 +413,7 @@ def test_one_stream_with_many_sequences_fills_batches_though_each_message_holds_
 # Calls that go away.
 
 
-def test_streams_cancelled_in_mid_flight_leave_nothing_behind(
-    channel: grpc.Channel, server: Server
-) -> None:
+def test_streams_cancelled_in_mid_flight_leave_nothing_behind(channel: grpc.Channel, server: Server) -> None:
     counting, streams = Counting(server), 300
     for n in range(streams):
         with Conversation(channel) as conversation:
@@ -434,27 +429,16 @@ def test_streams_cancelled_in_mid_flight_leave_nothing_behind(
     assert_serves(channel)
 
 
-def test_unary_calls_that_give_up_leave_nothing_behind(
-    channel: grpc.Channel, server: Server
-) -> None:
+def test_unary_calls_that_give_up_leave_nothing_behind(channel: grpc.Channel, server: Server) -> None:
     api = stub(channel)
     request = pb.PredictRequest(model="doubler", inputs=[tensor(np.ones((3, 2)))])
     for n in range(200):
         future = api.Predict.future(request, timeout=0.0002)
         if n % 2:
             future.cancel()
-        try:
-            answer = future.result()
-        except grpc.FutureCancelledError:
-            continue
-        except grpc.RpcError as error:
-            assert error.code() in (  # type: ignore[attr-defined]
-                Code.DEADLINE_EXCEEDED,
-                Code.CANCELLED,
-                Code.RESOURCE_EXHAUSTED,
-            )
-            continue
-        assert array(answer.outputs[0]).tolist() == [[2, 2]] * 3
+        with suppress(grpc.FutureCancelledError, grpc.RpcError):
+            assert array(future.result().outputs[0]).tolist() == [[2, 2]] * 3
+        assert future.code() in (Code.OK, Code.DEADLINE_EXCEEDED, Code.CANCELLED)
     assert_nothing_is_left(server)
     assert_serves(channel)
 
@@ -553,9 +537,7 @@ def test_a_client_that_never_reads_is_not_read_on_and_in_the_end_cancelled(
         deaf.calls.clear()
 
 
-def test_a_slow_reader_is_read_on_once_it_takes_its_replies(
-    tmp_path: Path, transport: str
-) -> None:
+def test_a_slow_reader_is_read_on_once_it_takes_its_replies(tmp_path: Path, transport: str) -> None:
     with (
         serving(big_accumulator(tmp_path), transport=transport) as server,
         connect(server.port) as channel,
@@ -672,5 +654,5 @@ def test_the_probe_passes_here() -> None:
 
 
 def test_the_stream_method_is_found_under_its_full_name(channel: grpc.Channel) -> None:
-    call = channel.stream_stream(STREAM)
+    call: Any = channel.stream_stream(STREAM)
     assert list(call(iter([]), timeout=30)) == []

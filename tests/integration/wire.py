@@ -83,7 +83,7 @@ class Conversation:
 
     def __init__(self, channel: grpc.Channel, *, timeout: float = PATIENCE_SECONDS) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        stream = channel.stream_stream(STREAM)
+        stream: Any = channel.stream_stream(STREAM)
         self.call: Any = stream(iter(self._requests.get, None), timeout=timeout)
         self._unread: deque[pb.Reply] = deque()
 
@@ -91,7 +91,10 @@ class Conversation:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.call.cancel()
         self.done_sending()  # ends the thread that reads our requests

@@ -93,6 +93,11 @@ class Doubler:
         return [feeds["x"] * 2]
 
 
+def f32(values: Any) -> NDArray[np.float32]:
+    """An array of what clients mostly send."""
+    return np.array(values, np.float32)
+
+
 class FakeSink:
     """Keeps every reply, in order, with its sequence."""
 

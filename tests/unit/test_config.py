@@ -74,8 +74,11 @@ def test_variables_of_others_are_left_alone() -> None:
     assert ServerConfig.build({}, others) == ServerConfig()
 
 
-@pytest.mark.parametrize("name, value", [("port", "65536"), ("port", "abc"), ("device", "gpu"), ("window", "0"),
-                                         ("max_sequences", "0"), ("host", ""), ("run_seconds", "0")])  # fmt: skip
+WRONG = [("port", "65536"), ("port", "abc"), ("device", "gpu"), ("window", "0"), ("max_sequences", "0"),
+         ("host", ""), ("run_seconds", "0")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, value", WRONG)
 def test_a_wrong_value_names_flag_variable_and_value(name: str, value: str) -> None:
     for flags, environment in (({name: value}, {}), ({}, {variable_of(name): value})):
         with pytest.raises(ConfigInvalid) as caught:
@@ -103,7 +106,7 @@ def test_zero_seconds_are_allowed_where_they_mean_something(name: str) -> None:
 
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError):
-        ServerConfig().port = 1  # type: ignore[misc]
+        ServerConfig().port = 1
 
 
 def test_wrong_settings_end_with_status_2_and_one_line(

@@ -864,5 +864,3 @@ def test_helpers_see_a_leak() -> None:
     bench.chunk(1, [1])
     with pytest.raises(AssertionError):
         bench.check_at_rest()
-
-

@@ -264,9 +264,7 @@ DISAGREE: dict[str, tuple[dict[str, Any], list[GraphTensor], str]] = {
 
 
 @pytest.mark.parametrize("changes, inputs, line", DISAGREE.values(), ids=DISAGREE.keys())
-def test_each_disagreement_is_a_line(
-    changes: dict[str, Any], inputs: list[GraphTensor], line: str
-) -> None:
+def test_each_disagreement_is_a_line(changes: dict[str, Any], inputs: list[GraphTensor], line: str) -> None:
     found = disagreements(create_manifest(**changes), [*inputs, INPUTS[1]])
     assert any(f.startswith(line) for f in found), found
 

@@ -33,6 +33,8 @@ from tenuto.serving.model_runner import (
 )
 from tests import toys
 
+from .fakes import f32
+
 
 def create_runner(made: tuple[bytes, dict[str, Any]], *, own: bool = False, **changes: Any) -> ModelRunner:
     """A runner on the CPU; `own`: the manifest stands in the file, not beside it."""
@@ -52,8 +54,8 @@ def create_runner(made: tuple[bytes, dict[str, Any]], *, own: bool = False, **ch
 def test_a_model_runs_by_the_names_of_its_manifest(own: bool) -> None:
     runner = create_runner(toys.accumulator(), own=own)
     assert runner.manifest.name == "accumulator"
-    x, total = np.float32([[1, 2]]), np.float32([[10]])
-    y, new = runner.run({"x": x, "total": total, "lengths": np.int32([2])})
+    x, total = f32([[1, 2]]), f32([[10]])
+    y, new = runner.run({"x": x, "total": total, "lengths": np.array([2], np.int32)})
     assert (y.tolist(), new.tolist()) == ([[11, 13]], [[13]])
 
 
@@ -71,9 +73,7 @@ def test_a_model_without_a_manifest_is_told_where_to_put_it() -> None:
 
 def test_a_manifest_that_disagrees_is_refused() -> None:
     with pytest.raises(ManifestInvalid, match=r"output 'y' is \['batch', 2\] in the graph"):
-        create_runner(
-            toys.doubler(), outputs=[{"name": "y", "dtype": "float32", "shape": ["batch", 3]}]
-        )
+        create_runner(toys.doubler(), outputs=[{"name": "y", "dtype": "float32", "shape": ["batch", 3]}])
 
 
 Y = {"name": "y", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
@@ -82,7 +82,7 @@ NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
     "generate": ({"generate": {"output": "y", "input": "x", "sampling": "categorical"}}, "uses generate,"),
     "lengths_output": ({"outputs": [Y | {"lengths_output": "n"}]}, "uses lengths_output,"),
     "an output without a batch axis": (
-        {"outputs": [{"name": "y", "dtype": "float32", "shape": ["time"], "batch_axis": None, "time_axis": 0}]},
+        {"outputs": [Y | {"shape": ["time"], "batch_axis": None, "time_axis": 0}]},
         "uses outputs without a batch_axis,",
     ),
 }  # fmt: skip
@@ -104,7 +104,7 @@ def test_an_output_without_a_batch_axis_is_refused_of_a_stateless_model_too() ->
 def test_a_failed_run_is_named_in_one_line() -> None:
     runner = create_runner(toys.lookup(checked=False))
     with pytest.raises(RunFailed, match="^toy/1: ") as caught:
-        runner.run({"index": np.int64([[9]]), "total": np.float32([[0]])})
+        runner.run({"index": np.array([[9]], np.int64), "total": f32([[0]])})
     assert "\n" not in str(caught.value)
 
 
@@ -177,7 +177,9 @@ def test_every_kind_of_model_runs_on_zeros(made: tuple[bytes, dict[str, Any]]) -
 
 def test_zeros_are_moved_into_a_range_without_zero() -> None:
     model, fields = toys.lookup()
-    feeds = create_runner((model, fields | {"inputs": [fields["inputs"][0] | {"range": [1, 3]}]})).zero_feeds()
+    feeds = create_runner(
+        (model, fields | {"inputs": [fields["inputs"][0] | {"range": [1, 3]}]})
+    ).zero_feeds()
     assert feeds["index"].tolist() == [[1]]
 
 
@@ -211,8 +213,8 @@ def v1(quota: str, period: str = "100000") -> dict[str, str]:
         ({"cpu/cpu.cfs_quota_us": "300000"}, 8),
         ({"cpu.max": "max 100000"} | v1("300000"), 8),
     ],
-    ids=["none", "v2 no limit", "v2", "v2 rounded up", "v2 below one", "v2 more than there are", "v2 unreadable",
-         "v1", "v1 no limit", "v1 below one", "v1 half there", "v2 before v1"],
+    ids=["none", "v2 no limit", "v2", "v2 rounded up", "v2 below one", "v2 more than there are",
+         "v2 unreadable", "v1", "v1 no limit", "v1 below one", "v1 half there", "v2 before v1"],
 )  # fmt: skip
 def test_cpus_are_those_of_the_cgroup_and_the_affinity(
     files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

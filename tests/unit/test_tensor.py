@@ -25,7 +25,7 @@ from tenuto.serving.errors import (
 )
 from tenuto.serving.tensor import Reader
 
-from .fakes import FakeTensor, accumulator, doubler
+from .fakes import FakeTensor, accumulator, doubler, f32
 
 PCM = {"dtype": "int16", "scale": 1 / 32768}
 PNG = [{"dtype": "uint8", "scale": 1 / 255}, {"encoding": "png"}, {"encoding": "jpeg"}]
@@ -60,7 +60,7 @@ def behind_lengths(*files: bytes) -> bytes:
 
 
 def test_the_graphs_own_dtype_passes_untouched() -> None:
-    tensor = FakeTensor.of(np.float32([1, 2, 3]))
+    tensor = FakeTensor.of(f32([1, 2, 3]))
     data, counts = create_reader().read([tensor])
     assert data[0] is tensor.data
     assert counts == (3,)
@@ -68,7 +68,7 @@ def test_the_graphs_own_dtype_passes_untouched() -> None:
 
 @pytest.mark.parametrize("name", ["", "x"])
 def test_an_input_may_go_without_its_name(name: str) -> None:
-    assert create_reader().read([FakeTensor.of(np.float32([1]), name)])[1] == (1,)
+    assert create_reader().read([FakeTensor.of(f32([1]), name)])[1] == (1,)
 
 
 def test_no_samples_at_all_are_a_legal_chunk() -> None:
@@ -77,21 +77,21 @@ def test_no_samples_at_all_are_a_legal_chunk() -> None:
 
 def test_wire_dtypes_are_scaled_and_shifted() -> None:
     reader = create_reader(wire=[PCM, {"dtype": "uint8", "scale": 0.5, "offset": -1.0}])
-    (data,), _ = reader.read([FakeTensor.of(np.int16([-32768, 0, 16384]))])
+    (data,), _ = reader.read([FakeTensor.of(np.array([-32768, 0, 16384], np.int16))])
     assert np.frombuffer(data, np.float32).tolist() == [-1.0, 0.0, 0.5]
-    (data,), _ = reader.read([FakeTensor.of(np.uint8([0, 2, 255]))])
+    (data,), _ = reader.read([FakeTensor.of(np.array([0, 2, 255], np.uint8))])
     assert np.frombuffer(data, np.float32).tolist() == [-1.0, 0.0, 126.5]
 
 
 def test_a_wire_dtype_may_only_widen() -> None:
     reader = create_reader(dtype="int64", wire=[{"dtype": "int8"}])
-    (data,), _ = reader.read([FakeTensor.of(np.int8([-1, 5]))])
+    (data,), _ = reader.read([FakeTensor.of(np.array([-1, 5], np.int8))])
     assert np.frombuffer(data, np.int64).tolist() == [-1, 5]
 
 
 def test_the_time_axis_comes_first_whatever_the_clients_order() -> None:
     reader = create_reader(shape=["batch", 2, "time"], time_axis=2)
-    array = np.float32([[1, 2, 3], [10, 20, 30]])
+    array = f32([[1, 2, 3], [10, 20, 30]])
     (data,), counts = reader.read([FakeTensor.of(array)])
     assert counts == (3,)
     assert np.frombuffer(data, np.float32).tolist() == [1, 10, 2, 20, 3, 30]
@@ -99,14 +99,14 @@ def test_the_time_axis_comes_first_whatever_the_clients_order() -> None:
 
 def test_the_time_axis_may_stand_before_the_batch_axis() -> None:
     reader = create_reader(shape=["time", "batch", 2], time_axis=0, batch_axis=1)
-    array = np.float32([[1, 2], [3, 4], [5, 6]])
+    array = f32([[1, 2], [3, 4], [5, 6]])
     assert reader.read([FakeTensor.of(array)]) == ((array.tobytes(),), (3,))
 
 
 def test_a_stateless_batch_axis_may_stand_anywhere() -> None:
     spec = {"name": "x", "dtype": "float32", "shape": [2, "batch"], "batch_axis": 1}
     reader = Reader(doubler(inputs=[spec]), 1 << 20)
-    (data,), counts = reader.read([FakeTensor.of(np.float32([[1, 2, 3], [4, 5, 6]]))])
+    (data,), counts = reader.read([FakeTensor.of(f32([[1, 2, 3], [4, 5, 6]]))])
     assert counts == (3,)
     assert np.frombuffer(data, np.float32).tolist() == [1, 4, 2, 5, 3, 6]
 
@@ -115,9 +115,9 @@ def test_a_sequence_without_time_axis_sends_one_step() -> None:
     spec = {"name": "x", "dtype": "float32", "shape": ["batch", 2]}
     y = {"name": "y", "dtype": "float32", "shape": ["batch", 2]}
     reader = Reader(accumulator(inputs=[spec], outputs=[y]), 1 << 20)
-    assert reader.read([FakeTensor.of(np.float32([1, 2]))])[1] == (1,)
+    assert reader.read([FakeTensor.of(f32([1, 2]))])[1] == (1,)
     with pytest.raises(WrongShape, match=r"shape \[1, 2\], expected \[2\]"):
-        reader.read([FakeTensor.of(np.float32([[1, 2]]))])
+        reader.read([FakeTensor.of(f32([[1, 2]]))])
 
 
 # Refusals.
@@ -151,7 +151,7 @@ def test_a_shape_of_giants_is_refused_without_allocating() -> None:
 
 def test_an_unknown_input_is_told_which_there_are() -> None:
     with pytest.raises(WrongInput, match="'pcm' is not expected, or sent twice; the model's inputs are x"):
-        create_reader().read([FakeTensor.of(np.float32([1]), "pcm")])
+        create_reader().read([FakeTensor.of(f32([1]), "pcm")])
 
 
 # Several inputs.
@@ -165,7 +165,7 @@ def two_inputs(*, stateful: bool = True) -> Reader:
     return Reader(accumulator(inputs=[{"name": "a"} | timed, {"name": "b"} | timed]), 1 << 20)
 
 
-ONE, TWO = np.float32([1]), np.float32([2, 3])
+ONE, TWO = f32([1]), f32([2, 3])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,242 @@
+"""The end in two stages: refuse new sequences, let the live ones end, leave; or leave at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tenuto.v1 import tenuto_pb2 as pb
+from tests import toys
+from tests.integration.running import TRANSPORTS, Gate, build, engine_of, serving, wait_for
+from tests.integration.wire import (
+    PATIENCE_SECONDS,
+    Conversation,
+    array,
+    chunk,
+    connect,
+    ending,
+    opening,
+    refused,
+    stub,
+    tensor,
+)
+
+from .process import ROOT, server_process
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+DOUBLING = pb.PredictRequest(model="doubler", inputs=[tensor([[1, 2]])])
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    toys.write(root, "accumulator", toys.accumulator())
+    toys.write(root, "doubler", toys.doubler())
+    toys.write(root, "spinner", toys.spinner())
+    return root
+
+
+def health_of(channel: grpc.Channel) -> Any:
+    return health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call,unused-ignore]
+
+
+def check(channel: grpc.Channel, service: str) -> int:
+    return int(health_of(channel).Check(health_pb2.HealthCheckRequest(service=service)).status)
+
+
+def watch(channel: grpc.Channel, service: str) -> Any:
+    request = health_pb2.HealthCheckRequest(service=service)
+    return health_of(channel).Watch(request, timeout=PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_without_live_sequences_the_server_leaves_at_the_first_signal(
+    repository: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    # A day of grace: it is not what ends it.
+    with server_process(repository, tmp_path, drain_seconds=86_400) as server:
+        with connect(server.port) as channel:
+            answer = stub(channel).Predict(DOUBLING, timeout=PATIENCE_SECONDS)
+            assert array(answer.outputs[0]).tolist() == [[2, 4]]
+        server.terminate(number)
+        assert server.exit_status() == 0
+        assert "0 live sequences" in server.log
+        assert "Traceback" not in server.log
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_live_sequence_goes_on_to_its_end_while_new_ones_are_refused(
+    repository: Path, tmp_path: Path, transport: str
+) -> None:
+    settings = {"drain_seconds": 86_400, "transport": transport}
+    with (
+        server_process(repository, tmp_path, **settings) as server,
+        connect(server.port) as channel,
+    ):
+        readiness = watch(channel, "readiness")
+        assert next(readiness).status == SERVING
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"), chunk(1, [1.0]))
+            conversation.opened()
+            assert conversation.values(1) == [1.0]
+
+            server.terminate()
+
+            assert next(readiness).status == NOT_SERVING
+            for service, status in (
+                ("liveness", SERVING),
+                ("readiness", NOT_SERVING),
+                ("", NOT_SERVING),
+                ("tenuto.v1.Tenuto", NOT_SERVING),
+            ):
+                assert check(channel, service) == status
+            conversation.send(opening("accumulator", 2), chunk(1, [1.0], sequence=2))
+            failed = conversation.failed("DRAINING")
+            assert failed.code == grpc.StatusCode.UNAVAILABLE.value[0]
+            assert "leaving" in failed.message
+            refusal = refused(stub(channel).Predict, DOUBLING)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+            # The live one has its state and goes on, as long as it likes.
+            for step in range(2, 20):
+                conversation.send(chunk(step, [1.0]))
+                assert conversation.values(step) == [float(step)]
+            assert not server.ended
+            conversation.send(ending())
+            assert conversation.closed().reason == pb.END
+        assert server.exit_status() == 0
+        assert "1 live sequences" in server.log
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_after_the_grace_the_live_ones_are_told_that_the_server_drains(
+    repository: Path, tmp_path: Path, transport: str
+) -> None:
+    settings = {"drain_seconds": 0.5, "transport": transport}
+    with (
+        server_process(repository, tmp_path, **settings) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        conversation.send(*(opening("accumulator", n) for n in range(20)))
+        conversation.send(*(chunk(1, [1.0], sequence=n) for n in range(20)))
+        for _ in range(40):
+            conversation.read()
+        server.terminate()
+        closed = [conversation.read() for _ in range(20)]
+        assert {r.closed.reason for r in closed} == {pb.DRAINING}
+        assert {r.closed.last_step for r in closed} == {1}
+        assert {r.sequence for r in closed} == set(range(20))
+        assert server.exit_status() == 0
+
+
+def test_a_second_signal_ends_the_server_at_once(repository: Path, tmp_path: Path) -> None:
+    with (
+        server_process(repository, tmp_path, drain_seconds=86_400) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        readiness = watch(channel, "readiness")
+        assert next(readiness).status == SERVING
+        conversation.send(opening("accumulator"), chunk(1, [1.0]))
+        conversation.opened()
+        conversation.output(1)
+        server.terminate()
+        assert next(readiness).status == NOT_SERVING
+        server.terminate()
+        assert server.exit_status() == 128 + signal.SIGTERM
+        assert conversation.refused().code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_run_that_does_not_return_ends_the_server_with_status_70(repository: Path, tmp_path: Path) -> None:
+    with (
+        server_process(repository, tmp_path, run_seconds=0.5) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        # The client decides how often this model loops: for hours.
+        conversation.send(opening("spinner"), chunk(1, tensor([10**12], "int64")))
+        conversation.opened()
+        assert conversation.refused().code is grpc.StatusCode.UNAVAILABLE
+        assert server.exit_status() == 70
+        assert "a run of spinner/1 takes more than 0.5 s; leaving with status 70" in server.log
+
+
+def test_liveness_is_off_before_a_hung_server_leaves(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = threading.Event()
+    statuses: list[int] = []
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        left.set()  # and returns, so the watchdog comes again
+
+    monkeypatch.setattr("tenuto.serving.server.os._exit", leave)
+    with serving(repository, run_seconds=0.2) as server, connect(server.port) as channel:
+        engine = engine_of(server, "accumulator")
+        with Gate(engine) as gate, Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"), chunk(1, [1.0]))
+            gate.wait_for_arrival()
+            assert left.wait(PATIENCE_SECONDS)
+            assert set(statuses) == {70}
+            assert check(channel, "liveness") == NOT_SERVING
+
+
+def test_predict_calls_that_were_accepted_are_answered_before_the_server_leaves(
+    repository: Path,
+) -> None:
+    server = build(repository)
+    server.start()
+    with connect(server.port) as channel:
+        api, engine = stub(channel), engine_of(server, "doubler")
+        with Gate(engine) as gate:
+            waiting = [api.Predict.future(DOUBLING, timeout=30)]
+            gate.wait_for_arrival()
+            big = pb.PredictRequest(model="doubler", inputs=[tensor([[1, 2]] * 20)])
+            waiting += [api.Predict.future(big, timeout=30) for _ in range(3)]
+            wait_for(lambda: engine._inbox.qsize() == 3, "the calls to arrive")
+            stopping = threading.Thread(target=server.stop, args=(0.0,))
+            stopping.start()
+            wait_for(lambda: engine._inbox.qsize() == 5, "the stop to arrive")
+            gate.open()
+            answers = [future.result() for future in waiting]
+        stopping.join(PATIENCE_SECONDS)
+    assert array(answers[0].outputs[0]).tolist() == [[2, 4]]
+    for answer in answers[1:]:
+        assert array(answer.outputs[0]).tolist() == [[2, 4]] * 20
+
+
+def test_stopping_is_counted_as_draining(repository: Path) -> None:
+    with serving(repository) as server, connect(server.port) as channel:
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"))
+            conversation.opened()
+            server.stop(0.0)
+            assert conversation.closed().reason == pb.DRAINING
+        assert engine_of(server, "accumulator").metrics.ended["DRAINING"] == 1
+
+
+def test_wrong_settings_end_the_command_with_status_2_and_name_the_flag(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tenuto.serving.cli", str(tmp_path), "--max-streams=none"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2
+    assert "--max-streams (TENUTO_MAX_STREAMS) is 'none'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_repository_without_models_ends_the_command_with_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tenuto.serving.cli", str(tmp_path), "--device=cpu"]
+    command += ["--port=0", "--metrics-port=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert "holds no <model>/<version>/ folder" in done.stderr
+    assert "Traceback" not in done.stderr

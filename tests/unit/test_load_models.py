@@ -1,0 +1,100 @@
+"""From folders to engines: the very bytes that were checked, the newest that passes, and why not else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tenuto.serving import server
+from tenuto.serving.catalogue import Catalogue
+from tenuto.serving.config import ServerConfig
+from tenuto.serving.errors import ModelInvalid
+from tenuto.serving.metrics import ServerMetrics
+from tenuto.serving.model_runner import CPU
+from tenuto.serving.pending import PendingBytes
+from tenuto.serving.repository import ModelFolder
+from tenuto.serving.vetting import Verdict
+from tests import toys
+
+
+class FakeVetting:
+    """Passes every model but those named; the child process is vetting's own test."""
+
+    def __init__(self, **refused: str) -> None:
+        self.refused = refused  # "model_version" -> why
+        self.changes: Path | None = None  # a file that changes after the check
+        self.asked: list[list[str]] = []
+
+    def __call__(self, folders: list[ModelFolder], **_: object) -> dict[ModelFolder, Verdict]:
+        self.asked.append([f.where for f in folders])
+        verdicts = {}
+        for folder in folders:
+            why = self.refused.get(f"{folder.model}_{folder.version}", "")
+            verdicts[folder] = Verdict(why=why) if why else Verdict(folder.read().fingerprint)
+        if self.changes:
+            self.changes.write_text(self.changes.read_text() + "\n")
+        return verdicts
+
+
+def load(
+    root: Path, monkeypatch: pytest.MonkeyPatch, vetting: FakeVetting
+) -> tuple[Catalogue, ServerMetrics]:
+    monkeypatch.setattr(server, "vet", vetting)
+    metrics = ServerMetrics("1")
+    config = ServerConfig(repository=root, max_sequences=5)
+    return server.load_models(config, CPU, PendingBytes(1 << 20), metrics), metrics
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for version in (1, 2, 3):
+        toys.write(tmp_path, "doubler", toys.doubler(), version)
+    toys.write(tmp_path, "accumulator", toys.accumulator())
+    return tmp_path
+
+
+def test_the_newest_version_of_each_model_serves(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vetting = FakeVetting()
+    catalogue, metrics = load(root, monkeypatch, vetting)
+    assert [(s.manifest.name, s.engine.version) for s in catalogue.served] == [
+        ("accumulator", 1),
+        ("doubler", 3),
+    ]
+    assert vetting.asked == [["accumulator/1", "doubler/3"]]  # one child for all
+    assert [(m.model, m.version, m.provider, m.slots) for m in metrics.models] == [
+        ("accumulator", 1, CPU, 5),
+        ("doubler", 3, CPU, 5),
+    ]
+
+
+def test_a_version_that_fails_never_replaces_one_that_works(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vetting = FakeVetting(doubler_3="it crashes", doubler_2="it is slow")
+    catalogue, _ = load(root, monkeypatch, vetting)
+    assert catalogue.find("doubler").engine.version == 1
+    assert [(r.version, r.why) for r in catalogue.refused] == [(3, "it crashes"), (2, "it is slow")]
+    assert vetting.asked == [["accumulator/1", "doubler/3"], ["doubler/2"], ["doubler/1"]]
+
+
+def test_files_that_changed_after_their_check_are_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vetting = FakeVetting(doubler_2="no", doubler_1="no")
+    vetting.changes = root / "doubler" / "3" / "manifest.json"
+    catalogue, metrics = load(root, monkeypatch, vetting)
+    assert catalogue.refused[0].why.startswith("doubler/3: its files changed while they were checked")
+    assert [s.manifest.name for s in catalogue.served] == ["accumulator"]
+    assert [m.model for m in metrics.models] == ["accumulator"]
+
+
+def test_a_repository_in_which_nothing_serves_says_why(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vetting = FakeVetting(accumulator_1="A", doubler_3="B", doubler_2="C", doubler_1="D")
+    with pytest.raises(ModelInvalid, match="accumulator/1: A; doubler/3: B; doubler/2: C; doubler/1: D"):
+        load(root, monkeypatch, vetting)
+
+
+def test_an_empty_repository_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelInvalid, match="it holds no <model>/<version>/ folder"):
+        load(tmp_path, monkeypatch, FakeVetting())

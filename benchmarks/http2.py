@@ -16,6 +16,7 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6
 END_STREAM, ACK, END_HEADERS, PADDED = 1, 1, 4, 8
 INITIAL_WINDOW_SIZE, MAX_WINDOW = 4, 2**31 - 1
 DEFAULT_WINDOW, MAX_FRAME = 65_535, 16_384
+READ_BYTES = 1 << 16  # larger ones are mapped and unmapped at every read
 
 _head = struct.Struct(">IBI")  # length << 8 | type, flags, stream
 _prefix = struct.Struct(">BI")  # compressed, length
@@ -79,7 +80,7 @@ class Connection:
         return number
 
     def send(self, number: int, message: bytes) -> None:
-        """Queues a message on a stream; `flush` writes what is queued."""
+        """Writes a message, by itself as grpc's own clients do, as far as the windows allow."""
         stream = self._streams[number]
         size = len(message) + _prefix.size
         if not stream.unsent and size <= min(MAX_FRAME, self._window, stream.window):
@@ -90,6 +91,7 @@ class Connection:
         else:
             stream.unsent += _prefix.pack(0, len(message)) + message
             self._send_unsent(number, stream)
+        self._write()
 
     def _send_unsent(self, number: int, stream: _Stream) -> None:
         while size := min(len(stream.unsent), MAX_FRAME, self._window, stream.window):
@@ -98,14 +100,17 @@ class Connection:
             self._out.append(frame(DATA, 0, number, bytes(stream.unsent[:size])))
             del stream.unsent[:size]
 
-    def flush(self) -> None:
+    def _write(self) -> None:
         if self._out:
             self.socket.sendall(b"".join(self._out))
             self._out.clear()
 
     def receive(self) -> Iterator[tuple[int, bytes]]:
-        """Reads once; the messages that are now whole, each with its stream's number."""
-        read = self.socket.recv(1 << 20)
+        """Reads once, and answers what HTTP/2 itself asks for.
+
+        Yields: the messages that are now whole, each with its stream's number.
+        """
+        read = self.socket.recv(READ_BYTES)
         if not read:
             raise StreamEnded("the server closed the connection")
         data, at = self._in + read, 0
@@ -121,6 +126,7 @@ class Connection:
             else:
                 self._control(word & 0xFF, flags, number, payload)
         self._in = data[at:]
+        self._write()
 
     def _messages(self, number: int, flags: int, payload: bytes) -> Iterator[tuple[int, bytes]]:
         if flags & PADDED:
@@ -147,6 +153,7 @@ class Connection:
                     for stream in self._streams.values():
                         stream.window += value - self._stream_window
                     self._stream_window = value
+            self._send_all_unsent()
             self._out.append(frame(SETTINGS, ACK, 0))
         elif kind == PING and not flags & ACK:
             self._out.append(frame(PING, ACK, 0, payload))
@@ -158,6 +165,9 @@ class Connection:
             self._streams[number].window += size
         else:
             self._window += size
-        for other, stream in self._streams.items():
+        self._send_all_unsent()
+
+    def _send_all_unsent(self) -> None:
+        for number, stream in self._streams.items():
             if stream.unsent:
-                self._send_unsent(other, stream)
+                self._send_unsent(number, stream)

@@ -130,19 +130,16 @@ class Load:
     def begin(self) -> None:
         """Waits until every sequence is open, sends the idle ones' chunk, starts the others."""
         streams = self.streams.values()
-        self._flush()
         self._turn_until(lambda: not any(stream.unopened for stream in streams))
         for stream in streams:
             if stream.idle.parts:
                 self._send(stream, stream.idle, 0.0)
-        self._flush()
         self._turn_until(lambda: not any(stream.idle.unanswered for stream in streams))
         groups = [(stream, group) for stream in streams for group in stream.groups]
         now = time.perf_counter()
         for place, (stream, group) in enumerate(groups):
             group.due = now + self.period * place / len(groups)
             self._send_or_wait(stream, group, now)
-        self._flush()
 
     def _turn_until(self, done: Callable[[], bool]) -> None:
         limit = time.perf_counter() + SETUP_SECONDS
@@ -164,12 +161,10 @@ class Load:
             connection = self.connections[file]
             for number, message in connection.receive():
                 self._take(self.streams[file, number], message)
-            connection.flush()
         now = time.perf_counter()
         while self.later and self.later[0][0] <= now:
             _, _, stream, group = heapq.heappop(self.later)
             self._send(stream, group, now)
-            stream.connection.flush()
 
     def _take(self, stream: Stream, message: bytes) -> None:
         now = time.perf_counter()
@@ -208,10 +203,6 @@ class Load:
         group.sent = now
         group.due = max(group.due, now - self.period) + self.period  # a late one makes no burst
         stream.connection.send(stream.number, group.message())
-
-    def _flush(self) -> None:
-        for connection in self.connections.values():
-            connection.flush()
 
     def close(self) -> None:
         self.poller.close()

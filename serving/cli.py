@@ -64,6 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 1
+    server.catch_signals()
     server.start()
     print(server.ready_line, flush=True)
     server.serve_until_signal()

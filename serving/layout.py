@@ -89,6 +89,7 @@ class InputLayout:
         self._sample_bytes = spec.sample_bytes
         self._timed = spec.time_axis is not None
         self._stateless = not stateful and spec.batch_axis is not None  # rows come in batches
+        self._context_bytes = spec.left_context * spec.sample_bytes
         self._check_finite = spec.finite and self._dtype.kind == "f"
         # Where the axes of the stacked array, (batch, time, …), go in the graph's tensor.
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
@@ -144,7 +145,8 @@ class InputLayout:
         return {}
 
     def _values(self, row: bytes) -> Array:
-        return np.frombuffer(row, self._dtype)
+        """What the client sent: the left context was looked at before, or is the manifest's own value."""
+        return np.frombuffer(row, self._dtype, offset=self._context_bytes)
 
 
 class OutputLayout:

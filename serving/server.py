@@ -43,6 +43,8 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Pool threads beyond those that waiting Predicts may hold, for health, models and refusals.
 _SPARE_THREADS = 8
+# The main thread waits that long at a time, so that a signal is always seen.
+_SIGNAL_SECONDS = 0.2
 # Streams on the fallback transport: each holds a thread of the pool and one more.
 _THREAD_STREAMS = 256
 
@@ -141,7 +143,9 @@ class Server:
             engine.drain()
         deadline = time.monotonic() + grace
         for engine in self.catalogue.engines:
-            engine.emptied.wait(max(0.0, deadline - time.monotonic()))
+            while not engine.emptied.wait(min(_SIGNAL_SECONDS, deadline - time.monotonic())):
+                if time.monotonic() >= deadline:
+                    break
         for engine in self.catalogue.engines:
             engine.stop(Ending.DRAINING)
         self._stopped.set()
@@ -150,19 +154,23 @@ class Server:
         self._http.shutdown()
         self._http.server_close()
 
-    def serve_until_signal(self) -> None:
-        """Runs until SIGTERM or SIGINT, then stops; a second signal leaves at once."""
-        first = threading.Event()
+    def catch_signals(self) -> None:
+        """SIGTERM and SIGINT from now on: the first ends `serve_until_signal`, the second the process."""
 
         def handle(number: int, _frame: FrameType | None) -> None:
             self._signals += 1
             if self._signals > 1:
                 os._exit(128 + number)
-            first.set()
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, handle)
-        first.wait()
+
+    def serve_until_signal(self) -> None:
+        """Runs until a signal, then stops. `catch_signals` comes first."""
+        # Python runs handlers between two steps of this thread: a wait without end may miss one that comes
+        # while it begins.
+        while not self._signals:
+            self._stopped.wait(_SIGNAL_SECONDS)
         live = sum(e.metrics.active_sequences for e in self.catalogue.engines)
         log.info("stopping: %d live sequences have up to %g s", live, self.config.drain_seconds)
         self.stop()

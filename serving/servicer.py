@@ -111,10 +111,10 @@ class Servicer:
             raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
         data, counts = served.reader.read(request.inputs)
         answer = _Answer()
-        sequence = Sequence(answer, served.manifest)
+        now = time.monotonic()
+        sequence = Sequence(answer, served.manifest, now=now)
         nbytes = sum(map(len, data)) + _CHUNK_BYTES
         self._pending.add(nbytes)
-        now = time.monotonic()
         served.engine.request(sequence, Chunk(1, data, counts, now, nbytes))
         context.add_callback(answer.there.set)  # a caller that leaves is not waited for
         seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)

@@ -45,6 +45,7 @@ _MAX_PERIOD_MS = 3_600_000
 _REMEMBERED = 4096
 # What a chunk costs beyond its samples, in bytes, as counted against the pending limit.
 _CHUNK_BYTES = 256
+_MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
 
 
 @dataclass(frozen=True)
@@ -289,8 +290,8 @@ def write_tensors(tensors: object, output: Output, manifest: Manifest) -> None:
 
 
 def write_timing(timing: pb.Timing, output: Output) -> None:
-    timing.queue_us = int(output.queue_seconds * 1e6)
-    timing.compute_us = int(output.compute_seconds * 1e6)
+    timing.queue_us = min(int(output.queue_seconds * 1e6), _MOST_US)
+    timing.compute_us = min(int(output.compute_seconds * 1e6), _MOST_US)
     timing.batch_size = output.batch_size
 
 

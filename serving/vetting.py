@@ -1,7 +1,7 @@
 """Checks models in a child process before they are loaded here: some valid files crash ONNX Runtime.
 
-`python -m tenuto.serving.vetting` is the child: it reads one job a line, and says of each that it begins, and
-then how it went. It loads the model, makes one run on zeros, and replays `golden.npz`. The parent watches its
+`python -m tenuto.serving.vetting` is the child: it reads one job a line, and says of each
+how it went. It loads the model, makes one run on zeros, and replays `golden.npz`. The parent watches its
 time and memory, and starts another child after one that died.
 """
 

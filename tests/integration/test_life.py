@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 
+from tenuto.serving.engine import Engine
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
@@ -18,6 +19,11 @@ from .running import Counting, Gate, assert_nothing_is_left, engine_of, serving,
 from .wire import Conversation, array, chunk, connect, ending, opening, stub, tensor
 
 Code = grpc.StatusCode
+
+
+def _held(engine: Engine) -> int:
+    """Chunks of a stopped engine: taken, or still in its inbox with nothing else."""
+    return engine.metrics.pending_chunks + engine._inbox.qsize()
 
 
 def kinds(replies: list[pb.Reply]) -> list[str | None]:
@@ -214,7 +220,9 @@ def test_a_cancelled_stream_drops_its_work_and_is_counted_cancelled(
                 conversation.opened()
             conversation.send(*(chunk(s, [1.0], sequence=n) for n in range(3) for s in (1, 2)))
             gate.wait_for_arrival()
-        wait_for(lambda: engine._inbox.qsize() >= 3, "the cancellation to arrive")
+            wait_for(lambda: _held(engine) == 6, "all chunks to arrive")
+            queued = engine._inbox.qsize()
+        wait_for(lambda: engine._inbox.qsize() == queued + 3, "the cancellation to arrive")
         gate.open()
         ended = {"model": "accumulator", "reason": "CANCELLED"}
         counting.wait_for_rise(3, "tenuto_sequences_ended_total", **ended)

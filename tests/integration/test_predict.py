@@ -92,8 +92,9 @@ def test_more_calls_than_may_wait_are_refused_at_once(toy_repository: Path, tran
     ):
         api, engine = stub(channel), engine_of(server, "doubler")
         with Gate(engine) as gate:
-            waiting = [api.Predict.future(doubling(1), timeout=30) for _ in range(2)]
+            waiting = [api.Predict.future(doubling(1), timeout=30)]
             gate.wait_for_arrival()
+            waiting.append(api.Predict.future(doubling(1), timeout=30))
             wait_for(lambda: engine._inbox.qsize() == 1, "both calls to arrive")
             refusal = refused(api.Predict, doubling(1))
             assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "POOL_FULL")

@@ -70,7 +70,8 @@ def test_all_unknown_variables_are_named() -> None:
 
 
 def test_variables_of_others_are_left_alone() -> None:
-    others = {"TENUTO_DATA": "/d", "TENUTO_MODELS": "/m", "TENUTO_SERVER": "h:1", "PATH": "/bin", "PORT": "x"}
+    others = {"TENUTO_DATA": "/d", "TENUTO_MODELS": "/m", "TENUTO_SERVER": "h:1", "PATH": "/bin", "PORT": "x",
+              "TENUTO_TIMEOUT_SECONDS": "1", "TENUTO_REPLY_SECONDS": "1"}  # fmt: skip
     assert ServerConfig.build({}, others) == ServerConfig()
 
 

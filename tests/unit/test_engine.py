@@ -261,6 +261,18 @@ def test_what_follows_an_ending_is_ignored() -> None:
     bench.check_at_rest()
 
 
+def test_what_follows_an_ending_is_not_kept_until_it_comes() -> None:
+    bench = Bench(accumulator(max_frames=1))
+    one = bench.open(window=9)
+    bench.send(one, 1, [1] * 5)
+    bench.engine.finish(one, Ending.END)
+    bench.engine.turn()
+    before = bench.pending.bytes
+    bench.send(one, 2, [1] * 100)
+    bench.engine.turn()
+    assert bench.pending.bytes == before
+
+
 def test_a_bad_event_fails_the_sequence_after_what_came_before_it() -> None:
     bench = Bench()
     one = bench.open()

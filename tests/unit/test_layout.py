@@ -196,6 +196,13 @@ def test_zeros_of_padding_are_not_the_clients() -> None:
     assert refused_by({"dtype": "int32", "range": [1, 3]}, [1, 2, 3], [1]) == {}
 
 
+def test_the_left_context_is_not_the_clients() -> None:
+    """Its initial value may lie outside of what a client may send."""
+    index = {"dtype": "int64", "range": [1, 3], "left_context": 1}
+    assert list(refused_by(index, [0, 1, 2], [0, 3, 9])) == [1]
+    assert list(refused_by({"left_context": 1}, [-np.inf, 1], [-np.inf, np.inf])) == [1]
+
+
 def test_each_input_is_looked_at() -> None:
     x = {"name": "x", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
     layout = Layout(accumulator(inputs=[x, x | {"name": "z"}]))

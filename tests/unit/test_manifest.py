@@ -248,6 +248,7 @@ DISAGREE: dict[str, tuple[dict[str, Any], list[GraphTensor], str]] = {
     "name": ({}, [graph_tensor("pcm", "N", "T", 3)], "input 'x' is not in the graph, which has h, pcm"),
     "dtype": ({}, [graph_tensor("x", "N", "T", 3, dtype="float64")],
               "input 'x' is float64 in the graph, float32 in the manifest"),
+    "lower rank": ({}, [graph_tensor("x", "N", "T")], "input 'x' is ['N', 'T'] in the graph"),
     "rank": ({}, [graph_tensor("x", "N", 3)], "input 'x' is ['N', 3] in the graph, ['batch', 'time', 3]"),
     "axis length": ({}, [graph_tensor("x", "N", "T", 4)], "input 'x' is ['N', 'T', 4] in the graph"),
     "fixed batch": ({}, [graph_tensor("x", 8, "T", 3)], "input 'x' is [8, 'T', 3] in the graph"),

@@ -413,7 +413,7 @@ class Engine:
         )
         if not any(padding):
             return False
-        tail = Chunk(sequence.accepted, padding, (), self._clock(), 0, part=1)
+        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
         self.metrics.pending_chunks += 1
         sequence.pending.appendleft(tail)
         return True
@@ -478,7 +478,10 @@ class Engine:
         if self._replies:
             replies, self._replies = self._replies, {}
             for sink, own in replies.items():
-                sink.deliver(own)
+                try:
+                    sink.deliver(own)
+                except Exception:  # the other sinks' replies must not be lost with these
+                    log.exception("%s: replies could not be handed over", self.where)
 
     def check(self) -> None:
         """Raises TenutoError if the pool lost count. For tests, while nothing runs."""

@@ -57,8 +57,8 @@ def replay(engine: Engine, path: Path, where: str) -> int:
         tensors = [
             _Tensor(n, a.dtype.name, a.shape, np.ascontiguousarray(a).tobytes()) for n, a in inputs.items()
         ]
-        data, counts = reader.read(tensors)
-        chunk = Chunk(step, data, counts, time.monotonic(), 0)
+        data = reader.read(tensors)
+        chunk = Chunk(step, data, time.monotonic(), 0)
         (engine.accept if engine.manifest.stateful else engine.request)(sequence, chunk)
         while engine.turn():
             pass

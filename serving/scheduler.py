@@ -10,7 +10,7 @@ import heapq
 from dataclasses import dataclass
 
 from .manifest import Manifest
-from .sequence import DEFAULT_PERIOD_SECONDS, Chunk, Sequence
+from .sequence import Chunk, Sequence
 
 # At most that share of a ragged batch may be padding.
 _MAX_PADDING = 0.5
@@ -35,7 +35,7 @@ class Scheduler:
 
     def __init__(self, manifest: Manifest) -> None:
         self._rows = manifest.rows_per_batch
-        self._frames = manifest.frames_per_turn if manifest.stateful else manifest.rows_per_batch
+        self._frames = manifest.frames_per_turn
         self._stateless = not manifest.stateful
         self._ragged = manifest.ragged
         self._ready: list[tuple[float, int, Sequence]] = []
@@ -48,8 +48,7 @@ class Scheduler:
         chunk = sequence.pending[0]
         assert isinstance(chunk, Chunk) and chunk.frames > 0 and not sequence.scheduled
         sequence.scheduled = True
-        due = chunk.arrived + (sequence.period_seconds or DEFAULT_PERIOD_SECONDS)
-        heapq.heappush(self._ready, (due, sequence.number, sequence))
+        heapq.heappush(self._ready, (chunk.arrived + sequence.patience_seconds, sequence.number, sequence))
 
     def schedule(self) -> Batch:
         """The next batch, empty if nothing is ready. Takes all that fits, and never waits for more."""

@@ -21,6 +21,8 @@ from .errors import TenutoError
 from .manifest import Input, Manifest
 
 DEFAULT_PERIOD_SECONDS = 0.2
+# A slower pace than that does not make a chunk less urgent.
+_LONGEST_PATIENCE_SECONDS = 1.0
 
 
 class Ending(enum.IntEnum):
@@ -42,14 +44,13 @@ class Ending(enum.IntEnum):
 
 @dataclass(slots=True, eq=False)
 class Chunk:
-    """What a client sent for one step: per input its samples (C order, time first) and how many.
+    """What a client sent for one step: per input its samples, C order, time first.
 
     For a stateless model a "sample" is one row of the client's batch.
     """
 
     step: int
     data: tuple[bytes, ...]  # empty once begun
-    counts: tuple[int, ...]
     arrived: float  # monotonic seconds
     nbytes: int  # as counted against the pending limit
     part: int = 0  # 1: the padded tail at End
@@ -68,7 +69,7 @@ class Opened:
     window: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a microsecond, and one is made for each chunk
 class Output:
     """The answer to one step. `tensors`: per manifest output (shape without the batch axis, bytes)."""
 
@@ -112,11 +113,12 @@ class Feed:
     One run of bytes, `[context | unread]`, so that the next turn's row is one slice of it.
     """
 
-    __slots__ = ("_context", "_data", "_multiple", "_sample_bytes", "_start")
+    __slots__ = ("_context", "_data", "_frame_bytes", "_multiple", "_sample_bytes", "_start")
 
     def __init__(self, spec: Input, sample_bytes: int) -> None:
         self._sample_bytes = sample_bytes
         self._multiple = spec.multiple
+        self._frame_bytes = spec.multiple * sample_bytes
         self._context = spec.left_context * sample_bytes
         self._data: bytes = b""
         if self._context:
@@ -137,7 +139,7 @@ class Feed:
 
     @property
     def frames(self) -> int:
-        return self.unread // self._multiple
+        return (len(self._data) - self._start) // self._frame_bytes if self._frame_bytes else 0
 
     def padding(self) -> bytes:
         """The zeros that fill what is left over up to a whole frame; none if nothing is left over."""
@@ -146,16 +148,14 @@ class Feed:
 
     def peek(self, frames: int) -> bytes:
         """The next `frames` frames with their context; nothing is eaten."""
-        begin, end = (
-            self._start - self._context,
-            self._start + frames * self._multiple * self._sample_bytes,
-        )
+        begin, end = self._start - self._context, self._start + frames * self._frame_bytes
         return self._data if begin == 0 and end == len(self._data) else self._data[begin:end]
 
     def eat(self, frames: int) -> None:
-        frame = self._multiple * self._sample_bytes
-        self._start += frames * frame
-        if len(self._data) - self._start < frame:  # an idle sequence does not keep its last chunk alive
+        self._start += frames * self._frame_bytes
+        if (
+            len(self._data) - self._start < self._frame_bytes
+        ):  # an idle sequence does not keep its last chunk alive
             self._data, self._start = self._data[self._start - self._context :], self._context
 
 
@@ -171,8 +171,8 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "constants", "ended", "feeds", "heard", "id", "idle_seconds", "key",
-        "label", "last_output", "manifest", "number", "pending", "period_seconds", "scheduled", "sink",
-        "slot", "window",
+        "label", "last_output", "manifest", "number", "patience_seconds", "pending",
+        "period_seconds", "scheduled", "sink", "slot", "window",
     )  # fmt: skip
 
     def __init__(
@@ -195,6 +195,8 @@ class Sequence:
         self.id = secrets.token_hex(8)
         self.label = label
         self.period_seconds = period_seconds
+        # How long after its arrival a chunk is due.
+        self.patience_seconds = min(period_seconds or DEFAULT_PERIOD_SECONDS, _LONGEST_PATIENCE_SECONDS)
         self.idle_seconds = idle_seconds
         self.window = window
         self.constants = tuple(sorted((constants or {}).items()))
@@ -211,6 +213,10 @@ class Sequence:
 
     def begin(self, chunk: Chunk) -> None:
         """Joins the chunk to what was left over and counts the frames that can run."""
+        if len(self.feeds) == 1:  # without a generator
+            self.feeds[0].add(chunk.data[0])
+            chunk.data, chunk.frames = (), self.feeds[0].frames
+            return
         for feed, samples in zip(self.feeds, chunk.data, strict=True):
             feed.add(samples)
         chunk.data = ()

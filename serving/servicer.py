@@ -109,13 +109,13 @@ class Servicer:
     ) -> pb.PredictResponse:
         if self._pending.full:
             raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
-        data, counts = served.reader.read(request.inputs)
+        data = served.reader.read(request.inputs)
         answer = _Answer()
         now = time.monotonic()
         sequence = Sequence(answer, served.manifest, now=now)
         nbytes = sum(map(len, data)) + _CHUNK_BYTES
         self._pending.add(nbytes)
-        served.engine.request(sequence, Chunk(1, data, counts, now, nbytes))
+        served.engine.request(sequence, Chunk(1, data, now, nbytes))
         context.add_callback(answer.there.set)  # a caller that leaves is not waited for
         seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
         answer.there.wait(seconds)

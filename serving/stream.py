@@ -217,13 +217,13 @@ class Stream:
                 raise NotSupported(
                     f"model {held.served.manifest.name!r} does not generate; leave generate at 0"
                 )
-            data, counts = held.served.reader.read(chunk.inputs)
+            data = held.served.reader.read(chunk.inputs)
         except TenutoError as error:
             engine.finish(held.sequence, type(error)(f"{error}, in step {chunk.step}"))
             return
         nbytes = sum(map(len, data)) + _CHUNK_BYTES
         self._pending.add(nbytes)
-        engine.accept(held.sequence, Chunk(chunk.step, data, counts, now, nbytes))
+        engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes))
 
     def _strayed(self, key: int, kind: str | None) -> None:
         """An event for no live sequence: late for one that the server ended, or a mistake."""

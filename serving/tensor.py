@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,18 +40,18 @@ class Reader:
     """Reads one model's inputs from the tensors of a request."""
 
     def __init__(self, manifest: Manifest, max_bytes: int) -> None:
+        self._only = manifest.inputs[0].name if len(manifest.inputs) == 1 else None
+        self._multiples = [i.multiple for i in manifest.inputs]
         self._inputs = [_InputReader(spec, manifest, max_bytes) for spec in manifest.inputs]
         self._index = {r.name: i for i, r in enumerate(self._inputs)}
-        self._stateful = manifest.stateful
 
-    def read(self, tensors: Sequence[WireTensor]) -> tuple[tuple[bytes, ...], tuple[int, ...]]:
-        """Per input, in the manifest's order: its samples' bytes, and how many samples.
+    def read(self, tensors: Sequence[WireTensor]) -> tuple[bytes, ...]:
+        """Per input, in the manifest's order, its samples' bytes.
 
         Raises: WrongInput, WrongDtype, WrongShape, WrongEncoding, TooLarge.
         """
-        if len(self._inputs) == 1 and len(tensors) == 1 and tensors[0].name in ("", self._inputs[0].name):
-            data, count = self._inputs[0].read(tensors[0])
-            return (data,), (count,)
+        if self._only is not None and len(tensors) == 1 and tensors[0].name in ("", self._only):
+            return (self._inputs[0].read(tensors[0])[0],)
         read: list[tuple[bytes, int] | None] = [None] * len(self._inputs)
         for position, tensor in enumerate(tensors):
             index = self._index.get(tensor.name) if tensor.name else position
@@ -62,10 +63,14 @@ class Reader:
         if missing:
             raise WrongInput(f"input {', '.join(missing)} is missing; {self._expected()}")
         pairs = [got for got in read if got is not None]
-        counts = tuple(count for _, count in pairs)
-        if not self._stateful and len(set(counts)) > 1:
-            raise WrongShape(f"the inputs' batches differ in length: {counts}; send the same rows for each")
-        return tuple(data for data, _ in pairs), counts
+        # Equal time (or rows) in each, or what one input is ahead of another would pile up unseen.
+        frames = {Fraction(count, n) for (_, count), n in zip(pairs, self._multiples, strict=True)}
+        if len(frames) > 1:
+            told = ", ".join(f"{n} {c}" for n, (_, c) in zip(self._index, pairs, strict=True))
+            raise WrongShape(
+                f"the inputs bring different lengths: {told}; send the same time, or rows, for each"
+            )
+        return tuple(data for data, _ in pairs)
 
     def _expected(self) -> str:
         return f"the model's inputs are {', '.join(self._index)}"
@@ -81,15 +86,22 @@ class _InputReader:
         dropped = spec.batch_axis if manifest.stateful else None
         self._shape: list[Dim] = [d for a, d in enumerate(spec.shape) if a != dropped]
         self._free = None if free is None else free - (dropped is not None and dropped < free)
+        self._sample_bytes = spec.sample_bytes
+        self._rest = self._shape[1:]
         self._fixed = [d if a != self._free else None for a, d in enumerate(self._shape)]
 
     def read(self, tensor: WireTensor) -> tuple[bytes, int]:
         dtype, spec = tensor.dtype, self._spec
         if dtype == spec.dtype:
+            if self._free == 0:  # the common case, without a loop
+                data, shape = tensor.data, tensor.shape
+                if shape[1:] == self._rest and shape and len(data) == shape[0] * self._sample_bytes:
+                    return data, shape[0]
             return self._time_first(tensor.data, tensor.shape, spec.numpy_dtype)
         wire = spec.wire_dtypes.get(dtype)
         if wire is not None:
             data, count = self._time_first(tensor.data, tensor.shape, np.dtype(wire.dtype))
+            self._check_bytes(count, "samples become")
             return self._scaled(np.frombuffer(data, wire.dtype), wire), count
         if dtype in spec.wire_encodings:
             return self._decoded(tensor)
@@ -128,17 +140,21 @@ class _InputReader:
         files = [tensor.data] if not tensor.shape else self._split(tensor.data, tensor.shape[0])
         if self._free is None and len(files) != 1:
             raise WrongShape(f"input {self.name!r} brings {len(files)} images, expected 1")
-        row_bytes = self._spec.sample_bytes
-        if len(files) * row_bytes > self._max_bytes:
-            raise TooLarge(
-                f"input {self.name!r}: {len(files)} images decode to {len(files) * row_bytes} bytes, "
-                f"the limit is {self._max_bytes}; send fewer at once"
-            )
+        self._check_bytes(len(files), "images decode to")
         if not files:
             return b"", 0
         pixels = np.stack([self._image(file, tensor.dtype) for file in files])
         wire = self._spec.wire_dtypes.get("uint8", WireDtype(dtype="uint8"))
         return self._scaled(pixels, wire), len(files)
+
+    def _check_bytes(self, count: int, what: str) -> None:
+        """What a message unpacks to is bounded like the message."""
+        size = count * self._sample_bytes
+        if size > self._max_bytes:
+            raise TooLarge(
+                f"input {self.name!r}: {count} {what} {size} bytes, the limit is {self._max_bytes}; "
+                "send fewer at once"
+            )
 
     def _split(self, data: bytes, count: int) -> list[bytes]:
         """`count` files, each behind its length as a little-endian uint32."""

@@ -140,7 +140,7 @@ class Bench:
         data = tuple(np.asarray(c, np.float32).tobytes() for c in columns)
         nbytes = sum(map(len, data)) + 10
         self.pending.add(nbytes)
-        return Chunk(step, data, (), self.now, nbytes)
+        return Chunk(step, data, self.now, nbytes)
 
     def send(self, sequence: Sequence, step: int, *columns: Items[Any]) -> None:
         self.engine.accept(sequence, self.chunk(step, *columns))

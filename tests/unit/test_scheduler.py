@@ -31,7 +31,7 @@ def create_sequences(
     for _ in range(count):
         constants = {} if gain is None else {"gain": gain}
         sequence = Sequence(SINK, manifest, period_seconds=period, constants=constants)
-        sequence.pending.append(Chunk(1, (), (), arrived, 0, frames=frames))
+        sequence.pending.append(Chunk(1, (), arrived, 0, frames=frames))
         made.append(sequence)
     return made
 

@@ -109,7 +109,7 @@ def two_inputs(**second: Any) -> Sequence:
 
 def test_a_sequence_runs_as_many_frames_as_all_inputs_have() -> None:
     sequence = two_inputs(chunk={"multiple": 2})
-    chunk = Chunk(1, (bytes(4 * 3), bytes(4 * 5)), (), 0.0, 0)
+    chunk = Chunk(1, (bytes(4 * 3), bytes(4 * 5)), 0.0, 0)
     sequence.begin(chunk)
     assert chunk.frames == 2
     sequence.eat(chunk, 2)
@@ -119,7 +119,7 @@ def test_a_sequence_runs_as_many_frames_as_all_inputs_have() -> None:
 
 def test_a_begun_chunk_lets_go_of_its_bytes() -> None:
     sequence = Sequence(FakeSink(), accumulator())
-    chunk = Chunk(1, (bytes(4),), (), 0.0, 0)
+    chunk = Chunk(1, (bytes(4),), 0.0, 0)
     sequence.begin(chunk)
     assert chunk.data == ()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .engine import Engine
 from .errors import ModelNotReady, UnknownModel
 from .manifest import Manifest
+from .reply import OutputWriter
 from .tensor import Reader
 
 
@@ -16,6 +17,7 @@ class Served:
 
     engine: Engine
     reader: Reader
+    writer: OutputWriter  # its engine thread's
     provider: str
     sha256: str
 

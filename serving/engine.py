@@ -85,6 +85,8 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
+        self._answered_bytes = 0  # not yet taken from the pending ones
+        self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._draining = False
         self._stopped = False
         self._thread = threading.Thread(
@@ -176,8 +178,7 @@ class Engine:
         if not batch:
             return False
         started = self._clock()
-        for turn in batch:
-            self.metrics.stages["queue"].add(started - turn.chunk.arrived)
+        self.metrics.stages["queue"].add_all([started - turn.chunk.arrived for turn in batch])
         try:
             self._run_batch(batch, started)
         except Exception:
@@ -270,7 +271,7 @@ class Engine:
             sequence, chunk = turn.sequence, turn.chunk
             if sequence.ended:
                 continue
-            chunk.parts.append(part)
+            chunk.parts += (part,)
             chunk.compute += compute
             sequence.eat(chunk, turn.frames)
             if chunk.frames:
@@ -285,23 +286,28 @@ class Engine:
             chunk.step, chunk.part, True, self._layout.join(chunk.parts), queued, chunk.compute, rows
         )
         sequence.pending.popleft()
+        now = self._clock()
         if not sequence.answered:
-            self.metrics.first_output.add(self._clock() - sequence.begun)
+            self.metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
         sequence.last_output = output
         self._send(sequence, output)
-        self._account(sequence, chunk)
-
-    def _account(self, sequence: Sequence, chunk: Chunk) -> None:
-        m, latency = self.metrics, self._clock() - chunk.arrived
-        m.chunks["answered"] += 1
-        m.pending_chunks -= 1
-        m.chunk_latency.add(latency)
+        self._answered_bytes += chunk.nbytes
+        self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
-            lag = latency - sequence.period_seconds
-            m.chunk_lag.add(max(lag, 0.0))
-            m.deadline_misses += lag > 0
-        self._pending.remove(chunk.nbytes)
+            lag = now - chunk.arrived - sequence.period_seconds
+            self.metrics.chunk_lag.add(max(lag, 0.0))
+            self.metrics.deadline_misses += lag > 0
+
+    def _account(self) -> None:
+        """What was answered since the last time, at once: a lock and a histogram cost as much as a row."""
+        if self._latencies:
+            latencies, self._latencies = self._latencies, []
+            self.metrics.chunks["answered"] += len(latencies)
+            self.metrics.pending_chunks -= len(latencies)
+            self.metrics.chunk_latency.add_all(latencies)
+            nbytes, self._answered_bytes = self._answered_bytes, 0
+            self._pending.remove(nbytes)
 
     def _measure(self, batch: Batch, spent: tuple[float, float, float], scattered: float) -> None:
         m = self.metrics
@@ -475,6 +481,7 @@ class Engine:
 
     def _deliver(self) -> None:
         """Hands over all replies, one call a sink."""
+        self._account()
         if self._replies:
             replies, self._replies = self._replies, {}
             for sink, own in replies.items():

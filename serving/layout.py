@@ -61,18 +61,18 @@ class Layout:
             }
         return feeds
 
-    def cut(self, results: list[Array], frames: list[int]) -> list[list[bytes]]:
-        """`parts[turn][output]` of a run's outputs."""
+    def cut(self, results: list[Array], frames: list[int]) -> list[tuple[bytes, ...]]:
+        """Per turn, its part of each output of a run."""
         columns = [o.cut(r, frames) for o, r in zip(self._outputs, results, strict=False)]
-        return [[column[i] for column in columns] for i in range(len(frames))]
+        return list(zip(*columns, strict=True))
 
-    def join(self, parts: list[list[bytes]]) -> Tensors:
+    def join(self, parts: tuple[tuple[bytes, ...], ...]) -> Tensors:
         """One chunk's outputs from the parts of its turns."""
+        if len(parts) == 1:
+            return tuple(o.tensor(data) for o, data in zip(self._outputs, parts[0], strict=True))
         tensors = []
         for i, layout in enumerate(self._outputs if parts else ()):
-            data = parts[-1][i]
-            if len(parts) > 1 and layout.joins:
-                data = b"".join(part[i] for part in parts)
+            data = b"".join(part[i] for part in parts) if layout.joins else parts[-1][i]
             tensors.append(layout.tensor(data))
         return tuple(tensors)
 

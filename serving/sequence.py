@@ -12,7 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -56,7 +56,7 @@ class Chunk:
     part: int = 0  # 1: the padded tail at End
     frames: int = -1  # frames still to run; -1: not begun
     compute: float = 0.0  # seconds inside the model
-    parts: list[list[bytes]] = field(default_factory=list)  # per turn, per output
+    parts: tuple[tuple[bytes, ...], ...] = ()  # per turn, per output
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "constants", "ended", "feeds", "heard", "id", "idle_seconds", "key",
-        "label", "last_output", "manifest", "number", "patience_seconds", "pending",
+        "label", "last_output", "number", "patience_seconds", "pending",
         "period_seconds", "scheduled", "sink", "slot", "window",
     )  # fmt: skip
 
@@ -189,7 +189,6 @@ class Sequence:
         label: str = "",
     ) -> None:
         self.sink = sink
-        self.manifest = manifest
         self.key = key  # the client's number on its stream
         self.number = next(_numbers)  # order of opening; breaks ties
         self.id = secrets.token_hex(8)

@@ -24,6 +24,7 @@ from .errors import ModelInvalid, PlatformError, TenutoError
 from .metrics import ModelMetrics, ServerMetrics, TenutoCollector
 from .model_runner import ModelRunner, choose_provider
 from .pending import PendingBytes
+from .reply import OutputWriter
 from .repository import ModelFolder, ModelRepository
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
@@ -258,7 +259,8 @@ def _load(
         state / 2**20,
         golden,
     )
-    return Served(engine, Reader(manifest, config.max_message_bytes), provider, files.sha256)
+    reader = Reader(manifest, config.max_message_bytes)
+    return Served(engine, reader, OutputWriter(manifest), provider, files.sha256)
 
 
 def _check_port(host: str, port: int) -> None:

@@ -29,9 +29,9 @@ from .errors import (
     WrongMessage,
 )
 from .pending import PendingBytes
+from .reply import write_tensors, write_timing
 from .sequence import Chunk, Closed, Ending, Failed, Output, Reply, Sequence
 from .status import code_of, metadata_of
-from .stream import write_tensors, write_timing
 
 log = logging.getLogger("tenuto.servicer")
 

@@ -11,13 +11,13 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from tenuto.v1 import tenuto_pb2 as pb
 
+from . import reply as wire
 from .catalogue import Catalogue, Served
 from .errors import (
     AlreadyOpen,
@@ -100,12 +100,12 @@ class Stream:
         for event in request.events:
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
-            if kind == "open":
+            if kind == "chunk" and held is not None:
+                self._chunk(held, event.chunk, now)
+            elif kind == "open":
                 self._open(event.sequence, event.open, held, now)
             elif held is None:
                 self._strayed(event.sequence, kind)
-            elif kind == "chunk":
-                self._chunk(held, event.chunk, now)
             elif kind == "end":
                 held.served.engine.finish(held.sequence, Ending.END)
             elif kind == "checkpoint":
@@ -136,39 +136,37 @@ class Stream:
     # sequence.Sink
 
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
-        response = pb.StreamResponse()
-        add = response.replies.add
-        expired = False
-        terminal: list[tuple[Sequence, bool]] = []
+        messages: list[bytes] = []
+        endings: list[tuple[Sequence, Closed | Failed]] = []
         for sequence, reply in replies:
-            message = add(sequence=sequence.key)
+            key = sequence.key
             if isinstance(reply, Output):
-                write_output(message.output, reply, sequence.manifest)
+                held = self._held.get(key)
+                if held is not None:
+                    messages.append(held.served.writer.write(key, reply))
             elif isinstance(reply, Opened):
-                message.opened.sequence_id = reply.id
-                message.opened.version = reply.version
-                message.opened.next_step = reply.next_step
-                message.opened.window = reply.window
-            elif isinstance(reply, Closed):
-                message.closed.reason = reply.reason.value  # type: ignore[assignment]
-                message.closed.last_step = reply.last_step
-                expired = expired or reply.reason is Ending.IDLE_EXPIRED
-                terminal.append((sequence, reply.reason is not Ending.END))
-            elif isinstance(reply, Failed):
-                _write_failed(message.failed, reply.error)
-                terminal.append((sequence, True))
+                messages.append(wire.opened(key, reply))
+            else:
+                messages.append(
+                    wire.closed(key, reply) if isinstance(reply, Closed) else wire.failed(key, reply)
+                )
+                endings.append((sequence, reply))
+        if not messages:  # the call is over
+            return
+        if not endings:
+            self._call.send(wire.joined(messages))
+            return
         # In one step with its last reply: `half_closed` must not finish the call between the two.
-        with self._lock if terminal else nullcontext():
-            for sequence, remember in terminal:
-                self._forget(sequence, remember=remember)
-            self._call.send(response.SerializeToString())
-        if expired and self._call.backed_up:
-            log.info("%s leaves its replies untaken; its stream is cancelled", self._call.peer())
-            self._call.cancel()
         with self._lock:
+            for sequence, ending in endings:
+                self._forget(sequence, ending)
+            self._call.send(wire.joined(messages))
             done = self._half_closed and not self._held
         if done:
             self._call.finish()
+        elif self._call.backed_up and any(_is_expiry(ending) for _, ending in endings):
+            log.info("%s leaves its replies untaken; its stream is cancelled", self._call.peer())
+            self._call.cancel()
 
     # Events.
 
@@ -234,9 +232,7 @@ class Stream:
     def _refuse(self, key: int, error: TenutoError) -> None:
         with self._lock:
             self._remember(key)
-        response = pb.StreamResponse()
-        _write_failed(response.replies.add(sequence=key).failed, error)
-        self._call.send(response.SerializeToString())
+        self._call.send(wire.failed(key, Failed(error)))
 
     def _abort(self, error: TenutoError) -> None:
         """The stream itself is at fault: it ends, and all that it carries."""
@@ -244,11 +240,12 @@ class Stream:
         self.terminated()
         self._call.finish(code_of(error), str(error), metadata_of(error))
 
-    def _forget(self, sequence: Sequence, *, remember: bool) -> None:
+    def _forget(self, sequence: Sequence, ending: Closed | Failed) -> None:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
-            if remember:
+            # After its own End the client sends no more of that number.
+            if isinstance(ending, Failed) or ending.reason is not Ending.END:
                 self._remember(sequence.key)
 
     def _remember(self, key: int) -> None:
@@ -275,28 +272,5 @@ def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]
     return wished
 
 
-def write_output(message: pb.Output, output: Output, manifest: Manifest) -> None:
-    """Fills the wire's Output."""
-    message.step = output.step
-    message.part = output.part
-    message.last = output.last
-    write_tensors(message.outputs, output, manifest)
-    write_timing(message.timing, output)
-
-
-def write_tensors(tensors: object, output: Output, manifest: Manifest) -> None:
-    for spec, (shape, data) in zip(manifest.outputs, output.tensors, strict=False):
-        tensors.add(name=spec.name, dtype=spec.dtype, shape=shape, data=data)  # type: ignore[attr-defined]
-
-
-def write_timing(timing: pb.Timing, output: Output) -> None:
-    timing.queue_us = min(int(output.queue_seconds * 1e6), _MOST_US)
-    timing.compute_us = min(int(output.compute_seconds * 1e6), _MOST_US)
-    timing.batch_size = output.batch_size
-
-
-def _write_failed(message: pb.Failed, error: TenutoError) -> None:
-    message.code = code_of(error).value[0]
-    message.reason = error.reason
-    message.message = str(error)
-    message.retry_after_ms = error.retry_after_ms
+def _is_expiry(ending: Closed | Failed) -> bool:
+    return isinstance(ending, Closed) and ending.reason is Ending.IDLE_EXPIRED

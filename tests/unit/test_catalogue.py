@@ -8,6 +8,7 @@ from tenuto.serving.catalogue import Catalogue, Refused, Served
 from tenuto.serving.engine import Engine
 from tenuto.serving.errors import ModelNotReady, UnknownModel
 from tenuto.serving.pending import PendingBytes
+from tenuto.serving.reply import OutputWriter
 from tenuto.serving.tensor import Reader
 
 from .fakes import Doubler, doubler
@@ -16,7 +17,7 @@ from .fakes import Doubler, doubler
 def served(model: str, version: int) -> Served:
     manifest = doubler(name=model)
     engine = Engine(manifest, Doubler(), version=version, max_sequences=1, pending=PendingBytes(1))
-    return Served(engine, Reader(manifest, 1), "CPUExecutionProvider", "hash")
+    return Served(engine, Reader(manifest, 1), OutputWriter(manifest), "CPUExecutionProvider", "hash")
 
 
 OLD, NEW, OTHER = served("a", 2), served("a", 10), served("b", 1)

@@ -64,7 +64,7 @@ def test_cut_gives_back_what_was_stacked(axes: list[str], lengths: list[int], ex
     assert feeds["x"].shape == tuple(sizes[axis] for axis in axes)
     assert feeds["x"].flags.c_contiguous
     assert refused == {}
-    assert layout.cut([feeds["x"]], lengths) == [[row] for row in rows]
+    assert layout.cut([feeds["x"]], lengths) == [(row,) for row in rows]
 
 
 @given(rows=st.lists(st.integers(1, 4), min_size=1, max_size=4), batch_axis=st.integers(0, 1))
@@ -76,7 +76,7 @@ def test_stateless_requests_are_joined_and_taken_apart(rows: list[int], batch_ax
     requests = [ramp(n, 2, start=10 * i).tobytes() for i, n in enumerate(rows)]
     feeds, _ = layout.stack([requests], layout.batch_size(rows))
     assert feeds["x"].shape[batch_axis] == sum(rows)
-    assert layout.cut([feeds["x"]], rows) == [[request] for request in requests]
+    assert layout.cut([feeds["x"]], rows) == [(request,) for request in requests]
 
 
 def test_every_axis_lands_where_the_graph_has_it() -> None:
@@ -93,7 +93,7 @@ def test_a_model_without_a_batch_axis_eats_one_row_as_it_is() -> None:
     row = ramp(3, 2)
     feeds, _ = layout.stack([[row.tobytes()]], 1)
     np.testing.assert_array_equal(feeds["x"], row)
-    assert layout.cut([row], [3]) == [[row.tobytes()]]
+    assert layout.cut([row], [3]) == [(row.tobytes(),)]
 
 
 def test_a_stateless_model_without_a_batch_axis_eats_one_row_as_it_is() -> None:
@@ -102,8 +102,8 @@ def test_a_stateless_model_without_a_batch_axis_eats_one_row_as_it_is() -> None:
     row = ramp(2, 3)
     feeds, _ = layout.stack([[row.tobytes()]], layout.batch_size([1]))
     assert feeds["x"].shape == (2, 3)
-    assert layout.cut([row], [1]) == [[row.tobytes()]]
-    assert layout.join([[row.tobytes()]]) == (((2, 3), row.tobytes()),)
+    assert layout.cut([row], [1]) == [(row.tobytes(),)]
+    assert layout.join(((row.tobytes(),),)) == (((2, 3), row.tobytes()),)
 
 
 def test_lengths_count_the_left_context_and_padding_rows_have_a_legal_one() -> None:
@@ -149,7 +149,7 @@ def test_an_untimed_output_is_its_value_after_the_last_turn() -> None:
     layout = Layout(accumulator(outputs=[timed, untimed]))
     parts = layout.cut([ramp(2, 3), ramp(2, 2, start=50)], [3, 1])
     assert [floats(row[1]) for row in parts] == [[50, 51], [52, 53]]
-    joined = layout.join([parts[0], parts[1]])
+    joined = layout.join((parts[0], parts[1]))
     assert joined[0] == ((4,), parts[0][0] + parts[1][0])
     assert joined[1] == ((2,), parts[1][1])
 
@@ -157,11 +157,11 @@ def test_an_untimed_output_is_its_value_after_the_last_turn() -> None:
 def test_parts_of_a_stateless_request_are_joined() -> None:
     layout = Layout(doubler())
     parts = [[ramp(2, 2).tobytes()], [ramp(1, 2, start=9).tobytes()]]
-    assert layout.join(parts) == (((3, 2), parts[0][0] + parts[1][0]),)
+    assert layout.join(tuple(parts)) == (((3, 2), parts[0][0] + parts[1][0]),)
 
 
 def test_a_chunk_that_completed_nothing_has_no_outputs() -> None:
-    assert Layout(accumulator()).join([]) == ()
+    assert Layout(accumulator()).join(()) == ()
 
 
 def refused_by(spec: dict[str, Any], *rows: list[Any]) -> dict[int, Any]:
@@ -232,7 +232,7 @@ def test_a_clients_output_has_the_manifests_axes_in_their_order() -> None:
     """As its inputs do, however the rows are held here."""
     layout = Layout(create_manifest(["a", "batch", "time"]))
     time_first = ramp(3, 2)
-    ((shape, data),) = layout.join([[time_first.tobytes()]])
+    ((shape, data),) = layout.join(((time_first.tobytes(),),))
     assert shape == (2, 3)
     np.testing.assert_array_equal(np.frombuffer(data, np.float32).reshape(shape), time_first.T)
 
@@ -241,6 +241,6 @@ def test_a_stateless_output_has_its_batch_axis_where_the_manifest_has_it() -> No
     tensor = {"dtype": "float32", "shape": [2, "batch"], "batch_axis": 1}
     layout = Layout(doubler(inputs=[{"name": "x"} | tensor], outputs=[{"name": "y"} | tensor]))
     rows = ramp(3, 2)
-    ((shape, data),) = layout.join([[rows.tobytes()]])
+    ((shape, data),) = layout.join(((rows.tobytes(),),))
     assert shape == (2, 3)
     np.testing.assert_array_equal(np.frombuffer(data, np.float32).reshape(shape), rows.T)

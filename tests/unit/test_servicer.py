@@ -14,9 +14,9 @@ from tenuto.serving.engine import Engine
 from tenuto.serving.errors import DeadlinePassed, NotStateless, PoolFull, ServerDraining, TenutoError
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.pending import PendingBytes
+from tenuto.serving.reply import OutputWriter, write_timing
 from tenuto.serving.sequence import Chunk, Output, Sequence
 from tenuto.serving.servicer import Servicer
-from tenuto.serving.stream import write_timing
 from tenuto.serving.tensor import Reader
 from tenuto.v1 import tenuto_pb2 as pb
 
@@ -62,7 +62,9 @@ class Bench:
             pending=self.pending,
             clock=lambda: NOW,
         )
-        served = Served(self.engine, Reader(manifest, 1 << 20), "CPUExecutionProvider", "hash")
+        served = Served(
+            self.engine, Reader(manifest, 1 << 20), OutputWriter(manifest), "CPUExecutionProvider", "hash"
+        )
         self.servicer = Servicer(
             Catalogue([served], []), self.pending, max_predicts=1, is_draining=lambda: self.draining
         )

@@ -1,0 +1,99 @@
+"""The core's replies -> the wire's.
+
+A StreamResponse holds nothing but replies, so the bytes of several, one behind the other, are one message
+with all of their replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .errors import TenutoError
+from .manifest import Manifest
+from .sequence import Closed, Failed, Opened, Output
+from .status import code_of
+
+_MOST_US = 2**32 - 1
+
+
+class OutputWriter:
+    """Writes the Outputs of one model version. For its engine thread alone: one message is filled again and
+    again, at a quarter of the cost of a new one."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._response = pb.StreamResponse()
+        self._reply = self._response.replies.add()
+        self._output = self._reply.output
+        self._tensors = [self._output.outputs.add(name=o.name, dtype=o.dtype) for o in manifest.outputs]
+        self._timing = self._output.timing
+        self._shapes: list[tuple[int, ...]] = [() for _ in manifest.outputs]
+
+    def write(self, key: int, output: Output) -> bytes:
+        """A StreamResponse of that one reply."""
+        if not output.tensors:  # the chunk completed no frame
+            response = pb.StreamResponse()
+            message = response.replies.add(sequence=key).output
+            message.step, message.part, message.last = output.step, output.part, output.last
+            write_timing(message.timing, output)
+            return response.SerializeToString()
+        self._reply.sequence = key
+        message = self._output
+        message.step, message.part, message.last = output.step, output.part, output.last
+        for i, (shape, data) in enumerate(output.tensors):
+            tensor = self._tensors[i]
+            tensor.data = data
+            if shape != self._shapes[i]:
+                tensor.shape[:] = shape
+                self._shapes[i] = shape
+        write_timing(self._timing, output)
+        return self._response.SerializeToString()
+
+
+def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:
+    """Adds the output's tensors to a repeated field."""
+    for spec, (shape, data) in zip(manifest.outputs, output.tensors, strict=False):
+        tensors.add(name=spec.name, dtype=spec.dtype, shape=shape, data=data)
+
+
+def write_timing(timing: pb.Timing, output: Output) -> None:
+    """Fills the timing; 71 minutes is the most it can say."""
+    timing.queue_us = min(int(output.queue_seconds * 1e6), _MOST_US)
+    timing.compute_us = min(int(output.compute_seconds * 1e6), _MOST_US)
+    timing.batch_size = output.batch_size
+
+
+def opened(key: int, reply: Opened) -> bytes:
+    message = pb.Opened(
+        sequence_id=reply.id, version=reply.version, next_step=reply.next_step, window=reply.window
+    )
+    return _response(pb.Reply(sequence=key, opened=message))
+
+
+def closed(key: int, reply: Closed) -> bytes:
+    reason = pb.Ending.Name(reply.reason.value)
+    return _response(pb.Reply(sequence=key, closed=pb.Closed(reason=reason, last_step=reply.last_step)))
+
+
+def failed(key: int, reply: Failed) -> bytes:
+    return _response(pb.Reply(sequence=key, failed=_failure(reply.error)))
+
+
+def _failure(error: TenutoError) -> pb.Failed:
+    return pb.Failed(
+        code=code_of(error).value[0],
+        reason=error.reason,
+        message=str(error),
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+def _response(*replies: pb.Reply) -> bytes:
+    return pb.StreamResponse(replies=replies).SerializeToString()
+
+
+def joined(responses: Items[bytes]) -> bytes:
+    """One message with the replies of all."""
+    return responses[0] if len(responses) == 1 else b"".join(responses)

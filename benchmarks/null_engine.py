@@ -13,7 +13,8 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")  # as in our
 
 import grpc
 
-from tenuto.serving.transport import Call, StreamMethod
+from tenuto.serving.call import Call
+from tenuto.serving.transport import StreamMethod
 from tenuto.v1 import tenuto_pb2 as pb
 
 from .model import OUTPUTS

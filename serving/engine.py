@@ -65,6 +65,7 @@ class Engine:
         max_sequences: int,
         pending: PendingBytes,
         metrics: ModelMetrics | None = None,
+        flush: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manifest = manifest
@@ -77,6 +78,7 @@ class Engine:
         self.emptied = threading.Event()  # set when draining and no sequence is left
         self._runner = runner
         self._pending = pending
+        self._flush = flush  # called after the replies of a batch were handed over
         self._clock = clock
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
@@ -489,6 +491,7 @@ class Engine:
                     sink.deliver(own)
                 except Exception:  # the other sinks' replies must not be lost with these
                     log.exception("%s: replies could not be handed over", self.where)
+            self._flush()
 
     def check(self) -> None:
         """Raises TenutoError if the pool lost count. For tests, while nothing runs."""

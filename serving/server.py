@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
@@ -17,6 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
+from .call import Call
 from .catalogue import Catalogue, Refused, Served
 from .config import ServerConfig
 from .engine import Engine
@@ -30,7 +32,7 @@ from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import Stream, StreamLimits
 from .tensor import Reader
-from .transport import Call, StreamMethod
+from .transport import StreamMethod
 from .vetting import Limits, Verdict, vet
 
 log = logging.getLogger("tenuto.server")
@@ -66,12 +68,12 @@ class Server:
         self._stopped = threading.Event()
         self._signals = 0
         _check_port(config.host, config.port)
-        self.catalogue = load_models(config, self.provider, self._pending, self.metrics)
         self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
         if self._streams.mode == "threads":
             self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
+        self.catalogue = load_models(config, self.provider, self._pending, self.metrics, self._streams.flush)
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -192,7 +194,11 @@ class Server:
 
 
 def load_models(
-    config: ServerConfig, provider: str, pending: PendingBytes, metrics: ServerMetrics
+    config: ServerConfig,
+    provider: str,
+    pending: PendingBytes,
+    metrics: ServerMetrics,
+    flush: Callable[[], None] = lambda: None,
 ) -> Catalogue:
     """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
 
@@ -207,7 +213,7 @@ def load_models(
         verdicts = vet(candidates, provider=provider, threads=config.threads, limits=limits)
         for folder in candidates:
             try:
-                served.append(_load(folder, verdicts[folder], config, provider, pending, metrics))
+                served.append(_load(folder, verdicts[folder], config, provider, pending, metrics, flush))
                 del waiting[folder.model]
             except TenutoError as error:
                 log.error("%s is not served: %s", folder.where, error)
@@ -229,6 +235,7 @@ def _load(
     provider: str,
     pending: PendingBytes,
     metrics: ServerMetrics,
+    flush: Callable[[], None],
 ) -> Served:
     if verdict.why:
         raise ModelInvalid(verdict.why)
@@ -249,6 +256,7 @@ def _load(
         max_sequences=config.max_sequences,
         pending=pending,
         metrics=numbers,
+        flush=flush,
     )
     state = manifest.slot_bytes * config.max_sequences
     golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import reply as wire
+from .call import Call
 from .catalogue import Catalogue, Served
 from .errors import (
     AlreadyOpen,
@@ -34,7 +35,6 @@ from .metrics import ServerMetrics
 from .pending import PendingBytes
 from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence
 from .status import code_of, metadata_of
-from .transport import Call
 
 log = logging.getLogger("tenuto.stream")
 

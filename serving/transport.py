@@ -17,17 +17,17 @@ from __future__ import annotations
 
 import importlib
 import logging
-import queue
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import grpc
 
+from .call import GONE, Call, Listener, Metadata, Opener, Outbox
 from .errors import PlatformError, PoolFull
 from .status import code_of, metadata_of
+from .thread_call import ThreadCall
 
 _operations: Any
 try:
@@ -38,88 +38,67 @@ except ImportError:  # the probe says so
 log = logging.getLogger("tenuto.transport")
 
 Mode = Literal["auto", "nonblocking", "threads"]
-Metadata = tuple[tuple[str, str | bytes], ...]
 # What grpc._server expects of a tag: no RPC state to forget, no callbacks to run.
 _CONTINUE: tuple[None, tuple[()]] = (None, ())
+# The serve thread answers in microseconds; should it not, an engine goes on all the same.
+_LONGEST_ERRAND_SECONDS = 1.0
 
 
-class Listener(Protocol):
-    """One stream's receiver. All calls come one after another; none may block."""
+class Relay:
+    """Has the serve thread post what an engine thread sends to several calls after one batch.
 
-    def received(self, message: bytes) -> None:
-        """One message of the client."""
+    A post gives the interpreter lock away and takes it back, and its completion wakes the serve thread: from
+    the engine thread that is two switches of threads a message. And an engine that does not wait for its
+    replies to be on their way finds few chunks for its next batch: at 64 streams 5 rows instead of 44, and
+    59 µs of CPU a message instead of 34. Nothing here waits for a client, slow or not.
 
-    def half_closed(self) -> None:
-        """The client sends no more. It may still read."""
+    Only a thread that calls `flush` after its sends is relayed; a single send it posts itself.
+    """
 
-    def terminated(self) -> None:
-        """The call is over, in whatever way. Nothing that is sent from now on arrives."""
+    def __init__(self) -> None:
+        self._own = threading.local()  # .calls: what this thread holds back until it flushes
 
-    def wait(self, resume: Callable[[], None]) -> bool:
-        """Whether reading must pause; then `resume` is called once, when it may go on."""
+    def submit(self, call: NonBlockingCall) -> None:
+        calls: list[NonBlockingCall] | None = getattr(self._own, "calls", None)
+        if calls is None:
+            call.post_next()
+        else:
+            calls.append(call)
 
-
-class Call(Protocol):
-    """One stream's sender. Any thread; nothing blocks."""
-
-    def send(self, message: bytes) -> None:
-        """Queues a message; dropped if the call is over."""
-
-    def finish(self, code: grpc.StatusCode = ..., details: str = ..., metadata: Metadata = ...) -> None:
-        """Ends the call with that status once all that was queued is sent."""
-
-    def cancel(self) -> None:
-        """Ends the call now."""
-
-    @property
-    def backed_up(self) -> bool:
-        """Whether the client leaves more replies untaken than the outbox may hold."""
-
-    def peer(self) -> str:
-        """The client's address, for logs."""
+    def flush(self) -> None:
+        """Sends what this thread has held back, and holds back from now on."""
+        calls: list[NonBlockingCall] = getattr(self._own, "calls", [])
+        self._own.calls = []
+        if len(calls) == 1:
+            calls[0].post_next()
+        elif calls:
+            _Errand(calls).run()
 
 
-Opener = Callable[[Call], Listener]
+class _Errand:
+    """Some calls' sends, posted by the serve thread while the thread that has them waits."""
 
+    def __init__(self, calls: list[NonBlockingCall]) -> None:
+        self._calls = calls
+        self._done = threading.Lock()
+        self._done.acquire()
 
-class _Gone:
-    """The listener of a call that is over."""
+    def run(self) -> None:
+        if self._calls[0].wake(self._post):
+            self._post(None)
+        self._done.acquire(timeout=_LONGEST_ERRAND_SECONDS)
 
-    def received(self, message: bytes) -> None: ...
-    def half_closed(self) -> None: ...
-    def terminated(self) -> None: ...
-    def wait(self, resume: Callable[[], None]) -> bool:
-        return True
+    def _post(self, _event: Any) -> tuple[None, tuple[()]]:
+        for call in self._calls:
+            call.post_next()
+        # Behind what gRPC has ready by now: the completed sends, and the answers that clients gave meanwhile.
+        if self._calls[0].wake(self._finish):
+            self._finish(None)
+        return _CONTINUE
 
-
-_GONE = _Gone()
-
-
-class _Outbox:
-    """What waits to be sent on one call, and what its ending will be. Guarded by its lock."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.lock = threading.Lock()
-        self.messages: deque[bytes] = deque()
-        self.bytes = 0
-        self.limit_bytes = limit_bytes
-        self.ending: tuple[grpc.StatusCode, str, Metadata] | None = None
-        self.over = False
-
-    def put(self, message: bytes) -> None:
-        self.messages.append(message)
-        self.bytes += len(message)
-
-    def take(self) -> bytes | None:
-        if not self.messages:
-            return None
-        message = self.messages.popleft()
-        self.bytes -= len(message)
-        return message
-
-    @property
-    def full(self) -> bool:
-        return self.bytes > self.limit_bytes
+    def _finish(self, _event: Any) -> tuple[None, tuple[()]]:
+        self._done.release()
+        return _CONTINUE
 
 
 class NonBlockingCall:
@@ -132,11 +111,13 @@ class NonBlockingCall:
         opener: Opener,
         limit_bytes: int,
         closed: Callable[[], None],
+        relay: Relay,
     ) -> None:
         self._context = context
+        self._relay = relay
         self._core = context._rpc_event.call
         self._finish = finish
-        self._outbox = _Outbox(limit_bytes)
+        self._outbox = Outbox(limit_bytes)
         self._sending = False
         self._held = False  # reading is paused
         self._reads_done = False
@@ -158,11 +139,11 @@ class NonBlockingCall:
         with box.lock:
             if box.over or box.ending is not None:
                 return
+            box.put(message)
             if self._sending:
-                box.put(message)
                 return
             self._sending = True
-        self._post_send(message)
+        self._relay.submit(self)
 
     def finish(
         self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Metadata = ()
@@ -187,6 +168,24 @@ class NonBlockingCall:
         return str(self._context.peer())
 
     # Operation batches. Each has its own operation object.
+
+    def post_next(self) -> None:
+        """Posts the send that is due. Does not raise."""
+        try:
+            with self._outbox.lock:
+                message = self._outbox.take()
+            if message is not None:  # else the call is over
+                self._post_send(message)
+        except Exception:
+            log.exception("a reply met a bug; its stream is cancelled")
+            self.cancel()
+
+    def wake(self, tag: Callable[[Any], tuple[None, tuple[()]]]) -> int:
+        """Has the serve thread call `tag`. gRPC's call error, 0 if there is none.
+
+        gRPC completes an empty batch of operations at once, on a call that is over, too.
+        """
+        return int(self._core.start_server_batch((), tag))
 
     def _post_send(self, message: bytes) -> None:
         error = self._core.start_server_batch((_operations.SendMessageOperation(message, 0),), self._sent)
@@ -285,113 +284,11 @@ class NonBlockingCall:
             box.over = True
             box.messages.clear()
             box.bytes = 0
-        listener, self._listener = self._listener, _GONE  # or each would keep the other alive
+        listener, self._listener = self._listener, GONE  # or each would keep the other alive
         try:
             listener.terminated()
         finally:
             self._closed()
-
-
-class ThreadCall:
-    """A stream on public API alone: the handler's thread sends, one more reads."""
-
-    def __init__(self, context: grpc.ServicerContext, opener: Opener, limit_bytes: int) -> None:
-        self._context = context
-        self._outbox = _Outbox(limit_bytes)
-        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._room = threading.Semaphore(0)
-        self._held = False
-        self._listener = opener(self)
-        if not context.add_callback(self._terminated):
-            self._terminated()
-
-    def send(self, message: bytes) -> None:
-        with self._outbox.lock:
-            if self._outbox.over or self._outbox.ending is not None:
-                return
-            self._outbox.put(message)
-        self._wake.put(None)
-
-    def finish(
-        self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Metadata = ()
-    ) -> None:
-        with self._outbox.lock:
-            if self._outbox.over or self._outbox.ending is not None:
-                return
-            self._outbox.ending = (code, details, metadata)
-        self._wake.put(None)
-
-    def cancel(self) -> None:
-        self._context.cancel()
-
-    @property
-    def backed_up(self) -> bool:
-        return self._outbox.full
-
-    def peer(self) -> str:
-        return str(self._context.peer())
-
-    def read_all(self, requests: Iterator[bytes]) -> None:
-        """Reads until the client is done; run on a thread of its own."""
-        try:
-            for message in requests:
-                self._listener.received(message)
-                if not self._may_read():
-                    return
-            # A cancelled call looks like a half-close at first: whoever asks again is told the truth.
-            if next(requests, None) is None:
-                self._listener.half_closed()
-        except grpc.RpcError:  # the call is over
-            pass
-        except Exception as error:
-            if not self._outbox.over and not isinstance(error, StopIteration):
-                log.exception("a message met a bug; its stream is cancelled")
-                self.cancel()
-
-    def _may_read(self) -> bool:
-        """Waits until the next message may be read; False once the call is over."""
-        while True:
-            with self._outbox.lock:
-                if self._outbox.over or self._outbox.ending is not None:
-                    return False
-                self._held = self._outbox.full
-            if not self._held and not self._listener.wait(self._room.release):
-                return True
-            self._room.acquire()
-
-    def replies(self) -> Iterator[bytes]:
-        """What is to be sent, in order, until the ending."""
-        while True:
-            self._wake.get()
-            with self._outbox.lock:
-                message, over, ending = self._outbox.take(), self._outbox.over, self._outbox.ending
-                resume = self._held and not self._outbox.full
-                self._held = self._held and not resume
-            if resume:
-                self._room.release()
-            if message is not None:
-                yield message
-            elif over:
-                return
-            elif ending is not None:
-                code, details, metadata = ending
-                if metadata:
-                    self._context.set_trailing_metadata(metadata)
-                if code is not grpc.StatusCode.OK:
-                    self._context.set_code(code)
-                    self._context.set_details(details)
-                return
-
-    def _terminated(self) -> None:
-        with self._outbox.lock:
-            if self._outbox.over:
-                return
-            self._outbox.over = True
-            self._outbox.messages.clear()
-        self._room.release()
-        self._wake.put(None)
-        listener, self._listener = self._listener, _GONE
-        listener.terminated()
 
 
 class StreamMethod:
@@ -411,6 +308,11 @@ class StreamMethod:
         self.max_streams = max_streams
         self._outbox_bytes = outbox_bytes
         self._lock = threading.Lock()
+        self._relay = Relay()
+
+    def flush(self) -> None:
+        """To be called by an engine thread after its sends."""
+        self._relay.flush()
 
     def handler(self) -> Any:
         behaviour: Any = self._non_blocking if self.mode == "nonblocking" else self._threaded
@@ -423,7 +325,9 @@ class StreamMethod:
                 finish(None)
                 return
             try:
-                NonBlockingCall(context, finish, self._opener, self._outbox_bytes, self._one_less)
+                NonBlockingCall(
+                    context, finish, self._opener, self._outbox_bytes, self._one_less, self._relay
+                )
             except Exception:  # gRPC answers it; the place must not be lost
                 self._one_less()
                 raise
@@ -505,8 +409,10 @@ def probe() -> str:
     if _operations is None or not all(hasattr(_operations, name) for name in names):
         return "grpc._cython.cygrpc has no message operations"
 
+    relay = Relay()
+
     def handle(_requests: Any, context: Any, finish: Callable[[None], None]) -> None:
-        NonBlockingCall(context, finish, _Echo, 1 << 20, lambda: None)
+        NonBlockingCall(context, finish, _Echo, 1 << 20, lambda: None, relay)
 
     handle.experimental_non_blocking = True  # type: ignore[attr-defined]
     handlers: dict[str, Any] = {"Echo": grpc.stream_stream_rpc_method_handler(handle)}

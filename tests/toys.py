@@ -16,6 +16,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 Manifest = dict[str, Any]
+# Where a graph cuts its sums: all but the first column, and the last one.
+_CUTS = {
+    name: np.array([at], np.int64) for name, at in (("from", 1), ("to", 2**31), ("axes", 1), ("last", -1))
+}
 
 
 def model(
@@ -51,8 +55,7 @@ def accumulator(*, ragged: bool = True, **changes: Any) -> tuple[bytes, Manifest
         helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
     ]
     # Padding is zeros, so the last column is each row's own total whatever its length.
-    constants = {"one": np.int64(1), "from": np.int64([1]), "to": np.int64([2**31]), "axes": np.int64([1]),
-                 "last": np.int64([-1])}  # fmt: skip
+    constants = {"one": np.int64(1), **_CUTS}
     inputs = [value("x", FLOAT, "batch", "time"), value("total", FLOAT, "batch", 1)]
     if ragged:
         inputs.append(value("lengths", INT32, "batch"))
@@ -108,8 +111,7 @@ def lookup(*, checked: bool = True) -> tuple[bytes, Manifest]:
         helper.make_node("Slice", ["sums", "from", "to", "axes"], ["y"]),
         helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
     ]
-    constants = {"table": np.float32([0, 1, 10, 100]), "one": np.int64(1), "from": np.int64([1]),
-                 "to": np.int64([2**31]), "axes": np.int64([1]), "last": np.int64([-1])}  # fmt: skip
+    constants = {"table": np.array([0, 1, 10, 100], np.float32), "one": np.int64(1), **_CUTS}
     inputs = [value("index", INT64, "batch", "time"), value("total", FLOAT, "batch", 1)]
     outputs = [value("y", FLOAT, "batch", "time"), value("total_next", FLOAT, "batch", 1)]
     index: dict[str, Any] = {

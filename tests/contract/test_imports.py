@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
     ["errors", "metrics"],
-    ["config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
+    ["call", "config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
     ["state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],
-    ["vetting", "transport", "stream", "servicer"],
+    ["vetting", "thread_call", "transport", "stream", "servicer"],
     ["server"],
     ["cli"],
 ]

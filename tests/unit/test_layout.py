@@ -156,8 +156,8 @@ def test_an_untimed_output_is_its_value_after_the_last_turn() -> None:
 
 def test_parts_of_a_stateless_request_are_joined() -> None:
     layout = Layout(doubler())
-    parts = [[ramp(2, 2).tobytes()], [ramp(1, 2, start=9).tobytes()]]
-    assert layout.join(tuple(parts)) == (((3, 2), parts[0][0] + parts[1][0]),)
+    parts = ((ramp(2, 2).tobytes(),), (ramp(1, 2, start=9).tobytes(),))
+    assert layout.join(parts) == (((3, 2), parts[0][0] + parts[1][0]),)
 
 
 def test_a_chunk_that_completed_nothing_has_no_outputs() -> None:

@@ -90,6 +90,10 @@ class InputLayout:
         self._timed = spec.time_axis is not None
         self._stateless = not stateful and spec.batch_axis is not None  # rows come in batches
         self._context_bytes = spec.left_context * spec.sample_bytes
+        # Padding is zero, unless that is no value that the model may see.
+        low, high = spec.range or (0, 0)
+        value = 0 if low <= 0 <= high else low
+        self._pad = np.full(spec.sample_shape, value, spec.numpy_dtype).tobytes()
         self._check_finite = spec.finite and self._dtype.kind == "f"
         # Where the axes of the stacked array, (batch, time, …), go in the graph's tensor.
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
@@ -100,26 +104,28 @@ class InputLayout:
         return [len(row) // self._sample_bytes for row in rows]
 
     def stack(self, rows: list[bytes], batch: int) -> Array:
-        """All rows in one tensor of `batch` rows (those beyond `rows` are zero), padded along time."""
+        """All rows in one tensor of `batch` rows (those beyond `rows` are padding), padded along time."""
         longest = max(len(row) for row in rows)
         if self._stateless:
             whole = b"".join(rows)
-            shape: tuple[int, ...] = (-1, *self._shape)
+            whole += self._padding(batch * self._sample_bytes - len(whole))
+            shape: tuple[int, ...] = (batch, *self._shape)
         elif self._spec.batch_axis is None:
             whole = rows[0]
             shape = (len(rows[0]) // self._sample_bytes, *self._shape) if self._timed else self._shape
         else:
-            padded = [row if len(row) == longest else row.ljust(longest, b"\0") for row in rows]
-            padded += [bytes(longest)] * (batch - len(rows))
+            padded = [row if len(row) == longest else row + self._padding(longest - len(row)) for row in rows]
+            if len(rows) < batch:
+                padded += [self._padding(longest)] * (batch - len(rows))
             whole = padded[0] if batch == 1 else b"".join(padded)
             shape = (
                 (batch, longest // self._sample_bytes, *self._shape) if self._timed else (batch, *self._shape)
             )
         stacked = np.frombuffer(whole, self._dtype).reshape(shape)
-        if self._stateless and len(stacked) < batch:
-            pad = np.zeros((batch - len(stacked), *self._shape), self._dtype)
-            stacked = np.concatenate([stacked, pad])
         return stacked if self._move is None else np.ascontiguousarray(np.moveaxis(stacked, *self._move))
+
+    def _padding(self, nbytes: int) -> bytes:
+        return self._pad * (nbytes // self._sample_bytes)
 
     def refused(self, stacked: Array, rows: list[bytes]) -> dict[int, TenutoError]:
         """The rows whose values the manifest forbids, each with what is wrong.

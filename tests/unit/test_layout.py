@@ -244,3 +244,13 @@ def test_a_stateless_output_has_its_batch_axis_where_the_manifest_has_it() -> No
     ((shape, data),) = layout.join(((rows.tobytes(),),))
     assert shape == (2, 3)
     np.testing.assert_array_equal(np.frombuffer(data, np.float32).reshape(shape), rows.T)
+
+
+def test_padding_is_a_value_that_the_model_may_see() -> None:
+    """A padded row must not bring the graph an index outside its range."""
+    x = {"dtype": "int64", "range": [3, 9]}
+    layout = Layout(accumulator(x=x, max_batch=4, fixed_batch=4))
+    rows = [np.array(values, np.int64).tobytes() for values in ([5, 6, 7], [8])]
+    feeds, refused = layout.stack([rows], 4)
+    assert feeds["x"].tolist() == [[5, 6, 7], [8, 3, 3], [3, 3, 3], [3, 3, 3]]
+    assert refused == {}

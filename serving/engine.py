@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import (
+    AlreadyOpen,
     PoolFull,
     RunFailed,
     ServerDraining,
@@ -35,6 +37,11 @@ from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequ
 from .state_pool import StatePool
 
 log = logging.getLogger("tenuto.engine")
+
+# What a command other than a chunk takes in memory until it is carried out, an Open's sequence included.
+COMMAND_BYTES = 2048
+# The last outputs of all sequences of a model, kept for steps that are sent again.
+_KEPT_BYTES = 64 << 20
 
 Array = NDArray[Any]
 
@@ -87,7 +94,10 @@ class Engine:
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
-        self._answered_bytes = 0  # not yet taken from the pending ones
+        self._settled: dict[Sink, int] = {}  # bytes dealt with since the last delivery
+        self._repeated: set[int] = set()  # sequences (numbers) whose last output is sent again, since then
+        self._kept: OrderedDict[Sequence, int] = OrderedDict()  # bytes of their last outputs, oldest first
+        self._kept_bytes = 0
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._draining = False
         self._stopped = False
@@ -102,6 +112,7 @@ class Engine:
 
     def open(self, sequence: Sequence) -> None:
         """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull or ServerDraining."""
+        self._pending.add(COMMAND_BYTES)
         self._inbox.put((self._open, (sequence,)))
 
     def accept(self, sequence: Sequence, chunk: Chunk) -> None:
@@ -114,6 +125,7 @@ class Engine:
 
     def finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
         """Ends the sequence in that way once all its accepted chunks are answered."""
+        self._pending.add(COMMAND_BYTES)
         self._inbox.put((self._finish, (sequence, ending)))
 
     def close(self, sequence: Sequence, reason: Ending) -> None:
@@ -292,14 +304,26 @@ class Engine:
         if not sequence.answered:
             self.metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
-        sequence.last_output = output
+        if sequence.accepted:  # a single request has no step that may be sent again
+            self._keep(sequence, output)
         self._send(sequence, output)
-        self._answered_bytes += chunk.nbytes
+        self._settle(sequence, chunk.nbytes)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
             self.metrics.chunk_lag.add(max(lag, 0.0))
             self.metrics.deadline_misses += lag > 0
+
+    def _keep(self, sequence: Sequence, output: Output) -> None:
+        """Keeps the last output of each sequence, while all of them together are within the budget."""
+        nbytes = sum(len(data) for _, data in output.tensors)
+        self._kept_bytes += nbytes - self._kept.pop(sequence, 0)
+        self._kept[sequence] = nbytes
+        sequence.last_output = output
+        while self._kept_bytes > _KEPT_BYTES:
+            oldest, freed = self._kept.popitem(last=False)
+            oldest.last_output = None
+            self._kept_bytes -= freed
 
     def _account(self) -> None:
         """What was answered since the last time, at once: a lock and a histogram cost as much as a row."""
@@ -308,8 +332,6 @@ class Engine:
             self.metrics.chunks["answered"] += len(latencies)
             self.metrics.pending_chunks -= len(latencies)
             self.metrics.chunk_latency.add_all(latencies)
-            nbytes, self._answered_bytes = self._answered_bytes, 0
-            self._pending.remove(nbytes)
 
     def _measure(self, batch: Batch, spent: tuple[float, float, float], scattered: float) -> None:
         m = self.metrics
@@ -328,6 +350,7 @@ class Engine:
     # Commands, and what follows from them.
 
     def _open(self, sequence: Sequence) -> None:
+        self._settle(sequence, COMMAND_BYTES)
         try:
             if self._draining:
                 raise ServerDraining(
@@ -344,20 +367,20 @@ class Engine:
             return
         self._live[sequence.id] = sequence
         if sequence.idle_seconds:
-            heapq.heappush(self._idle, (self._clock() + sequence.idle_seconds, sequence.id))
+            self._watch_idle(self._clock() + sequence.idle_seconds, sequence)
         self.metrics.sequences_started += 1
         self._count_live()
         self._send(sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window))
 
     def _accept(self, sequence: Sequence, chunk: Chunk) -> None:
         if sequence.ended or sequence.closing:
-            self._drop(chunk)
+            self._drop(sequence, chunk)
             return
         sequence.heard = chunk.arrived
         if chunk.step != sequence.accepted + 1:
             self._out_of_step(sequence, chunk)
         elif len(sequence.pending) >= sequence.window:
-            self._drop(chunk)
+            self._drop(sequence, chunk)
             sequence.pending.append(Ending.WINDOW_EXCEEDED)
         else:
             sequence.accepted = chunk.step
@@ -365,18 +388,21 @@ class Engine:
 
     def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:
         """A repeated step is answered again or ignored; a skipped one ends the sequence."""
-        self._pending.remove(chunk.nbytes)
+        self._settle(sequence, chunk.nbytes)
         if 0 < chunk.step <= sequence.accepted:
             self.metrics.steps_repeated += 1
-            if chunk.step == sequence.answered and sequence.last_output is not None:
-                self._send(sequence, sequence.last_output)
+            again = sequence.last_output if chunk.step == sequence.answered else None
+            # Once a delivery: a message of many small repeats must not become as many large outputs.
+            if again is not None and sequence.number not in self._repeated:
+                self._repeated.add(sequence.number)
+                self._send(sequence, again)
             return
         text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number chunks without gaps"
-        self._finish(sequence, StepGap(text))
+        self._end_after_pending(sequence, StepGap(text))
 
     def _request(self, sequence: Sequence, chunk: Chunk) -> None:
         if sequence.ended:
-            self._drop(chunk)
+            self._drop(sequence, chunk)
             return
         self._enqueue(sequence, chunk)
 
@@ -387,6 +413,13 @@ class Engine:
             self._advance(sequence)
 
     def _finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
+        self._settle(sequence, COMMAND_BYTES)
+        if sequence.closing and isinstance(ending, AlreadyOpen):
+            sequence.pending[-1] = ending  # whoever opened a number too early must hear of it
+        else:
+            self._end_after_pending(sequence, ending)
+
+    def _end_after_pending(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
         if not sequence.ended and not sequence.closing:
             sequence.pending.append(ending)
             if len(sequence.pending) == 1:
@@ -434,8 +467,10 @@ class Engine:
         for item in sequence.pending:
             if isinstance(item, Chunk):
                 self.metrics.pending_chunks -= 1
-                self._drop(item, "failed" if error else "dropped")
+                self._drop(sequence, item, "failed" if error else "dropped")
         sequence.pending.clear()
+        self._kept_bytes -= self._kept.pop(sequence, 0)
+        sequence.last_output = None
         if self._live.pop(sequence.id, None) is not None:
             self.metrics.ended[reason.name] += 1
             if sequence.slot >= 0:
@@ -446,9 +481,19 @@ class Engine:
         if self._draining and not self._live:
             self.emptied.set()
 
-    def _drop(self, chunk: Chunk, outcome: str = "dropped") -> None:
+    def _drop(self, sequence: Sequence, chunk: Chunk, outcome: str = "dropped") -> None:
         self.metrics.chunks[outcome] += 1
-        self._pending.remove(chunk.nbytes)
+        self._settle(sequence, chunk.nbytes)
+
+    def _settle(self, sequence: Sequence, nbytes: int) -> None:
+        sink = sequence.sink
+        self._settled[sink] = self._settled.get(sink, 0) + nbytes
+
+    def _watch_idle(self, deadline: float, sequence: Sequence) -> None:
+        heapq.heappush(self._idle, (deadline, sequence.id))
+        if len(self._idle) > 2 * len(self._live) + 64:  # those that ended do not stay until they are due
+            self._idle = [entry for entry in self._idle if entry[1] in self._live]
+            heapq.heapify(self._idle)
 
     def _expire(self, now: float) -> None:
         """Ends what has been silent for too long. Idle counts from the last chunk accepted."""
@@ -460,7 +505,7 @@ class Engine:
             if deadline <= now and not sequence.pending:
                 self._close(sequence, Ending.IDLE_EXPIRED)
             else:
-                heapq.heappush(self._idle, (max(deadline, now + 1.0), sequence.id))
+                self._watch_idle(max(deadline, now + 1.0), sequence)
 
     def _drain(self) -> None:
         self._draining = True
@@ -492,6 +537,12 @@ class Engine:
                 except Exception:  # the other sinks' replies must not be lost with these
                     log.exception("%s: replies could not be handed over", self.where)
             self._flush()
+        if self._settled:  # not before the replies are in their outboxes: readers may go on from here
+            settled, self._settled = self._settled, {}
+            self._repeated.clear()
+            for sink, nbytes in settled.items():
+                sink.settle(nbytes)
+            self._pending.remove(sum(settled.values()))
 
     def check(self) -> None:
         """Raises TenutoError if the pool lost count. For tests, while nothing runs."""

@@ -16,12 +16,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+_LONGEST_TEXT = 1000
+
 
 class TenutoError(Exception):
     """The root of every error that the server raises on purpose."""
 
     reason: ClassVar[str] = "INTERNAL_BUG"
     retry_after_ms: int = 0
+
+    def __init__(self, text: str = "") -> None:
+        # A text may quote what a client sent, and has to fit into gRPC's 8 KiB of metadata, twice.
+        super().__init__(text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + " …")
 
 
 class UnknownModel(TenutoError):

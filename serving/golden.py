@@ -41,6 +41,8 @@ class _Collector:
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         self.replies += [reply for _, reply in replies]
 
+    def settle(self, nbytes: int) -> None: ...
+
 
 def replay(engine: Engine, path: Path, where: str) -> int:
     """Runs every step and compares. Returns the number of steps. The engine has no thread.

@@ -31,6 +31,11 @@ class PendingBytes:
         for resume in waiting:
             resume()
 
+    def forget(self, resume: Callable[[], None]) -> None:
+        """The waiter is gone; its `resume` is not called, unless that began already."""
+        with self._lock:
+            self._waiting = [waiting for waiting in self._waiting if waiting != resume]
+
     @property
     def full(self) -> bool:
         return self.bytes > self.limit_bytes

@@ -17,6 +17,8 @@ from .sequence import Closed, Failed, Opened, Output
 from .status import code_of
 
 _MOST_US = 2**32 - 1
+# A sixteenth of what a gRPC client accepts unless told otherwise.
+_LARGEST_JOINED = 256 << 10
 
 
 class OutputWriter:
@@ -94,6 +96,21 @@ def _response(*replies: pb.Reply) -> bytes:
     return pb.StreamResponse(replies=replies).SerializeToString()
 
 
-def joined(responses: Items[bytes]) -> bytes:
-    """One message with the replies of all."""
-    return responses[0] if len(responses) == 1 else b"".join(responses)
+def joined(responses: Items[bytes]) -> list[bytes]:
+    """As few messages as hold the replies of all, in order.
+
+    Several replies together are no larger than `_LARGEST_JOINED`: whether a client's limit is kept must not
+    depend on which of its sequences shared a batch.
+    """
+    if len(responses) == 1:
+        return [responses[0]]
+    messages: list[bytes] = []
+    group: list[bytes] = []
+    size = 0
+    for response in responses:
+        if group and size + len(response) > _LARGEST_JOINED:
+            messages.append(b"".join(group))
+            group, size = [], 0
+        group.append(response)
+        size += len(response)
+    return [*messages, b"".join(group)]

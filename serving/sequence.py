@@ -106,6 +106,9 @@ class Sink(Protocol):
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         """Takes all replies of one batch that are for this sink, in order."""
 
+    def settle(self, nbytes: int) -> None:
+        """So many bytes of what came from this sink's caller are dealt with; their replies were delivered."""
+
 
 class Feed:
     """The samples of one input that are not yet eaten, with the left context before them.

@@ -61,6 +61,9 @@ class _Answer:
         self.reply = replies[-1][1]
         self.there.set()
 
+    def settle(self, nbytes: int) -> None:
+        """One request, one answer: there is nothing to hold back."""
+
 
 class Servicer:
     """Predict, the models, and the operators' calls. `max_predicts` bounds the calls that wait at once."""

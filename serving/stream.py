@@ -20,6 +20,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import reply as wire
 from .call import Call
 from .catalogue import Catalogue, Served
+from .engine import COMMAND_BYTES
 from .errors import (
     AlreadyOpen,
     NotOpen,
@@ -54,6 +55,7 @@ class StreamLimits:
 
     window: int
     idle_seconds: float
+    unanswered_bytes: int = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,8 @@ class Stream:
         self._call = call
         self._catalogue = catalogue
         self._pending = pending
+        self._own = PendingBytes(limits.unanswered_bytes)  # this stream's part of them
+        self._resume: Callable[[], None] | None = None
         self._metrics = metrics
         self._limits = limits
         self._lock = threading.Lock()
@@ -107,20 +111,20 @@ class Stream:
             elif held is None:
                 self._strayed(event.sequence, kind)
             elif kind == "end":
-                held.served.engine.finish(held.sequence, Ending.END)
+                self._finish(held, Ending.END)
             elif kind == "checkpoint":
                 text = "this server issues no resume tokens, so there is no Checkpoint; leave it out"
-                held.served.engine.finish(held.sequence, NotSupported(text))
+                self._finish(held, NotSupported(text))
             else:
                 text = "an Event without open, chunk, checkpoint or end"
-                held.served.engine.finish(held.sequence, WrongMessage(text))
+                self._finish(held, WrongMessage(text))
 
     def half_closed(self) -> None:
         with self._lock:
             self._half_closed = True
             held = list(self._held.values())
         for one in held:
-            one.served.engine.finish(one.sequence, Ending.STREAM_ENDED)
+            self._finish(one, Ending.STREAM_ENDED)
         if not held:
             self._call.finish()
 
@@ -129,13 +133,26 @@ class Stream:
             held, self._held = list(self._held.values()), {}
         for one in held:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
+        if self._resume is not None:
+            self._pending.forget(self._resume)
 
     def wait(self, resume: Callable[[], None]) -> bool:
-        return self._pending.wait(resume)
+        self._resume = resume
+        return self._own.wait(resume) or self._pending.wait(resume)
 
     # sequence.Sink
 
+    def settle(self, nbytes: int) -> None:
+        self._own.remove(nbytes)
+
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        try:
+            self._deliver(replies)
+        except Exception:
+            log.exception("replies could not be written; their stream is cancelled")
+            self._call.cancel()
+
+    def _deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         messages: list[bytes] = []
         endings: list[tuple[Sequence, Closed | Failed]] = []
         for sequence, reply in replies:
@@ -154,13 +171,15 @@ class Stream:
         if not messages:  # the call is over
             return
         if not endings:
-            self._call.send(wire.joined(messages))
+            for message in wire.joined(messages):
+                self._call.send(message)
             return
         # In one step with its last reply: `half_closed` must not finish the call between the two.
         with self._lock:
             for sequence, ending in endings:
                 self._forget(sequence, ending)
-            self._call.send(wire.joined(messages))
+            for message in wire.joined(messages):
+                self._call.send(message)
             done = self._half_closed and not self._held
         if done:
             self._call.finish()
@@ -173,7 +192,7 @@ class Stream:
     def _open(self, key: int, wish: pb.Open, held: _Held | None, now: float) -> None:
         if held is not None:
             text = f"sequence {key} is open on this stream; end it first, or use another number"
-            held.served.engine.finish(held.sequence, AlreadyOpen(text))
+            self._finish(held, AlreadyOpen(text))
             return
         try:
             served = self._catalogue.find(wish.model, wish.version)
@@ -184,6 +203,7 @@ class Stream:
         with self._lock:
             self._ended.pop(key, None)
             self._held[key] = _Held(sequence, served)
+        self._own.add(COMMAND_BYTES)
         served.engine.open(sequence)
 
     def _sequence(self, key: int, wish: pb.Open, manifest: Manifest, now: float) -> Sequence:
@@ -215,13 +235,18 @@ class Stream:
                 raise NotSupported(
                     f"model {held.served.manifest.name!r} does not generate; leave generate at 0"
                 )
-            data = held.served.reader.read(chunk.inputs)
+            data = held.served.reader.read(chunk.inputs, held.served.manifest.max_batch)
         except TenutoError as error:
-            engine.finish(held.sequence, type(error)(f"{error}, in step {chunk.step}"))
+            self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
             return
         nbytes = sum(map(len, data)) + _CHUNK_BYTES
         self._pending.add(nbytes)
+        self._own.add(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes))
+
+    def _finish(self, held: _Held, ending: Ending | TenutoError) -> None:
+        self._own.add(COMMAND_BYTES)
+        held.served.engine.finish(held.sequence, ending)
 
     def _strayed(self, key: int, kind: str | None) -> None:
         """An event for no live sequence: late for one that the server ended, or a mistake."""

@@ -45,20 +45,20 @@ class Reader:
         self._inputs = [_InputReader(spec, manifest, max_bytes) for spec in manifest.inputs]
         self._index = {r.name: i for i, r in enumerate(self._inputs)}
 
-    def read(self, tensors: Sequence[WireTensor]) -> tuple[bytes, ...]:
-        """Per input, in the manifest's order, its samples' bytes.
+    def read(self, tensors: Sequence[WireTensor], max_images: int | None = None) -> tuple[bytes, ...]:
+        """Per input, in the manifest's order, its samples' bytes. `max_images` bounds the encoded images.
 
         Raises: WrongInput, WrongDtype, WrongShape, WrongEncoding, TooLarge.
         """
         if self._only is not None and len(tensors) == 1 and tensors[0].name in ("", self._only):
-            return (self._inputs[0].read(tensors[0])[0],)
+            return (self._inputs[0].read(tensors[0], max_images)[0],)
         read: list[tuple[bytes, int] | None] = [None] * len(self._inputs)
         for position, tensor in enumerate(tensors):
             index = self._index.get(tensor.name) if tensor.name else position
             if index is None or index >= len(self._inputs) or read[index] is not None:
                 name = tensor.name or f"number {position + 1}"
                 raise WrongInput(f"tensor {name!r} is not expected, or sent twice; {self._expected()}")
-            read[index] = self._inputs[index].read(tensor)
+            read[index] = self._inputs[index].read(tensor, max_images)
         missing = [r.name for r, got in zip(self._inputs, read, strict=True) if got is None]
         if missing:
             raise WrongInput(f"input {', '.join(missing)} is missing; {self._expected()}")
@@ -90,7 +90,7 @@ class _InputReader:
         self._rest = self._shape[1:]
         self._fixed = [d if a != self._free else None for a, d in enumerate(self._shape)]
 
-    def read(self, tensor: WireTensor) -> tuple[bytes, int]:
+    def read(self, tensor: WireTensor, max_images: int | None) -> tuple[bytes, int]:
         dtype, spec = tensor.dtype, self._spec
         if dtype == spec.dtype:
             if self._free == 0:  # the common case, without a loop
@@ -104,7 +104,7 @@ class _InputReader:
             self._check_bytes(count, "samples become")
             return self._scaled(np.frombuffer(data, wire.dtype), wire), count
         if dtype in spec.wire_encodings:
-            return self._decoded(tensor)
+            return self._decoded(tensor, max_images)
         accepted = ", ".join([spec.dtype, *spec.wire_dtypes, *sorted(spec.wire_encodings)])
         raise WrongDtype(f"input {self.name!r} is {dtype or 'without a dtype'}; accepted: {accepted}")
 
@@ -136,11 +136,16 @@ class _InputReader:
             scaled = scaled + dtype.type(wire.offset)
         return scaled.astype(dtype, copy=False).tobytes()
 
-    def _decoded(self, tensor: WireTensor) -> tuple[bytes, int]:
+    def _decoded(self, tensor: WireTensor, max_images: int | None) -> tuple[bytes, int]:
         files = [tensor.data] if not tensor.shape else self._split(tensor.data, tensor.shape[0])
         if self._free is None and len(files) != 1:
             raise WrongShape(f"input {self.name!r} brings {len(files)} images, expected 1")
         self._check_bytes(len(files), "images decode to")
+        if max_images is not None and len(files) > max_images:
+            raise TooLarge(
+                f"input {self.name!r}: {len(files)} encoded images in one chunk, the limit is {max_images}; "
+                "send several chunks, or raw pixels"
+            )
         if not files:
             return b"", 0
         pixels = np.stack([self._image(file, tensor.dtype) for file in files])

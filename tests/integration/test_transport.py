@@ -15,9 +15,11 @@ import grpc
 import numpy as np
 import pytest
 
+from tenuto.serving import server as server_module
 from tenuto.serving import transport as transport_module
 from tenuto.serving.errors import PlatformError
 from tenuto.serving.server import Server
+from tenuto.serving.stream import StreamLimits
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 
@@ -656,3 +658,48 @@ def test_the_probe_passes_here() -> None:
 def test_the_stream_method_is_found_under_its_full_name(channel: grpc.Channel) -> None:
     call: Any = channel.stream_stream(STREAM)
     assert list(call(iter([]), timeout=30)) == []
+
+
+def test_one_stream_is_read_on_only_while_little_of_it_is_unanswered(
+    toy_repository: Path, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many sequences, none over its window: the rest waits at the client, and everything is answered."""
+    limit, sequences = 100_000, 40
+    monkeypatch.setattr(
+        server_module, "StreamLimits", lambda window, idle: StreamLimits(window, idle, unanswered_bytes=limit)
+    )
+    samples = np.ones(2_000, np.float32)
+    with (
+        serving(toy_repository, transport=transport) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+        Conversation(channel) as neighbour,
+    ):
+        engine = engine_of(server, "accumulator")
+        conversation.send(*start_of_sequences(sequences))
+        for n in range(sequences):
+            assert conversation.opened().next_step == 1, n
+        with Gate(engine) as gate:
+            for step in (1, 2):
+                conversation.send_apart(*(chunk(step, tensor(samples), sequence=n) for n in range(sequences)))
+            gate.wait_for_arrival()
+            wait_for(lambda: server.metrics.pending_bytes() > limit, "the stream to be full")
+            neighbour.send(opening("doubler"), chunk(1, tensor([[1, 2]])), ending())
+            neighbour.opened()
+            assert array(neighbour.output(1).outputs[0]).tolist() == [[2, 4]]
+            assert server.metrics.pending_bytes() < 2 * limit
+            gate.open()
+            sums: dict[tuple[int, int], float] = {}
+            for _ in range(2 * sequences):
+                reply = conversation.read()
+                sums[reply.sequence, reply.output.step] = array(reply.output.outputs[0])[-1]
+        assert sums == {(n, step): step * 2_000 for n in range(sequences) for step in (1, 2)}
+    assert_nothing_is_left(server)
+
+
+def test_a_request_over_its_texts_still_gets_its_reason(api: Any) -> None:
+    """What a client sent is quoted up to a length that gRPC's metadata can hold."""
+    answer = refused(api.Predict, pb.PredictRequest(model="m" * 100_000))
+    assert (answer.code, answer.reason) == (Code.NOT_FOUND, "UNKNOWN_MODEL")
+    assert answer.text.startswith("no model 'mmmm")
+    assert len(answer.text) < 1_100

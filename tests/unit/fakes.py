@@ -104,10 +104,14 @@ class FakeSink:
     def __init__(self) -> None:
         self.replies: list[tuple[Sequence, Reply]] = []
         self.deliveries = 0
+        self.settled = 0
 
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         self.deliveries += 1
         self.replies += replies
+
+    def settle(self, nbytes: int) -> None:
+        self.settled += nbytes
 
 
 class Bench:

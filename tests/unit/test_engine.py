@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenuto.serving.engine import Engine
+from tenuto.serving import engine as engine_module
+from tenuto.serving.engine import COMMAND_BYTES, Engine
 from tenuto.serving.errors import (
+    AlreadyOpen,
     NotFinite,
     NotSupported,
     PoolFull,
@@ -876,3 +878,115 @@ def test_helpers_see_a_leak() -> None:
     bench.chunk(1, [1])
     with pytest.raises(AssertionError):
         bench.check_at_rest()
+
+
+def test_many_repeats_of_a_step_are_answered_once_a_delivery() -> None:
+    """Or a message of many small repeats would become as many large outputs."""
+    bench = Bench()
+    one = bench.open()
+    bench.send(one, 1, [5])
+    bench.settle()
+    for _ in range(100):
+        bench.send(one, 1, [])
+    bench.settle()
+    assert bench.outputs(one) == [[5], [5]]
+    assert bench.engine.metrics.steps_repeated == 100
+    bench.send(one, 1, [])
+    bench.settle()
+    assert bench.outputs(one) == [[5], [5], [5]]
+    bench.check_at_rest()
+
+
+def test_last_outputs_are_kept_up_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest goes first; its step, sent again, is counted and not answered."""
+    monkeypatch.setattr(engine_module, "_KEPT_BYTES", 2 * 4)
+    bench = Bench()
+    sequences = [bench.open() for _ in range(3)]
+    for sequence in sequences:
+        bench.send(sequence, 1, [7])
+        bench.settle()
+    assert [s.last_output is not None for s in sequences] == [False, True, True]
+    for sequence in sequences:
+        bench.send(sequence, 1, [7])
+    bench.settle()
+    assert [len(bench.outputs(s)) for s in sequences] == [1, 2, 2]
+    bench.engine.close(sequences[1], Ending.EVICTED)
+    bench.send(sequences[0], 2, [1])
+    bench.settle()
+    assert [s.last_output is not None for s in sequences] == [True, False, True]
+    bench.check_at_rest()
+
+
+def test_a_single_request_is_not_kept() -> None:
+    bench = Bench(doubler(), Doubler())
+    request = bench.request([[1, 2]])
+    bench.settle()
+    assert bench.outputs(request) == [[2, 4]]
+    assert request.last_output is None
+    assert not bench.engine._kept
+
+
+def test_sequences_that_ended_do_not_stay_until_they_are_due() -> None:
+    bench = Bench()
+    for _ in range(500):
+        one = bench.open(idle_seconds=300.0)
+        bench.engine.finish(one, Ending.END)
+        bench.settle()
+    assert len(bench.engine._idle) <= 2 + 64
+
+
+def test_opening_again_before_closed_came_is_told() -> None:
+    """The number still belongs to the sequence that is ending; silence would leave the caller waiting."""
+    bench = Bench()
+    one = bench.open()
+    bench.send(one, 1, [1])
+    bench.engine.finish(one, Ending.END)
+    bench.engine.finish(one, AlreadyOpen("opened too early"))
+    bench.settle()
+    assert bench.outputs(one) == [[1]]
+    assert isinstance(bench.ending(one), AlreadyOpen)
+    bench.check_at_rest()
+
+
+def test_every_command_counts_as_pending_until_it_is_carried_out() -> None:
+    bench = Bench()
+    one = bench.open()
+    assert bench.pending.bytes == COMMAND_BYTES
+    bench.engine.finish(one, Ending.END)
+    assert bench.pending.bytes == 2 * COMMAND_BYTES
+    bench.settle()
+    assert bench.pending.bytes == 0
+    assert bench.sink.settled == 2 * COMMAND_BYTES
+
+
+def test_bytes_are_settled_after_their_replies_were_delivered() -> None:
+    """A reader that goes on before would find its outbox empty, and read once more."""
+    bench = Bench()
+    one = bench.open()
+    bench.settle()
+    bench.send(one, 1, [1])
+    held = bench.pending.bytes
+    seen: list[tuple[int, int]] = []
+    own = bench.sink.deliver
+
+    def deliver(replies: list[tuple[Sequence, Reply]]) -> None:
+        seen.append((bench.pending.bytes, bench.sink.settled))
+        own(replies)
+
+    bench.sink.deliver = deliver  # type: ignore[method-assign]
+    bench.settle()
+    assert seen == [(held, COMMAND_BYTES)]
+    assert bench.sink.settled == COMMAND_BYTES + held
+    bench.check_at_rest()
+
+
+def test_a_sink_that_raises_costs_its_own_replies_alone(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    broken = FakeSink()
+    broken.deliver = lambda replies: 1 / 0  # type: ignore[method-assign,assignment]
+    bad = Sequence(broken, bench.manifest)
+    bench.engine.open(bad)
+    good = bench.open()
+    bench.settle()
+    assert isinstance(bench.replies(good)[0], Opened)
+    assert "replies could not be handed over" in caplog.text

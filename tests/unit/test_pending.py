@@ -88,3 +88,20 @@ def test_threads_lose_no_byte() -> None:
         thread.join(30)
     assert not any(thread.is_alive() for thread in threads)
     assert pending.bytes == 0
+
+
+def test_a_waiter_that_is_gone_is_not_kept_and_not_called() -> None:
+    pending, called = PendingBytes(10), list[str]()
+
+    def gone() -> None:
+        called.append("gone")
+
+    def stays() -> None:
+        called.append("stays")
+
+    pending.add(11)
+    assert pending.wait(gone)
+    assert pending.wait(stays)
+    pending.forget(gone)
+    pending.remove(11)
+    assert called == ["stays"]

@@ -355,3 +355,13 @@ def test_one_step_of_a_sequence_is_one_image() -> None:
     assert len(reader.read([FakeTensor("", "png", (), file)])) == 1
     with pytest.raises(WrongShape, match="2 images, expected 1"):
         reader.read([FakeTensor("", "png", (2,), behind_lengths(file, file))])
+
+
+def test_the_images_of_one_chunk_are_bounded() -> None:
+    """They are decoded where every stream is read."""
+    file = encoded(grey())
+    reader = image_reader(4, 6)
+    tensor = FakeTensor("", "png", (3,), behind_lengths(file, file, file))
+    assert reader.read([tensor], 3)
+    with pytest.raises(TooLarge, match="3 encoded images in one chunk, the limit is 2; send several chunks"):
+        reader.read([tensor], 2)

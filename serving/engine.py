@@ -12,13 +12,13 @@ import logging
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .delivery import Delivery
 from .errors import (
     AlreadyOpen,
     PoolFull,
@@ -28,20 +28,19 @@ from .errors import (
     StepGap,
     TenutoError,
 )
+from .last_outputs import LastOutputs
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
 from .pending import PendingBytes
 from .scheduler import Batch, Scheduler
-from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence, Sink
+from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Sequence
 from .state_pool import StatePool
 
 log = logging.getLogger("tenuto.engine")
 
 # What a command other than a chunk takes in memory until it is carried out, an Open's sequence included.
 COMMAND_BYTES = 2048
-# The last outputs of all sequences of a model, kept for steps that are sent again.
-_KEPT_BYTES = 64 << 20
 
 Array = NDArray[Any]
 
@@ -85,7 +84,6 @@ class Engine:
         self.emptied = threading.Event()  # set when draining and no sequence is left
         self._runner = runner
         self._pending = pending
-        self._flush = flush  # called after the replies of a batch were handed over
         self._clock = clock
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
@@ -93,11 +91,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
-        self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
-        self._settled: dict[Sink, int] = {}  # bytes dealt with since the last delivery
-        self._repeated: set[int] = set()  # sequences (numbers) whose last output is sent again, since then
-        self._kept: OrderedDict[Sequence, int] = OrderedDict()  # bytes of their last outputs, oldest first
-        self._kept_bytes = 0
+        self._delivery = Delivery(pending, flush, self.where)
+        self._last_outputs = LastOutputs()
+        self._repeated: set[int] = set()  # numbers of sequences that got their last output again
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._draining = False
         self._stopped = False
@@ -305,25 +301,14 @@ class Engine:
             self.metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
         if sequence.accepted:  # a single request has no step that may be sent again
-            self._keep(sequence, output)
-        self._send(sequence, output)
-        self._settle(sequence, chunk.nbytes)
+            self._last_outputs.keep(sequence, output)
+        self._delivery.send(sequence, output)
+        self._delivery.settle(sequence, chunk.nbytes)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
             self.metrics.chunk_lag.add(max(lag, 0.0))
             self.metrics.deadline_misses += lag > 0
-
-    def _keep(self, sequence: Sequence, output: Output) -> None:
-        """Keeps the last output of each sequence, while all of them together are within the budget."""
-        nbytes = sum(len(data) for _, data in output.tensors)
-        self._kept_bytes += nbytes - self._kept.pop(sequence, 0)
-        self._kept[sequence] = nbytes
-        sequence.last_output = output
-        while self._kept_bytes > _KEPT_BYTES:
-            oldest, freed = self._kept.popitem(last=False)
-            oldest.last_output = None
-            self._kept_bytes -= freed
 
     def _account(self) -> None:
         """What was answered since the last time, at once: a lock and a histogram cost as much as a row."""
@@ -350,7 +335,7 @@ class Engine:
     # Commands, and what follows from them.
 
     def _open(self, sequence: Sequence) -> None:
-        self._settle(sequence, COMMAND_BYTES)
+        self._delivery.settle(sequence, COMMAND_BYTES)
         try:
             if self._draining:
                 raise ServerDraining(
@@ -363,14 +348,16 @@ class Engine:
         except TenutoError as error:
             sequence.ended = True
             self.metrics.rejected[error.reason] += 1
-            self._send(sequence, Failed(error))
+            self._delivery.send(sequence, Failed(error))
             return
         self._live[sequence.id] = sequence
         if sequence.idle_seconds:
             self._watch_idle(self._clock() + sequence.idle_seconds, sequence)
         self.metrics.sequences_started += 1
         self._count_live()
-        self._send(sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window))
+        self._delivery.send(
+            sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window)
+        )
 
     def _accept(self, sequence: Sequence, chunk: Chunk) -> None:
         if sequence.ended or sequence.closing:
@@ -388,14 +375,14 @@ class Engine:
 
     def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:
         """A repeated step is answered again or ignored; a skipped one ends the sequence."""
-        self._settle(sequence, chunk.nbytes)
+        self._delivery.settle(sequence, chunk.nbytes)
         if 0 < chunk.step <= sequence.accepted:
             self.metrics.steps_repeated += 1
             again = sequence.last_output if chunk.step == sequence.answered else None
             # Once a delivery: a message of many small repeats must not become as many large outputs.
             if again is not None and sequence.number not in self._repeated:
                 self._repeated.add(sequence.number)
-                self._send(sequence, again)
+                self._delivery.send(sequence, again)
             return
         text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number chunks without gaps"
         self._end_after_pending(sequence, StepGap(text))
@@ -413,7 +400,7 @@ class Engine:
             self._advance(sequence)
 
     def _finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
-        self._settle(sequence, COMMAND_BYTES)
+        self._delivery.settle(sequence, COMMAND_BYTES)
         if sequence.closing and isinstance(ending, AlreadyOpen):
             sequence.pending[-1] = ending  # whoever opened a number too early must hear of it
         else:
@@ -469,25 +456,20 @@ class Engine:
                 self.metrics.pending_chunks -= 1
                 self._drop(sequence, item, "failed" if error else "dropped")
         sequence.pending.clear()
-        self._kept_bytes -= self._kept.pop(sequence, 0)
-        sequence.last_output = None
+        self._last_outputs.forget(sequence)
         if self._live.pop(sequence.id, None) is not None:
             self.metrics.ended[reason.name] += 1
             if sequence.slot >= 0:
                 self._pool.free(sequence.slot, sequence.id)
             self._count_live()
             log.debug("%s: %s ended %s", self.where, sequence.id, reason.name)
-        self._send(sequence, Failed(error) if error else Closed(reason, sequence.answered))
+        self._delivery.send(sequence, Failed(error) if error else Closed(reason, sequence.answered))
         if self._draining and not self._live:
             self.emptied.set()
 
     def _drop(self, sequence: Sequence, chunk: Chunk, outcome: str = "dropped") -> None:
         self.metrics.chunks[outcome] += 1
-        self._settle(sequence, chunk.nbytes)
-
-    def _settle(self, sequence: Sequence, nbytes: int) -> None:
-        sink = sequence.sink
-        self._settled[sink] = self._settled.get(sink, 0) + nbytes
+        self._delivery.settle(sequence, chunk.nbytes)
 
     def _watch_idle(self, deadline: float, sequence: Sequence) -> None:
         heapq.heappush(self._idle, (deadline, sequence.id))
@@ -523,26 +505,10 @@ class Engine:
         self.metrics.active_sequences = len(self._live)
         self.metrics.slots_used = self._pool.used
 
-    def _send(self, sequence: Sequence, reply: Reply) -> None:
-        self._replies.setdefault(sequence.sink, []).append((sequence, reply))
-
     def _deliver(self) -> None:
-        """Hands over all replies, one call a sink."""
         self._account()
-        if self._replies:
-            replies, self._replies = self._replies, {}
-            for sink, own in replies.items():
-                try:
-                    sink.deliver(own)
-                except Exception:  # the other sinks' replies must not be lost with these
-                    log.exception("%s: replies could not be handed over", self.where)
-            self._flush()
-        if self._settled:  # not before the replies are in their outboxes: readers may go on from here
-            settled, self._settled = self._settled, {}
-            self._repeated.clear()
-            for sink, nbytes in settled.items():
-                sink.settle(nbytes)
-            self._pending.remove(sum(settled.values()))
+        self._repeated.clear()
+        self._delivery.hand_over()
 
     def check(self) -> None:
         """Raises TenutoError if the pool lost count. For tests, while nothing runs."""

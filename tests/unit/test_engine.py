@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenuto.serving import engine as engine_module
 from tenuto.serving.engine import COMMAND_BYTES, Engine
 from tenuto.serving.errors import (
     AlreadyOpen,
@@ -24,6 +23,7 @@ from tenuto.serving.errors import (
     StepGap,
     TenutoError,
 )
+from tenuto.serving.last_outputs import LastOutputs
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.sequence import Closed, Ending, Failed, Opened, Output, Reply, Sequence
 
@@ -899,8 +899,8 @@ def test_many_repeats_of_a_step_are_answered_once_a_delivery() -> None:
 
 def test_last_outputs_are_kept_up_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest goes first; its step, sent again, is counted and not answered."""
-    monkeypatch.setattr(engine_module, "_KEPT_BYTES", 2 * 4)
     bench = Bench()
+    monkeypatch.setattr(bench.engine, "_last_outputs", LastOutputs(budget_bytes=2 * 4))
     sequences = [bench.open() for _ in range(3)]
     for sequence in sequences:
         bench.send(sequence, 1, [7])
@@ -923,7 +923,7 @@ def test_a_single_request_is_not_kept() -> None:
     bench.settle()
     assert bench.outputs(request) == [[2, 4]]
     assert request.last_output is None
-    assert not bench.engine._kept
+    assert len(bench.engine._last_outputs) == 0
 
 
 def test_sequences_that_ended_do_not_stay_until_they_are_due() -> None:

@@ -66,7 +66,7 @@ STAGES = ("queue", "gather", "compute", "scatter", "reply")
 
 @dataclass(slots=True)
 class ModelMetrics:
-    """One model version. Written by its engine thread alone."""
+    """One model version. Written by its engine thread alone, but for `rejected_calls`."""
 
     model: str
     version: int
@@ -80,7 +80,8 @@ class ModelMetrics:
     slots_used: int = 0
     sequences_started: int = 0
     ended: Counter[str] = field(default_factory=Counter)  # by reason
-    rejected: Counter[str] = field(default_factory=Counter)  # by reason
+    rejected: Counter[str] = field(default_factory=Counter)  # sequences, by reason
+    rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
     deadline_misses: int = 0
     rows_rerun: int = 0
     load_seconds: float = 0.0
@@ -141,10 +142,17 @@ _MODEL_GAUGES = (
     _Series("tenuto_sequence_slots_used", "Slots of the state pool in use.", lambda m: m.slots_used),
     _Series("tenuto_model_load_seconds", "Time to check and load the model.", lambda m: m.load_seconds),
 )
+
+
+def _rejected(m: ModelMetrics) -> Counter[str]:
+    """Both counts. Copied first: a copy is one step, and their writers do not stop for a scrape."""
+    return Counter(dict(m.rejected)) + Counter(dict(m.rejected_calls))
+
+
 _MODEL_REASONS: tuple[tuple[str, str, str, Callable[[ModelMetrics], Counter[str]]], ...] = (
     ("tenuto_chunks", "Chunks by what became of them.", "outcome", lambda m: m.chunks),
     ("tenuto_sequences_ended", "Sequences by why they ended.", "reason", lambda m: m.ended),
-    ("tenuto_admission_rejections", "Opens and requests refused.", "reason", lambda m: m.rejected),
+    ("tenuto_admission_rejections", "Opens and requests refused.", "reason", _rejected),
 )
 _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]], ...] = (
     (

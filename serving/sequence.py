@@ -21,6 +21,8 @@ from .errors import TenutoError
 from .manifest import Input, Manifest
 
 DEFAULT_PERIOD_SECONDS = 0.2
+# What a chunk costs beyond its samples, as counted against the pending limits.
+CHUNK_BYTES = 256
 # A slower pace than that does not make a chunk less urgent.
 _LONGEST_PATIENCE_SECONDS = 1.0
 

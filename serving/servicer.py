@@ -30,7 +30,7 @@ from .errors import (
 )
 from .pending import PendingBytes
 from .reply import write_tensors, write_timing
-from .sequence import Chunk, Closed, Ending, Failed, Output, Reply, Sequence
+from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Output, Reply, Sequence
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.servicer")
@@ -38,7 +38,6 @@ log = logging.getLogger("tenuto.servicer")
 SERVICE = pb.DESCRIPTOR.services_by_name["Tenuto"].full_name
 # A caller without a deadline does not wait for ever.
 _LONGEST_WAIT_SECONDS = 3600.0
-_CHUNK_BYTES = 256
 
 Request = TypeVar("Request", bound=Message)
 Parsed = TypeVar("Parsed", bound=Message, covariant=True)
@@ -81,6 +80,7 @@ class Servicer:
         self._max_predicts = max_predicts
         self._is_draining = is_draining
         self._places = threading.BoundedSemaphore(max_predicts)
+        self._lock = threading.Lock()  # of the models' rejected_calls
 
     def handlers(self) -> dict[str, Any]:
         return {
@@ -96,27 +96,39 @@ class Servicer:
         served = self._catalogue.find(request.model, request.version)
         if served.manifest.stateful:
             raise NotStateless(f"model {request.model!r} holds state; use Stream, where a sequence keeps it")
-        if self._is_draining():
-            raise ServerDraining("the server is leaving; call another one")
-        if not self._places.acquire(blocking=False):
-            raise PoolFull(
-                f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream"
-            )
+        self._admit(served)
         try:
             return self._predict(served, request, context)
         finally:
             self._places.release()
 
+    def _admit(self, served: Served) -> None:
+        """Takes a place among the calls that wait, or counts the refusal.
+
+        Raises: ServerDraining, PoolFull.
+        """
+        error: TenutoError
+        if self._is_draining():
+            error = ServerDraining("the server is leaving; call another one")
+        elif self._pending.full:
+            error = PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
+        elif self._places.acquire(blocking=False):
+            return
+        else:
+            text = f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream"
+            error = PoolFull(text)
+        with self._lock:
+            served.engine.metrics.rejected_calls[error.reason] += 1
+        raise error
+
     def _predict(
         self, served: Served, request: pb.PredictRequest, context: grpc.ServicerContext
     ) -> pb.PredictResponse:
-        if self._pending.full:
-            raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
         data = served.reader.read(request.inputs)
         answer = _Answer()
         now = time.monotonic()
         sequence = Sequence(answer, served.manifest, now=now)
-        nbytes = sum(map(len, data)) + _CHUNK_BYTES
+        nbytes = sum(map(len, data)) + CHUNK_BYTES
         self._pending.add(nbytes)
         served.engine.request(sequence, Chunk(1, data, now, nbytes))
         context.add_callback(answer.there.set)  # a caller that leaves is not waited for

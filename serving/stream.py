@@ -34,7 +34,7 @@ from .errors import (
 from .manifest import Manifest
 from .metrics import ServerMetrics
 from .pending import PendingBytes
-from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence
+from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.stream")
@@ -44,8 +44,6 @@ _MAX_LABEL_BYTES = 128
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
-# What a chunk costs beyond its samples, in bytes, as counted against the pending limit.
-_CHUNK_BYTES = 256
 _MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
 
 
@@ -239,7 +237,7 @@ class Stream:
         except TenutoError as error:
             self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
             return
-        nbytes = sum(map(len, data)) + _CHUNK_BYTES
+        nbytes = sum(map(len, data)) + CHUNK_BYTES
         self._pending.add(nbytes)
         self._own.add(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes))

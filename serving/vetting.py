@@ -54,10 +54,7 @@ def vet(
     """A verdict for each folder, whatever the files do to the process that reads them."""
     verdicts: dict[ModelFolder, Verdict] = {}
     while rest := [f for f in folders if f not in verdicts]:
-        before = len(verdicts)
-        verdicts.update(_one_child(rest, provider, threads, limits))
-        if len(verdicts) == before:  # it died before its first word
-            verdicts[rest[0]] = Verdict(why="the process that checks models does not start")
+        verdicts.update(_one_child(rest, provider, threads, limits))  # at least one: where it died
     return verdicts
 
 

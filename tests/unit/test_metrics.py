@@ -121,3 +121,12 @@ def test_a_bound_belongs_to_its_bucket() -> None:
 
 def test_an_empty_distribution_has_all_its_buckets() -> None:
     assert Distribution((1.0,)).buckets() == [("1.0", 0.0), ("+Inf", 0.0)]
+
+
+def test_refused_sequences_and_refused_calls_are_one_count() -> None:
+    model = ModelMetrics("m", 1)
+    model.rejected["POOL_FULL"] += 2
+    model.rejected_calls.update(POOL_FULL=3, DRAINING=1)
+    families = {f.name: f for f in TenutoCollector(ServerMetrics("0", models=[model])).collect()}
+    samples = families["tenuto_admission_rejections"].samples
+    assert {s.labels["reason"]: s.value for s in samples} == {"POOL_FULL": 5, "DRAINING": 1}

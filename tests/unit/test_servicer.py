@@ -119,6 +119,8 @@ def test_a_refusal_leaves_nothing_behind(why: str) -> None:
     with pytest.raises(expected.get(why, TenutoError)):
         bench.predict(FAILS, 1)
     assert bench.pending.bytes == held
+    counted = {"draining": {"DRAINING": 1}, "pending": {"POOL_FULL": 1}}
+    assert bench.engine.metrics.rejected_calls == counted.get(why, {})
 
 
 def test_no_more_calls_wait_at_once_than_there_are_places() -> None:
@@ -126,6 +128,7 @@ def test_no_more_calls_wait_at_once_than_there_are_places() -> None:
     assert bench.servicer._places.acquire(blocking=False)
     with pytest.raises(PoolFull, match="1 Predict calls wait already"):
         bench.predict(1, 2)
+    assert bench.engine.metrics.rejected_calls == {"POOL_FULL": 1}
 
 
 def test_a_chunk_that_waited_for_hours_can_still_be_answered() -> None:

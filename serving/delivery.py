@@ -21,8 +21,16 @@ class Delivery:
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
         self._settled: dict[Sink, int] = {}  # bytes dealt with
 
-    def send(self, sequence: Sequence, reply: Reply) -> None:
-        self._replies.setdefault(sequence.sink, []).append((sequence, reply))
+    def send(self, sequence: Sequence, reply: Reply, nbytes: int = 0) -> None:
+        """A reply; and so many bytes that this sequence's caller sent are dealt with by it."""
+        sink = sequence.sink
+        replies = self._replies.get(sink)
+        if replies is None:
+            self._replies[sink] = [(sequence, reply)]
+        else:
+            replies.append((sequence, reply))
+        if nbytes:
+            self._settled[sink] = self._settled.get(sink, 0) + nbytes
 
     def settle(self, sequence: Sequence, nbytes: int) -> None:
         """So many bytes that this sequence's caller sent are dealt with."""

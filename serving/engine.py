@@ -28,7 +28,6 @@ from .errors import (
     StepGap,
     TenutoError,
 )
-from .last_outputs import LastOutputs
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
@@ -41,6 +40,8 @@ log = logging.getLogger("tenuto.engine")
 
 # What a command other than a chunk takes in memory until it is carried out, an Open's sequence included.
 COMMAND_BYTES = 2048
+# What the outputs kept for steps that are sent again may take, in a model whose slots are all used.
+REPEATS_BYTES = 64 << 20
 
 Array = NDArray[Any]
 
@@ -88,11 +89,11 @@ class Engine:
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
-        self._inbox: queue.SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[tuple[Callable[[Any, Any], None], Any, Any]] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._delivery = Delivery(pending, flush, self.where)
-        self._last_outputs = LastOutputs()
+        self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._draining = False
@@ -109,24 +110,24 @@ class Engine:
     def open(self, sequence: Sequence) -> None:
         """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull or ServerDraining."""
         self._pending.add(COMMAND_BYTES)
-        self._inbox.put((self._open, (sequence,)))
+        self._inbox.put((self._open, sequence, None))
 
     def accept(self, sequence: Sequence, chunk: Chunk) -> None:
         """Takes the next chunk. Its bytes are already counted as pending."""
-        self._inbox.put((self._accept, (sequence, chunk)))
+        self._inbox.put((self._accept, sequence, chunk))
 
     def request(self, sequence: Sequence, chunk: Chunk) -> None:
         """Runs one batch of a stateless model: `sequence` lives for this chunk alone and takes no slot."""
-        self._inbox.put((self._request, (sequence, chunk)))
+        self._inbox.put((self._request, sequence, chunk))
 
     def finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
         """Ends the sequence in that way once all its accepted chunks are answered."""
         self._pending.add(COMMAND_BYTES)
-        self._inbox.put((self._finish, (sequence, ending)))
+        self._inbox.put((self._finish, sequence, ending))
 
     def close(self, sequence: Sequence, reason: Ending) -> None:
         """Ends the sequence now; its unanswered chunks are dropped."""
-        self._inbox.put((self._close, (sequence, reason)))
+        self._inbox.put((self._close, sequence, reason))
 
     def close_by_id(self, sequence_id: str, reason: Ending) -> bool:
         """Ends a live sequence now. Returns whether there is one of that id."""
@@ -141,11 +142,11 @@ class Engine:
 
     def drain(self) -> None:
         """Refuses new sequences from now on; `emptied` is set when the live ones have ended."""
-        self._inbox.put((self._drain, ()))
+        self._inbox.put((self._drain, None, None))
 
     def stop(self, reason: Ending, join_seconds: float = 5.0) -> None:
         """Ends every sequence and then the thread."""
-        self._inbox.put((self._stop, (reason,)))
+        self._inbox.put((self._stop, reason, None))
         if self._thread.is_alive():
             self._thread.join(join_seconds)
 
@@ -173,12 +174,12 @@ class Engine:
         try:
             if wait:
                 timeout = max(0.0, self._idle[0][0] - self._clock()) + 0.01 if self._idle else None
-                command, arguments = inbox.get(timeout=timeout)
-                command(*arguments)
+                command, subject, value = inbox.get(timeout=timeout)
+                command(subject, value)
             # Only what is there now: a flood of commands must not keep the batches waiting.
             for _ in range(inbox.qsize()):
-                command, arguments = inbox.get_nowait()
-                command(*arguments)
+                command, subject, value = inbox.get_nowait()
+                command(subject, value)
         except queue.Empty:
             pass
 
@@ -276,7 +277,7 @@ class Engine:
     def _reply(self, batch: Batch, results: list[Array], started: float, compute: float) -> None:
         """Cuts the outputs into rows, and answers each chunk that is done."""
         parts = self._layout.cut(results, [t.frames for t in batch])
-        rows = len(batch)
+        rows, now = len(batch), self._clock()
         for turn, part in zip(batch, parts, strict=True):
             sequence, chunk = turn.sequence, turn.chunk
             if sequence.ended:
@@ -286,24 +287,23 @@ class Engine:
             sequence.eat(chunk, turn.frames)
             if chunk.frames:
                 self._scheduler.add(sequence)
-            else:
-                self._answer(sequence, chunk, started - chunk.arrived, rows)
+                continue
+            self._answer(sequence, chunk, started - chunk.arrived, rows, now)
+            if sequence.pending:
                 self._advance(sequence)
 
-    def _answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int) -> None:
+    def _answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int, now: float) -> None:
         """The first pending chunk is done: its Output goes out."""
-        output = Output(
-            chunk.step, chunk.part, True, self._layout.join(chunk.parts), queued, chunk.compute, rows
-        )
+        tensors = self._layout.join(chunk.parts)
+        output = Output(chunk.step, chunk.part, True, tensors, queued, chunk.compute, rows)
         sequence.pending.popleft()
-        now = self._clock()
         if not sequence.answered:
             self.metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
         if sequence.accepted:  # a single request has no step that may be sent again
-            self._last_outputs.keep(sequence, output)
-        self._delivery.send(sequence, output)
-        self._delivery.settle(sequence, chunk.nbytes)
+            small = sum([len(data) for _, data in tensors]) <= self._kept_bytes
+            sequence.last_output = output if small else None
+        self._delivery.send(sequence, output, chunk.nbytes)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
@@ -334,7 +334,7 @@ class Engine:
 
     # Commands, and what follows from them.
 
-    def _open(self, sequence: Sequence) -> None:
+    def _open(self, sequence: Sequence, _: None) -> None:
         self._delivery.settle(sequence, COMMAND_BYTES)
         try:
             if self._draining:
@@ -423,7 +423,8 @@ class Engine:
                 if head.frames:
                     self._scheduler.add(sequence)
                     return
-                self._answer(sequence, head, self._clock() - head.arrived, 0)
+                now = self._clock()
+                self._answer(sequence, head, now - head.arrived, 0, now)
             elif isinstance(head, TenutoError):
                 self._close(sequence, Ending.FAILED, head)
                 return
@@ -456,7 +457,7 @@ class Engine:
                 self.metrics.pending_chunks -= 1
                 self._drop(sequence, item, "failed" if error else "dropped")
         sequence.pending.clear()
-        self._last_outputs.forget(sequence)
+        sequence.last_output = None
         if self._live.pop(sequence.id, None) is not None:
             self.metrics.ended[reason.name] += 1
             if sequence.slot >= 0:
@@ -489,12 +490,12 @@ class Engine:
             else:
                 self._watch_idle(max(deadline, now + 1.0), sequence)
 
-    def _drain(self) -> None:
+    def _drain(self, _: None, __: None) -> None:
         self._draining = True
         if not self._live:
             self.emptied.set()
 
-    def _stop(self, reason: Ending) -> None:
+    def _stop(self, reason: Ending, _: None) -> None:
         for sequence in list(self._live.values()):
             self._close(sequence, reason)
         while self.step():  # single requests that were accepted are answered

@@ -69,7 +69,7 @@ class Layout:
     def join(self, parts: tuple[tuple[bytes, ...], ...]) -> Tensors:
         """One chunk's outputs from the parts of its turns."""
         if len(parts) == 1:
-            return tuple(o.tensor(data) for o, data in zip(self._outputs, parts[0], strict=True))
+            return tuple([o.tensor(data) for o, data in zip(self._outputs, parts[0], strict=True)])
         tensors = []
         for i, layout in enumerate(self._outputs if parts else ()):
             data = b"".join(part[i] for part in parts) if layout.joins else parts[-1][i]

@@ -62,8 +62,9 @@ def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:
 
 def write_timing(timing: pb.Timing, output: Output) -> None:
     """Fills the timing; 71 minutes is the most it can say."""
-    timing.queue_us = min(int(output.queue_seconds * 1e6), _MOST_US)
-    timing.compute_us = min(int(output.compute_seconds * 1e6), _MOST_US)
+    queue_us, compute_us = int(output.queue_seconds * 1e6), int(output.compute_seconds * 1e6)
+    timing.queue_us = queue_us if queue_us < _MOST_US else _MOST_US  # min() costs five times that
+    timing.compute_us = compute_us if compute_us < _MOST_US else _MOST_US
     timing.batch_size = output.batch_size
 
 

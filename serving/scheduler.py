@@ -78,7 +78,8 @@ class Scheduler:
 
     def _fits(self, turns: Batch, sequence: Sequence, frames: int, longest: int, total: int) -> bool:
         """Whether one more turn may join; the first, most urgent, always does."""
-        if sequence.constants != turns[0].sequence.constants:
+        constants = turns[0].sequence.constants
+        if sequence.constants is not constants and sequence.constants != constants:
             return False
         if self._stateless:
             return True

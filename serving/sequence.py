@@ -233,9 +233,9 @@ class Sequence:
 
     def eat(self, chunk: Chunk, frames: int) -> None:
         """A turn is done: its samples are eaten."""
+        chunk.frames -= frames
         for feed in self.feeds:
             feed.eat(frames)
-        chunk.frames -= frames
 
 
 def feeds_of(manifest: Manifest) -> Items[Feed]:

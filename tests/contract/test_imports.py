@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SERVING = [
     ["errors", "metrics"],
     ["call", "config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
-    ["delivery", "last_outputs", "state_pool", "scheduler", "model_runner", "repository"],
+    ["delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],

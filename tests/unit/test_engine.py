@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenuto.serving.engine import COMMAND_BYTES, Engine
+from tenuto.serving.engine import COMMAND_BYTES, REPEATS_BYTES, Engine
 from tenuto.serving.errors import (
     AlreadyOpen,
     NotFinite,
@@ -23,7 +23,6 @@ from tenuto.serving.errors import (
     StepGap,
     TenutoError,
 )
-from tenuto.serving.last_outputs import LastOutputs
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.sequence import Closed, Ending, Failed, Opened, Output, Reply, Sequence
 
@@ -897,24 +896,25 @@ def test_many_repeats_of_a_step_are_answered_once_a_delivery() -> None:
     bench.check_at_rest()
 
 
-def test_last_outputs_are_kept_up_to_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest goes first; its step, sent again, is counted and not answered."""
+def test_only_small_outputs_are_kept_for_a_step_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' step, sent again, is counted and not answered."""
     bench = Bench()
-    monkeypatch.setattr(bench.engine, "_last_outputs", LastOutputs(budget_bytes=2 * 4))
-    sequences = [bench.open() for _ in range(3)]
-    for sequence in sequences:
-        bench.send(sequence, 1, [7])
+    monkeypatch.setattr(bench.engine, "_kept_bytes", 2 * 4)
+    small, large = bench.open(), bench.open()
+    for _ in range(2):
+        bench.send(small, 1, [7, 7])
+        bench.send(large, 1, [7, 7, 7])
         bench.settle()
-    assert [s.last_output is not None for s in sequences] == [False, True, True]
-    for sequence in sequences:
-        bench.send(sequence, 1, [7])
+    assert [len(bench.outputs(s)) for s in (small, large)] == [2, 1]
+    assert bench.engine.metrics.steps_repeated == 2
+    bench.send(small, 2, [1, 1, 1])
     bench.settle()
-    assert [len(bench.outputs(s)) for s in sequences] == [1, 2, 2]
-    bench.engine.close(sequences[1], Ending.EVICTED)
-    bench.send(sequences[0], 2, [1])
-    bench.settle()
-    assert [s.last_output is not None for s in sequences] == [True, False, True]
+    assert small.last_output is None
     bench.check_at_rest()
+
+
+def test_the_outputs_kept_have_a_budget() -> None:
+    assert Bench(max_sequences=4).engine._kept_bytes == REPEATS_BYTES // 4
 
 
 def test_a_single_request_is_not_kept() -> None:
@@ -923,7 +923,6 @@ def test_a_single_request_is_not_kept() -> None:
     bench.settle()
     assert bench.outputs(request) == [[2, 4]]
     assert request.last_output is None
-    assert len(bench.engine._last_outputs) == 0
 
 
 def test_sequences_that_ended_do_not_stay_until_they_are_due() -> None:

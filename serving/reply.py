@@ -19,19 +19,30 @@ from .status import code_of
 _MOST_US = 2**32 - 1
 # A sixteenth of what a gRPC client accepts unless told otherwise.
 _LARGEST_JOINED = 256 << 10
+_RENEWED_BYTES = 1 << 20
 
 
 class OutputWriter:
     """Writes the Outputs of one model version. For its engine thread alone: one message is filled again and
-    again, at a quarter of the cost of a new one."""
+    again, at a quarter of the cost of a new one.
+
+    A message never gives memory back before it goes: what was assigned to it stays in its arena. So there
+    is a new one after every `_RENEWED_BYTES`.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._renew()
+
+    def _renew(self) -> None:
+        outputs = self._manifest.outputs
+        self._left = _RENEWED_BYTES
         self._response = pb.StreamResponse()
         self._reply = self._response.replies.add()
         self._output = self._reply.output
-        self._tensors = [self._output.outputs.add(name=o.name, dtype=o.dtype) for o in manifest.outputs]
+        self._tensors = [self._output.outputs.add(name=o.name, dtype=o.dtype) for o in outputs]
         self._timing = self._output.timing
-        self._shapes: list[tuple[int, ...]] = [() for _ in manifest.outputs]
+        self._shapes: list[tuple[int, ...]] = [() for _ in outputs]
 
     def write(self, key: int, output: Output) -> bytes:
         """A StreamResponse of that one reply."""
@@ -51,7 +62,11 @@ class OutputWriter:
                 tensor.shape[:] = shape
                 self._shapes[i] = shape
         write_timing(self._timing, output)
-        return self._response.SerializeToString()
+        written = self._response.SerializeToString()
+        self._left -= len(written)
+        if self._left < 0:
+            self._renew()
+        return written
 
 
 def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
+from benchmarks.memory import resident_bytes
 from tenuto.serving import reply as wire
 from tenuto.serving.errors import PoolFull
 from tenuto.serving.reply import OutputWriter
@@ -38,6 +41,18 @@ def test_a_message_filled_again_is_as_if_made_afresh() -> None:
     ]
     for key, one in [*cases, *cases[::-1]]:
         assert pb.StreamResponse.FromString(writer.write(key, one)) == afresh(key, one)
+
+
+def test_a_writer_does_not_keep_what_it_wrote() -> None:
+    """A protobuf message keeps all that was ever assigned to it: 256 MiB here, but for the renewals."""
+    writer = OutputWriter(accumulator())
+    large = output(1, [1.0] * 65_536)  # 256 KiB
+    for _ in range(8):
+        writer.write(0, large)
+    before = resident_bytes(os.getpid())
+    for _ in range(1_024):
+        writer.write(0, large)
+    assert resident_bytes(os.getpid()) - before < 32 << 20
 
 
 def test_the_other_replies() -> None:

@@ -72,20 +72,26 @@ class Outbox:
         self.messages: deque[bytes] = deque()
         self.bytes = 0
         self.limit_bytes = limit_bytes
+        self.full = False
         self.ending: tuple[grpc.StatusCode, str, Metadata] | None = None
         self.over = False
 
     def put(self, message: bytes) -> None:
         self.messages.append(message)
         self.bytes += len(message)
+        self.full = self.bytes > self.limit_bytes
+
+    def close(self) -> None:
+        """The call is over; nothing arrives from now on."""
+        self.over = True
+        self.messages.clear()
+        self.bytes = 0
+        self.full = False
 
     def take(self) -> bytes | None:
         if not self.messages:
             return None
         message = self.messages.popleft()
         self.bytes -= len(message)
+        self.full = self.bytes > self.limit_bytes
         return message
-
-    @property
-    def full(self) -> bool:
-        return self.bytes > self.limit_bytes

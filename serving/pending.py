@@ -15,17 +15,20 @@ class PendingBytes:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.bytes = 0
+        self.full = False  # whether there are more bytes than the limit; kept, since it is read so often
         self._lock = threading.Lock()
         self._waiting: list[Callable[[], None]] = []
 
     def add(self, nbytes: int) -> None:
         with self._lock:
             self.bytes += nbytes
+            self.full = self.bytes > self.limit_bytes
 
     def remove(self, nbytes: int) -> None:
         with self._lock:
             self.bytes -= nbytes
-            if not self._waiting or self.bytes > self.limit_bytes:
+            self.full = self.bytes > self.limit_bytes
+            if not self._waiting or self.full:
                 return
             waiting, self._waiting = self._waiting, []
         for resume in waiting:
@@ -36,16 +39,10 @@ class PendingBytes:
         with self._lock:
             self._waiting = [waiting for waiting in self._waiting if waiting != resume]
 
-    @property
-    def full(self) -> bool:
-        return self.bytes > self.limit_bytes
-
     def wait(self, resume: Callable[[], None]) -> bool:
         """Whether the caller must wait; then `resume` is called once, on the thread that made room."""
-        if self.bytes <= self.limit_bytes:
-            return False
         with self._lock:
-            if self.bytes <= self.limit_bytes:
+            if not self.full:
                 return False
             self._waiting.append(resume)
             return True

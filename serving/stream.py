@@ -135,6 +135,8 @@ class Stream:
             self._pending.forget(self._resume)
 
     def wait(self, resume: Callable[[], None]) -> bool:
+        if not self._own.full and not self._pending.full:
+            return False
         self._resume = resume
         return self._own.wait(resume) or self._pending.wait(resume)
 
@@ -233,11 +235,11 @@ class Stream:
                 raise NotSupported(
                     f"model {held.served.manifest.name!r} does not generate; leave generate at 0"
                 )
-            data = held.served.reader.read(chunk.inputs, held.served.manifest.max_batch)
+            data = held.served.reader.read(chunk.inputs, engine.manifest.max_batch)
         except TenutoError as error:
             self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
             return
-        nbytes = sum(map(len, data)) + CHUNK_BYTES
+        nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
         self._pending.add(nbytes)
         self._own.add(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes))

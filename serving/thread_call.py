@@ -108,8 +108,7 @@ class ThreadCall:
         with self._outbox.lock:
             if self._outbox.over:
                 return
-            self._outbox.over = True
-            self._outbox.messages.clear()
+            self._outbox.close()
         self._room.release()
         self._wake.put(None)
         listener, self._listener = self._listener, GONE

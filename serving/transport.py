@@ -258,6 +258,9 @@ class NonBlockingCall:
         try:
             box = self._outbox
             with box.lock:
+                if not box.messages and box.ending is None and not self._held:  # nothing waits for it
+                    self._sending = False
+                    return _CONTINUE
                 message = box.take()
                 resume = self._held and not box.full
                 if resume:
@@ -281,9 +284,7 @@ class NonBlockingCall:
         with box.lock:
             if box.over:
                 return
-            box.over = True
-            box.messages.clear()
-            box.bytes = 0
+            box.close()
         listener, self._listener = self._listener, GONE  # or each would keep the other alive
         try:
             listener.terminated()

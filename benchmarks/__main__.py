@@ -1,7 +1,7 @@
-"""Server CPU-µs per message: this server, its transport alone, and two written by hand.
+"""Server CPU-µs per message and latency: this server, its transport alone, and three written by hand.
 
-python -m benchmarks [--seconds 2] [--rounds 3] [--streams 1,64,256] [--frames 1,10]
-                     [--servers tenuto,null,naive_aio,micro_batcher] [--json FILE]
+python -m benchmarks [SCENARIO…] [--seconds 1] [--rounds 3] [--streams 1,64,256,1024] [--frames 1,10]
+                     [--servers …] [--no-memory] [--json FILE] [--write docs/performance.md]
 
 All servers run at once, idle but for the one under load. Each round goes through all of them, every
 other round in the opposite order, and ratios are taken within a round. Figures are for reading,
@@ -17,111 +17,134 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
-from . import budgets, model, report, scenario, tracks
+from . import budgets, memory, model, recording, report, suites
 from .load import Job
-from .scenario import SERVERS, Case, Measurement, Round
+from .scenario import Case, Measurement, Party, Taken
 from .server_process import ServerProcess
+from .suites import BARE, NULL, OURS, SERVERS, SUITES, Settings
 
-TRACKS, CHUNKS = 256, 16  # different sequences, and how many chunks of each are checked
 WARMUP_SECONDS = 0.3
+BARE_SECONDS = 0.5
+FAIRNESS_SECONDS = 3.0
+PACED_SECONDS = 3.0  # 150 messages of the one stream
+CALIBRATION = Party(256, 1)
+
+
+class Benchmark:
+    """The servers of a run and what is measured on them."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack) -> None:
+        self.seconds: float = options.seconds
+        self.folder = folder
+        self.repository = model.write_repository(folder / "repository")
+        names = dict.fromkeys([OURS, *options.servers])
+        self.servers = {n: stack.enter_context(ServerProcess(n, self.repository)) for n in names}
+
+    def measure(self, case: Case) -> Measurement:
+        if case.server == BARE:
+            return self._bare(case.parties[0])
+        for party in case.parties:
+            recording.record(party, self.repository, self.folder)
+        server = self.servers[case.server]
+        job = Job(
+            pid=server.pid,
+            port=server.port,
+            tracks=str(self.folder),
+            check=case.server != NULL,  # which computes nothing
+            warmup_seconds=WARMUP_SECONDS,
+            seconds=self._seconds(case),
+            parties=case.parties,
+        )
+        words = [sys.executable, "-m", "benchmarks.load", json.dumps(asdict(job))]
+        return _run(words, f"{case.table}, {case.row}")
+
+    def _bare(self, party: Party) -> Measurement:
+        paced = party.messages_per_second
+        numbers = [party.streams, party.frames, PACED_SECONDS if paced else BARE_SECONDS]
+        numbers.append(1 / paced if paced else 0.0)
+        words = [sys.executable, "-m", "benchmarks.bare_engine", str(self.repository.lstm)]
+        return _run([*words, *map(str, numbers)], "bare session.run")
+
+    def _seconds(self, case: Case) -> float:
+        if case.table == suites.FAIRNESS:
+            return FAIRNESS_SECONDS
+        if case.table == suites.ALONE_PACED:
+            return PACED_SECONDS
+        return self.seconds + case.parties[0].ramp_seconds
+
+    def capacity(self) -> float:
+        """Messages per second of 256 streams in a closed loop."""
+        return self.measure(Case("capacity", OURS, OURS, (CALIBRATION,))).messages_per_second
+
+
+def _run(words: list[str], what: str) -> Measurement:
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the measurement failed: {what}")
+    return Measurement.parse(json.loads(done.stdout))
 
 
 def main() -> None:
     options = parse()
-    with tempfile.TemporaryDirectory(prefix="tenuto-benchmarks-") as folder, ExitStack() as stack:
-        path = model.write_repository(Path(folder) / "repository")
-        for frames in {1, *options.frames}:
-            record(path, Path(folder), frames)
-        servers = {n: stack.enter_context(ServerProcess(n, path)) for n in options.servers}
-        rounds: list[Round] = []
+    rounds: list[Taken] = []
+    with tempfile.TemporaryDirectory(prefix="tenuto-benchmarks-") as name, ExitStack() as stack:
+        benchmark = Benchmark(options, Path(name), stack)
+        settings = Settings(
+            tuple(options.servers), tuple(options.streams), tuple(options.frames), benchmark.capacity()
+        )
+        tables = [table for name in options.scenarios for table in SUITES[name](settings) if table]
         for number in range(options.rounds):
             print(f"round {number + 1} of {options.rounds}", file=sys.stderr, flush=True)
-            sets = case_sets(options)
-            order = [case for cases in sets for case in (cases[::-1] if number % 2 else cases)]
-            taken = {c: measure(c, servers[c.server], Path(folder), options.seconds) for c in order}
-            rounds.append({case: taken[case] for cases in sets for case in cases})
-    show(rounds, options)
+            order = [case for table in tables for case in (table[::-1] if number % 2 else table)]
+            taken = {case: benchmark.measure(case) for case in order}
+            rounds.append({case: taken[case] for table in tables for case in table})
+        bytes_each = memory.measure(benchmark.repository) if options.memory else {}
+    show(rounds, bytes_each, options)
+
+
+def show(rounds: list[Taken], bytes_each: dict[str, float], options: argparse.Namespace) -> None:
+    verdicts = [*budgets.verdicts(rounds), *budgets.of_memory(bytes_each)]
+    body = report.text(rounds, verdicts, report.head(options.rounds, options.seconds))
+    print(body)
+    if options.json:
+        settings = {key: value for key, value in vars(options).items() if key not in ("json", "write")}
+        document = report.as_json(rounds, verdicts, settings)
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    if options.write:
+        from . import chart  # matplotlib is slow to import
+
+        picture = options.write.with_suffix(".svg")
+        chart.draw(rounds, picture)
+        report.write(options.write, f"![server CPU per message]({picture.name})\n\n{body}")
 
 
 def parse() -> argparse.Namespace:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",")]
+    def numbers(words: str) -> list[int]:
+        return [int(part) for part in words.split(",")]
 
-    def names(text: str) -> list[str]:
-        chosen = text.split(",")
+    def names(words: str) -> list[str]:
+        chosen = words.split(",")
         if unknown := set(chosen) - set(SERVERS):
             raise argparse.ArgumentTypeError(f"no such server: {', '.join(sorted(unknown))}")
         return chosen
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--seconds", type=float, default=2.0, help="a measurement (2)")
+    parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"of {', '.join(SUITES)} (all)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="a measurement (1)")
     parser.add_argument("--rounds", type=int, default=3, help="through all of them (3)")
-    parser.add_argument("--streams", type=numbers, default=[1, 64, 256], help="(1,64,256)")
+    parser.add_argument("--streams", type=numbers, default=[1, 64, 256, 1024], help="(1,64,256,1024)")
     parser.add_argument("--frames", type=numbers, default=[1, 10], help="a chunk (1,10)")
     parser.add_argument("--servers", type=names, default=list(SERVERS), help=",".join(SERVERS))
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip that part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every measurement there")
-    return parser.parse_args()
-
-
-def case_sets(options: argparse.Namespace) -> list[list[Case]]:
-    """What is compared within a set is measured one after the other."""
-    sets = [
-        scenario.peers(options.servers, streams, frames)
-        for frames in options.frames
-        for streams in options.streams
-    ]
-    if "tenuto" in options.servers:
-        sets += [scenario.live_sequences("tenuto"), scenario.chunks_in_a_message("tenuto")]
-    return sets
-
-
-def record(path: Path, folder: Path, frames: int) -> None:
-    """Random sequences, and what the model gives to each alone and whole."""
-    rng = np.random.default_rng(model.SEED)
-    shape = (TRACKS, CHUNKS * frames, model.INPUTS)
-    inputs = rng.standard_normal(shape, np.float32)
-    runner = model.session(path)
-    answers = np.stack([model.alone(runner, sequence) for sequence in inputs])
-    split = (TRACKS, CHUNKS, frames, -1)
-    tracks.save(folder / f"{frames}.npz", inputs.reshape(split), answers.reshape(split))
-
-
-def measure(case: Case, server: ServerProcess, folder: Path, seconds: float) -> Measurement:
-    job = Job(
-        pid=server.pid,
-        port=server.port,
-        model=model.NAME,
-        tracks=str(folder / f"{case.scenario.frames}.npz"),
-        check=case.server != "null",  # which computes nothing
-        warmup_seconds=WARMUP_SECONDS,
-        seconds=seconds,
-        scenario=case.scenario,
-    )
-    command = [sys.executable, "-m", "benchmarks.load", json.dumps(asdict(job))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"the load generator failed at: {case.table}, {case.row}")
-    return Measurement(**json.loads(done.stdout))
-
-
-def show(rounds: list[Round], options: argparse.Namespace) -> None:
-    machine, versions = report.machine(), report.versions()
-    print(", ".join(f"{key} {value}" for key, value in {**machine, **versions}.items() if value))
-    print(f"{options.rounds} rounds of {options.seconds} s; medians (lowest..highest)")
-    for name in dict.fromkeys(case.table for case in rounds[0]):
-        print("\n" + report.table(rounds, name))
-    checked = sum(taken.checked for found in rounds for taken in found.values())
-    print(f"\n{checked:,} replies compared with the sequence alone, bit for bit: no difference\n")
-    verdicts = budgets.verdicts(rounds)
-    for verdict in verdicts:
-        print(report.verdict_line(verdict))
-    if options.json:
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        text = json.dumps(report.as_json(rounds, verdicts, settings), indent=1)
-        options.json.write_text(text + "\n")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="puts tables and chart into that page")
+    options = parser.parse_args()
+    if unknown := set(options.scenarios) - set(SUITES):
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    options.memory = options.memory and not options.scenarios
+    options.scenarios = options.scenarios or list(SUITES)
+    return options
 
 
 if __name__ == "__main__":

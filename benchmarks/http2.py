@@ -51,21 +51,29 @@ class _Stream:
     window: int  # bytes that the server still lets us send
     unsent: bytearray = field(default_factory=bytearray)
     partial: bytes = b""  # of a message not yet whole
+    ending: bool = False  # we send no more, and expect the server to end it
+    answered: bool = False
 
 
 class Connection:
-    """One connection to 127.0.0.1; `fileno` is for a poller, `receive` when it says readable."""
+    """One connection to 127.0.0.1; `fileno` is for a poller, `receive` when it says readable.
 
-    def __init__(self, port: int) -> None:
+    `reads` False: the receive windows stay as small as they begin, for one that never calls `receive`.
+    """
+
+    def __init__(self, port: int, *, reads: bool = True) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.authority = f"127.0.0.1:{port}"
         self._streams: dict[int, _Stream] = {}
+        self._next = 1
         self._window = self._stream_window = DEFAULT_WINDOW
         self._in = b""
         widest = struct.pack(">HI", INITIAL_WINDOW_SIZE, MAX_WINDOW)
         more = struct.pack(">I", MAX_WINDOW - DEFAULT_WINDOW)
-        self._out = [PREFACE, frame(SETTINGS, 0, 0, widest), frame(WINDOW_UPDATE, 0, 0, more)]
+        self._out = [PREFACE, frame(SETTINGS, 0, 0, widest if reads else b"")]
+        if reads:
+            self._out.append(frame(WINDOW_UPDATE, 0, 0, more))
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -75,20 +83,33 @@ class Connection:
 
     def open(self, path: str) -> int:
         """Begins a call; the number of its stream."""
-        number = 2 * len(self._streams) + 1
+        number = self._next
+        self._next += 2
         self._streams[number] = _Stream(self._stream_window)
         self._out.append(frame(HEADERS, END_HEADERS, number, headers(path, self.authority)))
         return number
 
-    def send(self, number: int, message: bytes) -> None:
-        """Writes a message, by itself as grpc's own clients do, as far as the windows allow."""
+    def half_close(self, number: int) -> None:
+        """Says that no more comes on a stream whose messages are all sent; the server may end it now."""
+        self._streams[number].ending = True
+        self._out.append(frame(DATA, END_STREAM, number))
+        self._write()
+
+    def send(self, number: int, message: bytes, *, last: bool = False) -> None:
+        """Writes a message, by itself as grpc's own clients do, as far as the windows allow.
+
+        A `last` one half-closes; it must fit into one frame and the windows.
+        """
         stream = self._streams[number]
         size = len(message) + _prefix.size
         if not stream.unsent and size <= min(MAX_FRAME, self._window, stream.window):
             self._window -= size
             stream.window -= size
-            head = _head.pack(size << 8 | DATA, 0, number)
+            stream.ending = last
+            head = _head.pack(size << 8 | DATA, END_STREAM if last else 0, number)
             self._out.append(head + _prefix.pack(0, len(message)) + message)
+        elif last:
+            raise NotImplementedError("a last message larger than a frame or the window")
         else:
             stream.unsent += _prefix.pack(0, len(message)) + message
             self._send_unsent(number, stream)
@@ -133,6 +154,7 @@ class Connection:
         if flags & PADDED:
             raise NotImplementedError("padded DATA frames")
         stream = self._streams[number]
+        stream.answered = True
         data, at = stream.partial + payload if stream.partial else payload, 0
         while len(data) - at >= _prefix.size:
             compressed, size = _prefix.unpack_from(data, at)
@@ -146,8 +168,12 @@ class Connection:
         stream.partial = data[at:]
 
     def _control(self, kind: int, flags: int, number: int, payload: bytes) -> None:
-        if kind in (RST_STREAM, GOAWAY) or (kind == HEADERS and flags & END_STREAM):
-            raise StreamEnded(f"the server ended stream {number} (frame {kind}: {payload!r})")
+        if kind == GOAWAY:
+            raise StreamEnded(f"the server ended the connection: {payload!r}")
+        if kind == RST_STREAM or (kind == HEADERS and flags & END_STREAM):
+            stream = self._streams.pop(number, None)  # None: a reset behind the end
+            if stream is not None and not (stream.ending and stream.answered):
+                raise StreamEnded(f"the server ended stream {number} (frame {kind}: {payload!r})")
         if kind == SETTINGS and not flags & ACK:
             for key, value in struct.iter_unpack(">HI", payload):
                 if key == INITIAL_WINDOW_SIZE:
@@ -162,9 +188,9 @@ class Connection:
             self._widen(number, struct.unpack(">I", payload)[0])
 
     def _widen(self, number: int, size: int) -> None:
-        if number:
+        if number in self._streams:
             self._streams[number].window += size
-        else:
+        elif not number:
             self._window += size
         self._send_all_unsent()
 

@@ -1,9 +1,10 @@
-"""The load generator: one process, one thread, a closed loop.
+"""The load generator: one process, one thread.
 
 python -m benchmarks.load JOB
 
 JOB is a `Job` as JSON; it prints its `Measurement` as a line of JSON. It ends with an error when a
-reply is not what the sequence would have got alone, and when a server refuses or ends anything.
+reply is not what the sequence would have got alone, and when a server refuses or ends anything that the
+scenario does not let it refuse.
 """
 
 import gc
@@ -12,6 +13,7 @@ import json
 import select
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -20,14 +22,15 @@ from typing import Any, Self
 
 from tenuto.v1 import tenuto_pb2 as pb
 
+from . import recording
 from .http2 import Connection
-from .scenario import Measurement, Scenario
+from .scenario import Measurement, Party, Seen
 from .server_process import cpu_seconds
 from .tracks import Tracks
 
-METHOD = "/tenuto.v1.Tenuto/Stream"
-CHANNELS = 16
+STREAM, PREDICT = "/tenuto.v1.Tenuto/Stream", "/tenuto.v1.Tenuto/Predict"
 SETUP_SECONDS = 60
+LONGEST_WAIT_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +39,16 @@ class Job:
 
     pid: int
     port: int
-    model: str
-    tracks: str  # a file's path
+    tracks: str  # a folder
     check: bool  # compare replies with the tracks
     warmup_seconds: float
     seconds: float
-    scenario: Scenario
+    parties: tuple[Party, ...]
 
     @classmethod
     def parse(cls, text: str) -> Self:
         fields: dict[str, Any] = json.loads(text)
-        return cls(**{**fields, "scenario": Scenario(**fields["scenario"])})
+        return cls(**{**fields, "parties": tuple(Party(**party) for party in fields["parties"])})
 
 
 @dataclass(slots=True)
@@ -64,82 +66,275 @@ class Group:
         self.tracks = tracks
         self.next = 0  # the sequence whose turn it is
         self.unanswered = 0  # chunks
-        self.sent = 0.0  # perf_counter, in seconds
+        self.since = 0.0  # perf_counter, in seconds: sent, or due
         self.due = 0.0
-        width = len(tracks.chunk(0, 1)) // 4 // tracks.frames
-        tensor = pb.Tensor(dtype="float32", shape=[tracks.frames, width])
+        self.messages = 0  # answered
+        tensor = pb.Tensor(dtype="float32")
         event = pb.Event(chunk=pb.Chunk(inputs=[tensor]))
         self.request = pb.StreamRequest(events=[event] * chunks_per_message)
         # event, chunk, tensor: what every message fills in anew
         self.parts = [(e, e.chunk, e.chunk.inputs[0]) for e in self.request.events]
+        self.shapes: list[tuple[int, ...]] = [()] * chunks_per_message
 
     def message(self) -> bytes:
         """A chunk of each of the sequences whose turn it is."""
-        for event, chunk, tensor in self.parts:
+        for place, (event, chunk, tensor) in enumerate(self.parts):
             sequence = self.sequences[self.next]
             self.next = (self.next + 1) % len(self.sequences)
             sequence.step += 1
             event.sequence = sequence.number
             chunk.step = sequence.step
-            tensor.data = self.tracks.chunk(sequence.track, sequence.step)
+            piece = self.tracks.chunk(sequence.track, sequence.step)
+            tensor.data = piece.data
+            if piece.shape != self.shapes[place]:
+                tensor.shape[:] = self.shapes[place] = piece.shape
         self.unanswered = len(self.parts)
         return self.request.SerializeToString()
 
+    def image(self) -> bytes:
+        """The same chunk as a PredictRequest."""
+        self.message()
+        tensor = self.parts[0][2]
+        return pb.PredictRequest(model=self.tracks.model, inputs=[tensor]).SerializeToString()
+
 
 class Stream:
-    """One call, its sequences, and the group that each belongs to."""
+    """One call (or, for visits and unary calls, one after the other), its sequences and their groups."""
 
-    def __init__(self, connection: Connection, index: int, job: Job, tracks: Tracks) -> None:
-        scenario = job.scenario
+    def __init__(self, crowd: "Crowd", connection: Connection, index: int) -> None:
+        party = crowd.party
+        self.crowd = crowd
         self.connection = connection
-        self.number = connection.open(METHOD)
-        self.unopened = count = scenario.sequences_per_stream
+        self.number = 0  # of the HTTP/2 stream
+        self.unopened = count = party.sequences_per_stream
         self.sequences = [Sequence(n, index * count + n) for n in range(count)]
-        size, active = scenario.sequences_per_group, count - scenario.idle_per_stream
+        size, active = party.sequences_per_group, count - party.idle_per_stream
         self.groups = [
-            Group(self.sequences[at : at + size], scenario.chunks_per_message, tracks)
+            Group(self.sequences[at : at + size], party.chunks_per_message, crowd.tracks)
             for at in range(0, active, size)
         ]
-        self.idle = Group(self.sequences[active:], scenario.idle_per_stream, tracks)
+        self.idle = Group(self.sequences[active:], party.idle_per_stream, crowd.tracks)
         self.group_of = {s.number: g for g in [*self.groups, self.idle] for s in g.sequences}
-        opens = [pb.Event(sequence=n, open=pb.Open(model=job.model)) for n in range(count)]
-        connection.send(self.number, pb.StreamRequest(events=opens).SerializeToString())
+
+    def opens(self) -> list[pb.Event]:
+        period_ms = round(1e3 * self.crowd.period) if self.crowd.party.declared else 0
+        wish = pb.Open(model=self.crowd.tracks.model, period_ms=period_ms)
+        return [pb.Event(sequence=s.number, open=wish) for s in self.sequences]
+
+    def open(self) -> None:
+        """Sends Open for every sequence; visits and unary calls have nothing to open yet."""
+        self.number = self.connection.open(STREAM)
+        self.crowd.streams[self.connection.fileno(), self.number] = self
+        self.connection.send(self.number, pb.StreamRequest(events=self.opens()).SerializeToString())
+
+    def send(self, group: Group) -> None:
+        party = self.crowd.party
+        if party.unary:
+            self.number = self.connection.open(PREDICT)
+            self.connection.send(self.number, group.image(), last=True)
+        elif party.visits:
+            group.sequences[0].step = 0
+            self.number = self.connection.open(STREAM)
+            group.message()
+            events = [*self.opens(), *group.request.events]
+            self.connection.send(self.number, pb.StreamRequest(events=events).SerializeToString())
+        else:
+            self.connection.send(self.number, group.message())
+            return
+        self.crowd.streams[self.connection.fileno(), self.number] = self
+
+    def leave(self) -> None:
+        """Ends one visit, or forgets one unary call."""
+        del self.crowd.streams[self.connection.fileno(), self.number]
+        if self.crowd.party.visits:
+            self.connection.half_close(self.number)
 
 
-class Load:
-    """Sends, takes the replies, checks those that are known, and counts."""
+class Crowd:
+    """One party on its connections: sends, takes the replies, checks those that are known, counts."""
 
-    def __init__(self, job: Job) -> None:
-        scenario = job.scenario
-        self.tracks = Tracks.load(Path(job.tracks))
+    def __init__(self, party: Party, job: Job) -> None:
+        self.party = party
+        self.tracks = Tracks.load(Path(job.tracks) / recording.file(party))
         self.check = job.check
-        rate = scenario.messages_per_second
-        self.period = scenario.groups / rate if rate else 0.0  # seconds between messages of a group
-        self.later: list[tuple[float, int, Stream, Group]] = []  # a heap by due time
+        rate = party.messages_per_second
+        self.period = party.groups / rate if rate else 0.0  # seconds between messages of a group
         self.latencies: list[float] = []  # seconds
-        self.messages = self.chunks = self.checked = 0
-        connections = [Connection(job.port) for _ in range(min(scenario.streams, CHANNELS))]
-        self.connections = {connection.fileno(): connection for connection in connections}
-        self.poller = select.epoll()
-        for file in self.connections:
-            self.poller.register(file, select.EPOLLIN)
-        spread = [connections[i % len(connections)] for i in range(scenario.streams)]
-        streams = [Stream(conn, index, job, self.tracks) for index, conn in enumerate(spread)]
-        self.streams = {(s.connection.fileno(), s.number): s for s in streams}
+        self.messages = self.chunks = self.checked = self.late = self.opened = self.refused = 0
+        self.later: list[tuple[float, int, Stream, Group]] = []  # a heap by due time
+        self.unopened: deque[tuple[float, Stream]] = deque()  # when to open, in order
+        channels = min(party.streams, party.channels)
+        self.connections = [Connection(job.port, reads=party.reads) for _ in range(channels)]
+        self.streams: dict[tuple[int, int], Stream] = {}
+        self.all = [Stream(self, self.connections[i % channels], i) for i in range(party.streams)]
+        self.on_demand = party.visits or party.unary
 
-    def begin(self) -> None:
-        """Waits until every sequence is open, sends the idle ones' chunk, starts the others."""
-        streams = self.streams.values()
-        self._turn_until(lambda: not any(stream.unopened for stream in streams))
-        for stream in streams:
+    def open(self) -> None:
+        """Opens what is open before the run."""
+        if not self.on_demand and not self.party.ramp_seconds:
+            for stream in self.all:
+                stream.open()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a sequence is not open yet, or an idle one not answered."""
+        if self.on_demand or self.party.ramp_seconds or not self.party.reads:
+            return False
+        return any(stream.unopened or stream.idle.unanswered for stream in self.all)
+
+    def settle(self) -> None:
+        """Sends the idle sequences' only chunk."""
+        for stream in self.all:
             if stream.idle.parts:
                 self._send(stream, stream.idle, 0.0)
-        self._turn_until(lambda: not any(stream.idle.unanswered for stream in streams))
-        groups = [(stream, group) for stream in streams for group in stream.groups]
+
+    def begin(self) -> None:
         now = time.perf_counter()
+        if self.party.ramp_seconds:
+            gap = self.party.ramp_seconds / len(self.all)
+            self.unopened.extend((now + gap * i, stream) for i, stream in enumerate(self.all))
+            return
+        groups = [(stream, group) for stream in self.all for group in stream.groups]
         for place, (stream, group) in enumerate(groups):
             group.due = now + self.period * place / len(groups)
             self._send_or_wait(stream, group, now)
+
+    def next_due(self) -> float:
+        """When there is something to do without a reply, perf_counter seconds."""
+        due = self.later[0][0] if self.later else float("inf")
+        return min(due, self.unopened[0][0]) if self.unopened else due
+
+    def act(self) -> None:
+        """Does what is due."""
+        now = time.perf_counter()
+        while self.unopened and self.unopened[0][0] <= now:
+            self.unopened.popleft()[1].open()
+        while self.later and self.later[0][0] <= now:
+            _, _, stream, group = heapq.heappop(self.later)
+            self._send(stream, group, now)
+
+    def receive(self, connection: Connection) -> None:
+        file = connection.fileno()
+        for number, message in connection.receive():
+            stream = self.streams.get((file, number))
+            if stream is None:  # a visit's Closed
+                continue
+            if self.party.unary:
+                self._take_image(stream, message)
+            else:
+                self._take(stream, message)
+
+    def _take(self, stream: Stream, message: bytes) -> None:
+        now = time.perf_counter()
+        for reply in pb.StreamResponse.FromString(message).replies:
+            kind = reply.WhichOneof("reply")
+            if kind == "output":
+                self._check(stream.sequences[reply.sequence], reply.output)
+                group = stream.group_of[reply.sequence]
+                group.unanswered -= 1
+                if not group.unanswered and group is not stream.idle:
+                    self._answered(stream, group, now)
+            elif kind == "opened":
+                stream.unopened -= 1
+                self.opened += 1
+                if self.party.ramp_seconds:
+                    group = stream.group_of[reply.sequence]
+                    group.due = now
+                    self._send_or_wait(stream, group, now)
+            elif kind == "failed" and self.party.ramp_seconds:
+                self.refused += 1
+            elif kind != "checkpoint":
+                raise RuntimeError(f"sequence {reply.sequence} ended: {reply}")
+
+    def _take_image(self, stream: Stream, message: bytes) -> None:
+        outputs = pb.PredictResponse.FromString(message).outputs
+        sequence, group = stream.sequences[0], stream.groups[0]
+        self._compare(sequence, sequence.step, outputs[0].data)
+        group.unanswered = 0
+        self._answered(stream, group, time.perf_counter())
+
+    def _answered(self, stream: Stream, group: Group, now: float) -> None:
+        self.latencies.append(now - group.since)
+        self.late += now - group.since > self.period > 0
+        self.messages += 1
+        group.messages += 1
+        self.chunks += len(group.parts)
+        if self.on_demand:
+            stream.leave()
+        self._send_or_wait(stream, group, now)
+
+    def _check(self, sequence: Sequence, output: pb.Output) -> None:
+        if output.step != sequence.step or not output.last:
+            raise RuntimeError(f"expected the whole of step {sequence.step}, got {output}")
+        self._compare(sequence, output.step, output.outputs[0].data)
+
+    def _compare(self, sequence: Sequence, step: int, data: bytes) -> None:
+        answer = self.tracks.answer(sequence.track, step) if self.check else None
+        if answer is not None:
+            if data != answer:
+                raise RuntimeError(f"step {step} differs from the sequence alone")
+            self.checked += 1
+
+    def _send_or_wait(self, stream: Stream, group: Group, now: float) -> None:
+        if group.due > now:
+            heapq.heappush(self.later, (group.due, id(group), stream, group))
+        else:
+            self._send(stream, group, now)
+
+    def _send(self, stream: Stream, group: Group, now: float) -> None:
+        group.since = group.due if self.period else now
+        group.due += self.period
+        stream.send(group)
+        if not self.party.reads:
+            self._send_or_wait(stream, group, now)
+
+    def forget(self) -> None:
+        """The warm-up does not count."""
+        self.latencies.clear()
+        self.messages = self.chunks = self.late = 0
+        for stream in self.all:
+            for group in stream.groups:
+                group.messages = 0
+
+    def seen(self) -> Seen:
+        latencies = sorted(self.latencies) or [0.0]
+        served = [group.messages for stream in self.all for group in stream.groups]
+        return Seen(
+            messages=self.messages,
+            chunks=self.chunks,
+            p50_ms=1e3 * latencies[len(latencies) // 2],
+            p99_ms=1e3 * latencies[len(latencies) * 99 // 100],
+            least=min(served),
+            most=max(served),
+            late=self.late,
+            opened=self.opened,
+            refused=self.refused,
+        )
+
+
+class Load:
+    """All crowds of a job, and the clock that turns them."""
+
+    def __init__(self, job: Job) -> None:
+        self.crowds = [Crowd(party, job) for party in job.parties]
+        self.readable = {
+            connection.fileno(): (crowd, connection)
+            for crowd in self.crowds
+            for connection in crowd.connections
+            if crowd.party.reads
+        }
+        self.files = list(self.readable)
+
+    def begin(self) -> None:
+        """Waits until every sequence is open, sends the idle ones' chunk, starts the others."""
+        for crowd in self.crowds:
+            crowd.open()
+        self._turn_until(lambda: not any(crowd.waiting for crowd in self.crowds))
+        for crowd in self.crowds:
+            crowd.settle()
+        self._turn_until(lambda: not any(crowd.waiting for crowd in self.crowds))
+        for crowd in self.crowds:
+            crowd.begin()
 
     def _turn_until(self, done: Callable[[], bool]) -> None:
         limit = time.perf_counter() + SETUP_SECONDS
@@ -155,59 +350,19 @@ class Load:
 
     def turn(self) -> None:
         """Waits a little for replies, and sends what they and the clock allow."""
-        now = time.perf_counter()
-        wait = min(0.1, max(0.0, self.later[0][0] - now)) if self.later else 0.1
-        for file, _ in self.poller.poll(wait):
-            connection = self.connections[file]
-            for number, message in connection.receive():
-                self._take(self.streams[file, number], message)
-        now = time.perf_counter()
-        while self.later and self.later[0][0] <= now:
-            _, _, stream, group = heapq.heappop(self.later)
-            self._send(stream, group, now)
-
-    def _take(self, stream: Stream, message: bytes) -> None:
-        now = time.perf_counter()
-        for reply in pb.StreamResponse.FromString(message).replies:
-            kind = reply.WhichOneof("reply")
-            if kind == "output":
-                self._check(stream.sequences[reply.sequence], reply.output)
-                group = stream.group_of[reply.sequence]
-                group.unanswered -= 1
-                if not group.unanswered and group is not stream.idle:
-                    self.latencies.append(now - group.sent)
-                    self.messages += 1
-                    self.chunks += len(group.parts)
-                    self._send_or_wait(stream, group, now)
-            elif kind == "opened":
-                stream.unopened -= 1
-            elif kind != "checkpoint":
-                raise RuntimeError(f"sequence {reply.sequence} ended: {reply}")
-
-    def _check(self, sequence: Sequence, output: pb.Output) -> None:
-        if output.step != sequence.step or not output.last:
-            raise RuntimeError(f"expected the whole of step {sequence.step}, got {output}")
-        answer = self.tracks.answer(sequence.track, output.step) if self.check else None
-        if answer is not None:
-            if output.outputs[0].data != answer:
-                raise RuntimeError(f"step {output.step} differs from the sequence alone")
-            self.checked += 1
-
-    def _send_or_wait(self, stream: Stream, group: Group, now: float) -> None:
-        if group.due > now:
-            heapq.heappush(self.later, (group.due, id(group), stream, group))
-        else:
-            self._send(stream, group, now)
-
-    def _send(self, stream: Stream, group: Group, now: float) -> None:
-        group.sent = now
-        group.due = max(group.due, now - self.period) + self.period  # a late one makes no burst
-        stream.connection.send(stream.number, group.message())
+        due = min(crowd.next_due() for crowd in self.crowds)
+        wait = min(LONGEST_WAIT_SECONDS, max(0.0, due - time.perf_counter()))
+        # Not epoll, which waits for whole milliseconds.
+        for file in select.select(self.files, (), (), wait)[0]:
+            crowd, connection = self.readable[file]
+            crowd.receive(connection)
+        for crowd in self.crowds:
+            crowd.act()
 
     def close(self) -> None:
-        self.poller.close()
-        for connection in self.connections.values():
-            connection.close()
+        for crowd in self.crowds:
+            for connection in crowd.connections:
+                connection.close()
 
 
 def measure(job: Job) -> Measurement:
@@ -216,22 +371,18 @@ def measure(job: Job) -> Measurement:
         load.begin()
         gc.freeze()
         load.run(job.warmup_seconds)
-        load.latencies.clear()
-        messages, chunks = load.messages, load.chunks
+        for crowd in load.crowds:
+            crowd.forget()
         server, client, began = cpu_seconds(job.pid), time.process_time(), time.perf_counter()
         load.run(job.seconds)
         ended = time.perf_counter()
         client, server = time.process_time() - client, cpu_seconds(job.pid) - server
-    latencies = sorted(load.latencies)
     return Measurement(
-        messages=load.messages - messages,
-        chunks=load.chunks - chunks,
-        checked=load.checked,
         seconds=ended - began,
         server_cpu_seconds=server,
         client_cpu_seconds=client,
-        p50_ms=1e3 * latencies[len(latencies) // 2],
-        p99_ms=1e3 * latencies[len(latencies) * 99 // 100],
+        checked=sum(crowd.checked for crowd in load.crowds),
+        parties=tuple(crowd.seen() for crowd in load.crowds),
     )
 
 

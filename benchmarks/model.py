@@ -1,7 +1,9 @@
-"""The benchmark's model: a two-layer LSTM of width 128 with random weights."""
+"""The benchmark's models: a two-layer LSTM of width 128 with random weights, and the digits CNN."""
 
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ NAME = "lstm"
 INPUTS, WIDTH, OUTPUTS, LAYERS = 40, 128, 12, 2
 STATES = ("h", "c")
 SEED = 20261122
+IMAGES, IMAGE = "digits", (28, 28)
+EXPORTED = Path(__file__).parents[1] / "exported"
 
 Floats = NDArray[np.float32]
 
@@ -46,17 +50,33 @@ def manifest() -> dict[str, object]:
     }
 
 
-def write_repository(folder: Path) -> Path:
-    """Writes `folder`/lstm/1/ with model.onnx and manifest.json; returns the path of model.onnx."""
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A folder that `tenuto serve` takes, and the two model files in it."""
+
+    folder: Path
+
+    @property
+    def lstm(self) -> Path:
+        return self.folder / NAME / "1" / "model.onnx"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / IMAGES / "1" / "model.onnx"
+
+
+def write_repository(folder: Path) -> Repository:
+    """Writes the LSTM with its manifest, and copies the CNN."""
+    repository = Repository(folder)
+    shutil.copytree(EXPORTED / IMAGES, folder / IMAGES)
     version = folder / NAME / "1"
     version.mkdir(parents=True)
     text = json.dumps(manifest(), indent=2)
     (version / "manifest.json").write_text(text + "\n")
     model = build()
     helper.set_model_props(model, {"tenuto.manifest": text})
-    path = version / "model.onnx"
-    path.write_bytes(model.SerializeToString())
-    return path
+    repository.lstm.write_bytes(model.SerializeToString())
+    return repository
 
 
 def build() -> onnx.ModelProto:

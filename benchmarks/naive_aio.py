@@ -4,22 +4,15 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import numpy as np
-import onnxruntime as ort
-
 from tenuto.v1 import tenuto_pb2 as pb
 from tenuto.v1.tenuto_pb2_grpc import TenutoServicer
 
 from . import model, peer
-from .model import STATES, Floats
+from .model import Floats
 
 
-class NaiveServicer(TenutoServicer):
+class NaiveServicer(peer.OneByOne, TenutoServicer):
     """Runs the model in the event loop, where nothing is handed to another thread."""
-
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self.session = session
-        self.names = ["y", *(f"{state}_next" for state in STATES)]
 
     async def Stream(
         self, requests: AsyncIterator[pb.StreamRequest], context: object
@@ -27,17 +20,6 @@ class NaiveServicer(TenutoServicer):
         states: dict[int, dict[str, Floats]] = {}
         async for request in requests:
             yield pb.StreamResponse(replies=[self.reply(event, states) for event in request.events])
-
-    def reply(self, event: pb.Event, states: dict[int, dict[str, Floats]]) -> pb.Reply:
-        sequence = event.sequence
-        if event.HasField("open"):
-            states[sequence] = model.zero_state()
-            return peer.opened(sequence)
-        x = peer.frames(event.chunk)
-        feeds = {"x": x[None], "lengths": np.array([len(x)], np.int32), **states[sequence]}
-        y, *after = self.session.run(self.names, feeds)
-        states[sequence] = dict(zip(STATES, after, strict=True))
-        return peer.output(sequence, event.chunk.step, y[0])
 
 
 if __name__ == "__main__":

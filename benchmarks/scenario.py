@@ -1,26 +1,40 @@
 """What the load generator does to a server, and what it saw."""
 
 from dataclasses import dataclass
+from typing import Any, Self
+
+CHANNELS = 16  # connections of a party, unless it says otherwise
 
 
 @dataclass(frozen=True, slots=True)
-class Scenario:
-    """Streams in a closed loop: each group of sequences has one message unanswered at any time.
+class Party:
+    """Streams that behave alike: each group of sequences has one message unanswered at any time.
 
     A group's messages go to its sequences in turn, `chunks_per_message` of them at once.
     """
 
     streams: int
-    frames: int  # a chunk
+    frames: int  # a chunk; with `ragged` the most
+    tracks: str = "lstm"  # what is sent, to which model: "lstm", "ragged", "denormal" or "images"
     groups_per_stream: int = 1
     sequences_per_group: int = 1
     chunks_per_message: int = 1
     idle_per_stream: int = 0  # sequences that send one chunk before the run, and none during it
-    messages_per_second: float = 0.0  # of all streams together; 0: closed loop, no pace
+    # Of all streams together. Due times do not wait for a late server, and latency counts from them, so
+    # that a stall cannot hide. 0: closed loop, latency from sending.
+    messages_per_second: float = 0.0
+    declared: bool = False  # Open tells the server the period
+    ramp_seconds: float = 0.0  # the streams open over that time, within the run, and may be refused
+    visits: bool = False  # a new stream for each message: opened, one chunk, first reply, half-closed
+    unary: bool = False  # Predict, one image a call
+    reads: bool = True  # False: sends as far as the windows allow and never takes a reply
+    channels: int = CHANNELS
 
     def __post_init__(self) -> None:
         if self.chunks_per_message > self.sequences_per_group:
             raise ValueError("a message carries at most one chunk of each sequence of its group")
+        if not self.reads and not self.messages_per_second:
+            raise ValueError("a party that takes no replies needs a pace")
 
     @property
     def groups(self) -> int:
@@ -33,85 +47,64 @@ class Scenario:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of one table: a scenario against a server."""
+    """One row of one table: parties that meet on one server. The first is the one whose cost counts."""
 
     table: str
     row: str
     server: str
-    scenario: Scenario
+    parties: tuple[Party, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one party saw within the window."""
+
+    messages: int
+    chunks: int
+    p50_ms: float  # from sending, or from the due time, to having the answers to all chunks of the message
+    p99_ms: float
+    least: int  # messages of the group that was served least
+    most: int
+    late: int = 0  # messages answered later than a period after they were due
+    opened: int = 0  # sequences, since the run began
+    refused: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One run of one case. CPU is user and system time."""
 
-    messages: int
-    chunks: int
-    checked: int  # replies compared with the reference, bit for bit
     seconds: float
     server_cpu_seconds: float
     client_cpu_seconds: float
-    p50_ms: float  # from sending a message to having the answers to all of its chunks
-    p99_ms: float
+    checked: int  # replies compared with the reference, bit for bit
+    parties: tuple[Seen, ...]
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Self:
+        return cls(**{**fields, "parties": tuple(Seen(**party) for party in fields["parties"])})
+
+    @property
+    def first(self) -> Seen:
+        return self.parties[0]
 
     @property
     def server_us(self) -> float:
         """Server CPU-µs per message."""
-        return 1e6 * self.server_cpu_seconds / self.messages
+        return 1e6 * self.server_cpu_seconds / self.first.messages
 
     @property
     def server_us_per_chunk(self) -> float:
-        return 1e6 * self.server_cpu_seconds / self.chunks
+        return 1e6 * self.server_cpu_seconds / self.first.chunks
 
     @property
     def client_us(self) -> float:
         """Client CPU-µs per message."""
-        return 1e6 * self.client_cpu_seconds / self.messages
+        return 1e6 * self.client_cpu_seconds / self.first.messages
 
     @property
     def messages_per_second(self) -> float:
-        return self.messages / self.seconds
+        return self.first.messages / self.seconds
 
 
-Round = dict[Case, Measurement]
-SERVERS = ("tenuto", "null", "naive_aio", "micro_batcher")
-LIVE = "live sequences"
-PACKED = "chunks in a message"
-LIVE_64 = "64 live"
-LIVE_IDLE = "4,096 live, 64 of them busy"
-LIVE_TURNS = "4,096 live, each in its turn"
-PACED_64 = "64 live, paced"
-PACED_IDLE = "4,096 live, 64 of them busy, paced"
-ONE_EACH = "640 sequences, 1 chunk a message"
-TEN_EACH = "640 sequences, 10 chunks a message"
-ALONE = "64 sequences, 1 chunk a message"
-PACE = 4_000.0  # messages per second: below what one core serves
-
-
-def peers(servers: list[str], streams: int, frames: int) -> list[Case]:
-    """The same load on each server."""
-    plural = "s" if streams > 1 else "", "s" if frames > 1 else ""
-    table = f"{streams} stream{plural[0]}, {frames} frame{plural[1]} a chunk"
-    return [Case(table, server, server, Scenario(streams, frames)) for server in servers]
-
-
-def live_sequences(server: str) -> list[Case]:
-    """64 messages in flight in every row, or `PACE` messages per second."""
-    rows = {
-        LIVE_64: Scenario(64, 1),
-        LIVE_IDLE: Scenario(64, 1, idle_per_stream=63),
-        LIVE_TURNS: Scenario(64, 1, sequences_per_group=64),
-        PACED_64: Scenario(64, 1, messages_per_second=PACE),
-        PACED_IDLE: Scenario(64, 1, messages_per_second=PACE, idle_per_stream=63),
-    }
-    return [Case(LIVE, row, server, scenario) for row, scenario in rows.items()]
-
-
-def chunks_in_a_message(server: str) -> list[Case]:
-    """64 streams of 10 sequences, each with a chunk in flight; and of one, for comparison."""
-    rows = {
-        ONE_EACH: Scenario(64, 1, groups_per_stream=10),
-        TEN_EACH: Scenario(64, 1, sequences_per_group=10, chunks_per_message=10),
-        ALONE: Scenario(64, 1),
-    }
-    return [Case(PACKED, row, server, scenario) for row, scenario in rows.items()]
+Taken = dict[Case, Measurement]  # one round

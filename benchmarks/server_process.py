@@ -10,29 +10,36 @@ from select import select
 from types import TracebackType
 from typing import Self
 
+from .model import Repository
+
 READY_SECONDS = 120
 STOP_SECONDS = 15
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 
-def command(name: str, model: Path) -> list[str]:
-    """How to start the server of that name for `model`, …/REPOSITORY/lstm/1/model.onnx."""
+# No setting is tuned for speed; two make room, for 10,000 live sequences and 64 unary callers.
+ROOM = ("--max-sequences", "16384", "--max-predicts", "64")
+SERVE = ("--port", "0", "--metrics-port", "0", "--log-level", "warning", *ROOM)
+
+
+def command(name: str, repository: Repository) -> list[str]:
+    """How to start the server of that name."""
     if name == "tenuto":
-        repository = str(model.parents[2])
-        arguments = ["tenuto.cli", "serve", repository, "--port", "0", "--metrics-port", "0"]
+        arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE]
     elif name == "null":
         arguments = ["benchmarks.null_engine"]
     else:
-        arguments = [f"benchmarks.{name}", str(model)]
+        arguments = [f"benchmarks.{name}", str(repository.lstm)]
     return [sys.executable, "-m", *arguments]
 
 
 class ServerProcess:
     """A server that is ready: `port` on 127.0.0.1. As a context manager it ends the process."""
 
-    def __init__(self, name: str, model: Path) -> None:
+    def __init__(self, name: str, repository: Repository) -> None:
         self.name = name
-        self.process = subprocess.Popen(command(name, model), stdout=subprocess.PIPE, text=True, bufsize=1)
+        words = command(name, repository)
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, bufsize=1)
         try:
             self.port = self._ready()
         except BaseException:
@@ -60,6 +67,8 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

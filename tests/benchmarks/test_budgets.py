@@ -1,32 +1,42 @@
-"""Ratios are taken within a round, and a verdict goes by their median."""
+"""Ratios are taken within a round, a verdict goes by their median, and a limit says what could be had."""
 
 import pytest
 
-from benchmarks import budgets, scenario
-from benchmarks.budgets import Spread
-from benchmarks.scenario import Case, Measurement, Round, Scenario
+from benchmarks import budgets, suites
+from benchmarks.budgets import Spread, Verdict
+from benchmarks.scenario import Case, Measurement, Party, Seen, Taken
+from benchmarks.suites import Settings
+
+SETTINGS = Settings(suites.SERVERS, (1, 64), (1, 10), capacity=20_000.0)
 
 
-def measured(server_us: float, chunks_per_message: int = 1) -> Measurement:
-    return Measurement(
-        messages=1_000,
-        chunks=1_000 * chunks_per_message,
-        checked=0,
-        seconds=2.0,
-        server_cpu_seconds=server_us / 1e3,
-        client_cpu_seconds=0.01,
-        p50_ms=1.0,
-        p99_ms=2.0,
-    )
+def seen(
+    messages: int = 1_000, chunks_per_message: int = 1, p50_ms: float = 1.0, p99_ms: float = 2.0
+) -> Seen:
+    return Seen(messages, messages * chunks_per_message, p50_ms, p99_ms, least=10, most=10)
 
 
-def peers(streams: int, frames: int, **server_us: float) -> Round:
-    cases = scenario.peers(list(server_us), streams, frames)
-    return {case: measured(server_us[case.server]) for case in cases}
+def measured(server_us: float, *parties: Seen) -> Measurement:
+    return Measurement(2.0, server_us / 1e3, 0.01, 0, parties or (seen(),))
+
+
+def peers(streams: int, frames: int, **server_us: float) -> Taken:
+    tables = suites.peers(Settings(tuple(server_us), (streams,), (frames,), 0.0))
+    cases = [case for table in tables for case in table]
+    return {case: measured(server_us[case.server]) for case in cases if case.server in server_us}
+
+
+def verdict(taken: Taken, start: str) -> Verdict:
+    (found,) = [v for v in budgets.verdicts([taken]) if v.text.startswith(start)]
+    return found
+
+
+def table_of(cases: list[Case], cost: dict[str, float]) -> Taken:
+    return {c: measured(cost[c.row], seen(1_000, c.parties[0].chunks_per_message)) for c in cases}
 
 
 def test_costs_are_cpu_microseconds_per_message_and_per_chunk() -> None:
-    measurement = measured(30.0, chunks_per_message=10)
+    measurement = measured(30.0, seen(chunks_per_message=10))
     assert measurement.server_us == pytest.approx(30.0)
     assert measurement.server_us_per_chunk == pytest.approx(3.0)
     assert measurement.client_us == pytest.approx(10.0)
@@ -34,42 +44,88 @@ def test_costs_are_cpu_microseconds_per_message_and_per_chunk() -> None:
 
 
 def test_a_ratio_pairs_what_one_round_measured() -> None:
-    ours, other = (Case("table", row, row, Scenario(64, 1)) for row in ("tenuto", "naive_aio"))
-    rounds = [{ours: measured(a), other: measured(b)} for a, b in ((10, 50), (100, 400), (10, 30))]
-    found = budgets.ratio(rounds, other, ours)
-    assert (found.median, found.low, found.high) == pytest.approx((4.0, 3.0, 5.0))
+    rounds = [peers(64, 1, tenuto=a, naive_aio=b) for a, b in ((10, 50), (100, 400), (10, 30))]
+    (found,) = budgets.verdicts(rounds)
+    assert (found.found.median, found.found.low, found.found.high) == pytest.approx((4.0, 3.0, 5.0))
 
 
-@pytest.mark.parametrize("frames, naive, holds", [(1, 4.1, True), (1, 3.9, False), (10, 2.6, True)])
-def test_the_naive_server_must_cost_so_many_times_more(frames: int, naive: float, holds: bool) -> None:
-    taken = peers(64, frames, tenuto=10.0, naive_aio=10.0 * naive)
-    (verdict,) = budgets.verdicts([taken])
-    assert verdict.holds is holds
-    assert verdict.ratio.median == pytest.approx(naive)
+@pytest.mark.parametrize(
+    "frames, naive, reached, holds",
+    [(1, 6.1, True, True), (1, 5.9, False, True), (1, 3.9, False, False), (10, 2.6, False, True)],
+)
+def test_the_naive_server_must_cost_so_many_times_more(
+    frames: int, naive: float, reached: bool, holds: bool
+) -> None:
+    found = verdict(peers(64, frames, tenuto=10.0, naive_aio=10.0 * naive), "naive_aio / tenuto")
+    assert (found.reached, found.holds) == (reached, holds)
+    assert found.found.median == pytest.approx(naive)
 
 
-def test_few_streams_and_other_servers_have_no_budget() -> None:
-    taken = peers(1, 1, tenuto=10.0, naive_aio=5.0, micro_batcher=5.0)
-    taken |= peers(64, 1, tenuto=10.0, null=20.0)
-    taken |= peers(256, 1, naive_aio=20.0, micro_batcher=20.0)  # nothing of ours to compare with
-    assert budgets.verdicts([taken]) == []
+def test_a_limit_is_the_transport_and_the_bare_engine() -> None:
+    taken = peers(64, 1, tenuto=50.0, null=20.0, naive_aio=100.0, micro_batcher=80.0)
+    (bare,) = suites.peers(SETTINGS)[0]
+    taken[bare] = measured(5.0)
+    against_naive = verdict(taken, "naive_aio / tenuto")
+    assert against_naive.limit is not None
+    assert against_naive.limit.median == pytest.approx(4.0)
+    against_batcher = verdict(taken, "tenuto / micro_batcher")
+    assert against_batcher.limit is not None
+    assert against_batcher.limit.median == pytest.approx(25 / 80)
+    assert verdict(taken, "(null engine").found.median == pytest.approx(0.5)
 
 
-def test_live_sequences_may_cost_a_third_more_at_most() -> None:
-    cost = {scenario.LIVE_64: 10.0, scenario.LIVE_IDLE: 12.0, scenario.LIVE_TURNS: 14.0}
-    cost |= {scenario.PACED_64: 20.0, scenario.PACED_IDLE: 20.0}
-    taken = {case: measured(cost[case.row]) for case in scenario.live_sequences("tenuto")}
-    assert [verdict.holds for verdict in budgets.verdicts([taken])] == [True, False, True]
+def test_one_stream_has_goals_of_its_own() -> None:
+    taken = peers(1, 1, tenuto=70.0, naive_aio=100.0)
+    assert [v.reached for v in budgets.verdicts([taken])] == [True, True]
+
+
+def test_what_was_not_measured_has_no_verdict() -> None:
+    assert budgets.verdicts([peers(256, 1, naive_aio=20.0, micro_batcher=20.0)]) == []
+
+
+def test_live_sequences_may_cost_so_much_more_at_most() -> None:
+    cost = {suites.LIVE_64: 10.0, suites.LIVE_IDLE: 12.0, suites.LIVE_TURNS: 14.0}
+    cost |= {suites.PACED_64: 20.0, suites.PACED_IDLE: 20.0}
+    (table,) = suites.live(SETTINGS)
+    found = budgets.verdicts([table_of(table, cost)])
+    assert [(v.reached, v.holds) for v in found] == [(False, True), (False, False), (True, True)]
 
 
 def test_chunks_in_one_message_are_compared_by_the_chunk() -> None:
-    taken = {
-        case: measured(30.0, case.scenario.chunks_per_message)
-        for case in scenario.chunks_in_a_message("tenuto")
-    }
-    found = [verdict.ratio.median for verdict in budgets.verdicts([taken])]
-    assert found == pytest.approx([10.0, 10.0])
+    (table,) = suites.packed(SETTINGS)
+    (found,) = budgets.verdicts([table_of(table, dict.fromkeys([c.row for c in table], 30.0))])
+    assert found.found.median == pytest.approx(10.0)
+
+
+def test_a_newcomer_is_compared_with_the_residents() -> None:
+    cases = [c for table in suites.newcomers(SETTINGS) for c in table if c.server == suites.OURS]
+    taken = {c: measured(10.0, seen(p50_ms=5.0), seen(p50_ms=6.0, p99_ms=9.0)) for c in cases}
+    (found,) = budgets.verdicts([taken])
+    assert found.found.median == pytest.approx(9 / 5)
+
+
+def test_memory_is_judged_in_kibibytes() -> None:
+    found = budgets.of_memory({"sequence on a shared stream": 2049.0, "empty stream": 1e6})
+    assert [(v.goal, v.reached) for v in found] == [("at most 2", False), ("", True)]
 
 
 def test_a_spread_is_the_median_and_both_ends() -> None:
     assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize("name", list(suites.SUITES))
+def test_a_suite_names_known_servers_and_each_row_once(name: str) -> None:
+    tables = suites.SUITES[name](SETTINGS)
+    cases = [case for table in tables for case in table]
+    assert cases
+    assert {case.server for case in cases} <= {*suites.SERVERS, suites.BARE}
+    assert len({(case.table, case.row) for case in cases}) == len(cases)
+    for table in tables:
+        assert len({case.table for case in table}) == 1
+
+
+def test_a_party_says_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match="at most one chunk of each"):
+        Party(1, 1, chunks_per_message=2)
+    with pytest.raises(ValueError, match="needs a pace"):
+        Party(1, 1, reads=False)

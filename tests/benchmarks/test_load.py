@@ -12,43 +12,52 @@ import grpc
 import numpy as np
 import pytest
 
-from benchmarks import tracks
+from benchmarks import memory, model, recording, tracks
 from benchmarks.load import Job, Load, measure
-from benchmarks.scenario import Scenario
-from benchmarks.server_process import cpu_seconds, parse_stat
+from benchmarks.scenario import Measurement, Party
+from benchmarks.server_process import ServerProcess, cpu_seconds, parse_stat
 from tenuto.v1 import tenuto_pb2 as pb
 from tenuto.v1 import tenuto_pb2_grpc
 
-Answer = Callable[[pb.Chunk], bytes]
+Answer = Callable[[pb.Tensor], bytes]
+Refuse = Callable[[pb.Event], bool]
 
 
-def doubled(chunk: pb.Chunk) -> bytes:
-    data: bytes = (2 * np.frombuffer(chunk.inputs[0].data, np.float32)).tobytes()
+def doubled(tensor: pb.Tensor) -> bytes:
+    data: bytes = (2 * np.frombuffer(tensor.data, np.float32)).tobytes()
     return data
 
 
 class Answering(tenuto_pb2_grpc.TenutoServicer):
-    """Opens every sequence, and answers every chunk by itself."""
+    """Opens every sequence that it does not refuse, and answers every chunk by itself."""
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, refuse: Refuse) -> None:
         self.answer = answer
+        self.refuse = refuse
 
     def Stream(self, requests: Iterator[pb.StreamRequest], context: object) -> Iterator[pb.StreamResponse]:
         for request in requests:
             yield pb.StreamResponse(replies=[self.reply(event) for event in request.events])
 
+    def Predict(self, request: pb.PredictRequest, context: object) -> pb.PredictResponse:
+        return pb.PredictResponse(outputs=[self.output(request.inputs[0])])
+
     def reply(self, event: pb.Event) -> pb.Reply:
         if event.HasField("open"):
+            if self.refuse(event):
+                return pb.Reply(sequence=event.sequence, failed=pb.Failed(reason="POOL_FULL"))
             return pb.Reply(sequence=event.sequence, opened=pb.Opened(next_step=1))
-        tensor = pb.Tensor(name="y", dtype="float32", data=self.answer(event.chunk))
-        output = pb.Output(step=event.chunk.step, last=True, outputs=[tensor])
+        output = pb.Output(step=event.chunk.step, last=True, outputs=[self.output(event.chunk.inputs[0])])
         return pb.Reply(sequence=event.sequence, output=output)
+
+    def output(self, tensor: pb.Tensor) -> pb.Tensor:
+        return pb.Tensor(name="y", dtype="float32", data=self.answer(tensor))
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[int]:
+def serving(answer: Answer = doubled, refuse: Refuse = lambda event: False) -> Iterator[int]:
     server = grpc.server(ThreadPoolExecutor(8))
-    tenuto_pb2_grpc.add_TenutoServicer_to_server(Answering(answer), server)
+    tenuto_pb2_grpc.add_TenutoServicer_to_server(Answering(answer, refuse), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
@@ -59,78 +68,156 @@ def serving(answer: Answer) -> Iterator[int]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Without a port."""
-    inputs = np.random.default_rng(0).standard_normal((8, 4, 2, 3), np.float32)
-    tracks.save(tmp_path / "tracks.npz", inputs, 2 * inputs)
-    file = str(tmp_path / "tracks.npz")
-    return Job(os.getpid(), 0, "any", file, True, 0.0, 0.05, Scenario(4, 2))
+    """Without a port. Eight tracks of four chunks of two frames of three floats; and rows for images."""
+    inputs = np.random.default_rng(0).standard_normal((8, 8, 3), np.float32)
+    tracks.save(tmp_path / recording.file(Party(1, 2)), "any", inputs, 2 * inputs, [[2] * 4] * 8)
+    rows = recording.file(Party(1, 1, tracks="images"))
+    tracks.save(tmp_path / rows, "rows", inputs, 2 * inputs, [[1] * 8] * 8, stateless=True)
+    return Job(os.getpid(), 0, str(tmp_path), True, 0.0, 0.05, (Party(4, 2),))
 
 
 @pytest.mark.parametrize(
-    "scenario",
+    "party",
     [
-        Scenario(4, 2),
-        Scenario(2, 2, groups_per_stream=3),
-        Scenario(2, 2, sequences_per_group=3, chunks_per_message=3),
-        Scenario(2, 2, sequences_per_group=3, idle_per_stream=2),
-        Scenario(2, 2, messages_per_second=400),
+        Party(4, 2),
+        Party(2, 2, groups_per_stream=3),
+        Party(2, 2, sequences_per_group=3, chunks_per_message=3),
+        Party(2, 2, sequences_per_group=3, idle_per_stream=2),
+        Party(2, 2, messages_per_second=400),
+        Party(2, 2, visits=True),
+        Party(2, 2, visits=True, messages_per_second=400),
+        Party(2, 1, tracks="images"),
+        Party(2, 1, tracks="images", unary=True),
     ],
+    ids=str,
 )
-def test_every_message_is_answered_checked_and_counted(job: Job, scenario: Scenario) -> None:
-    with serving(doubled) as port:
-        found = measure(replace(job, port=port, scenario=scenario))
-    assert found.messages > 0
-    assert found.chunks == found.messages * scenario.chunks_per_message
-    assert found.checked >= scenario.streams * scenario.idle_per_stream + 1
-    assert 0 < found.p50_ms <= found.p99_ms
+def test_every_message_is_answered_checked_and_counted(job: Job, party: Party) -> None:
+    with serving() as port:
+        found = measure(replace(job, port=port, parties=(party,)))
+    assert found.first.messages > 0
+    assert found.first.chunks == found.first.messages * party.chunks_per_message
+    assert found.checked >= party.streams * party.idle_per_stream + 1
+    assert 0 < found.first.p50_ms <= found.first.p99_ms
+    assert 0 <= found.first.least <= found.first.most <= found.first.messages
 
 
-def test_a_message_may_be_larger_than_a_frame_and_a_window(job: Job, tmp_path: Path) -> None:
-    inputs = np.ones((1, 1, 2, 50_000), np.float32)  # 400 kB
-    tracks.save(tmp_path / "large.npz", inputs, 2 * inputs)
-    large = replace(job, tracks=str(tmp_path / "large.npz"), scenario=Scenario(1, 2))
-    with serving(doubled) as port:
-        assert measure(replace(large, port=port)).checked == 1
+def test_parties_meet_on_one_server_and_are_counted_apart(job: Job) -> None:
+    parties = (Party(2, 2), Party(3, 1, tracks="images", unary=True, messages_per_second=100))
+    with serving() as port:
+        found = measure(replace(job, port=port, parties=parties))
+    assert [seen.messages > 0 for seen in found.parties] == [True, True]
+    assert found.parties[0].opened == 2
+    assert found.parties[1].opened == 0
+
+
+def test_a_message_may_be_larger_than_a_frame_and_a_window(job: Job) -> None:
+    inputs = np.ones((1, 2, 50_000), np.float32)  # 400 kB
+    tracks.save(Path(job.tracks) / recording.file(Party(1, 2)), "any", inputs, 2 * inputs, [[2]])
+    with serving() as port:
+        assert measure(replace(job, port=port, parties=(Party(1, 2),))).checked == 1
 
 
 def test_a_wrong_reply_ends_the_run(job: Job) -> None:
-    with serving(lambda chunk: bytes(24)) as port:
+    with serving(lambda tensor: bytes(24)) as port:
         with pytest.raises(RuntimeError, match="differs from the sequence alone"):
             measure(replace(job, port=port))
         measure(replace(job, port=port, check=False))
 
 
-def test_a_stream_that_the_server_ends_ends_the_run(job: Job) -> None:
-    def refuse(chunk: pb.Chunk) -> bytes:
+@pytest.mark.parametrize("party", [Party(4, 2), Party(1, 1, tracks="images", unary=True)], ids=str)
+def test_a_stream_that_the_server_ends_ends_the_run(job: Job, party: Party) -> None:
+    def refuse(tensor: pb.Tensor) -> bytes:
         raise AssertionError
 
     with serving(refuse) as port, pytest.raises(Exception, match="the server ended stream"):
-        measure(replace(job, port=port))
+        measure(replace(job, port=port, parties=(party,)))
 
 
-def test_a_pace_is_not_exceeded_and_a_late_message_makes_no_burst(job: Job) -> None:
-    paced = Scenario(2, 2, messages_per_second=100)
-    with serving(doubled) as port, closing(Load(replace(job, port=port, scenario=paced))) as load:
+def test_a_sequence_refused_ends_the_run_unless_the_party_ramps(job: Job) -> None:
+    opened = iter(range(100))
+
+    def half(event: pb.Event) -> bool:
+        return next(opened) % 2 == 1
+
+    with serving(refuse=half) as port:
+        with pytest.raises(RuntimeError, match="POOL_FULL"):
+            measure(replace(job, port=port))
+        ramp = Party(6, 2, messages_per_second=600, ramp_seconds=0.01, declared=True)
+        found = measure(replace(job, port=port, parties=(ramp,), seconds=0.2)).first
+    assert found.opened + found.refused == 6
+    assert abs(found.opened - found.refused) <= 1
+    assert found.messages > 0
+
+
+def test_a_pace_is_kept_on_average_and_counted_from_the_due_time(job: Job) -> None:
+    paced = Party(2, 2, messages_per_second=100)
+    with serving() as port, closing(Load(replace(job, port=port, parties=(paced,)))) as load:
         load.begin()
         load.run(0.2)
-    assert load.period == pytest.approx(0.02)
-    assert load.messages <= 22
+        (crowd,) = load.crowds
+        assert crowd.period == pytest.approx(0.02)
+        assert crowd.messages <= 22
+        for group in [stream.groups[0] for stream in crowd.all]:  # as if the server had stalled
+            group.due -= 1.0
+        load.run(0.1)
+    assert max(crowd.latencies) > 0.9
 
 
-def test_a_job_survives_its_json(job: Job) -> None:
+def test_a_party_that_never_reads_sends_as_far_as_the_windows_allow(job: Job) -> None:
+    lazy = Party(1, 2, messages_per_second=50_000, reads=False)
+    with serving() as port:
+        found = measure(replace(job, port=port, parties=(Party(1, 2), lazy), seconds=0.1))
+    assert found.parties[0].messages > 0
+    assert found.parties[1].messages == 0
+
+
+def test_a_job_and_a_measurement_survive_their_json(job: Job) -> None:
     assert Job.parse(json.dumps(asdict(job))) == job
-
-
-def test_a_message_cannot_carry_two_chunks_of_a_sequence() -> None:
-    with pytest.raises(ValueError, match="at most one chunk of each"):
-        Scenario(1, 1, chunks_per_message=2)
+    with serving() as port:
+        found = measure(replace(job, port=port))
+    assert Measurement.parse(json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_a_track_goes_round_and_its_answers_do_not(job: Job) -> None:
-    known = tracks.Tracks.load(Path(job.tracks))
+    known = tracks.Tracks.load(Path(job.tracks) / recording.file(Party(1, 2)))
     assert known.chunk(0, 1) == known.chunk(0, 5) != known.chunk(1, 1)
+    assert known.chunk(0, 1).shape == (2, 3)
     assert known.answer(0, 4) is not None
     assert known.answer(0, 5) is None
+
+
+def test_what_is_recorded_is_what_the_models_give(tmp_path: Path) -> None:
+    repository = model.write_repository(tmp_path / "repository")
+    for party in (Party(1, 3, tracks="ragged"), Party(1, 1, tracks="images"), Party(1, 2, tracks="denormal")):
+        recording.record(party, repository, tmp_path)
+    ragged = tracks.Tracks.load(tmp_path / "ragged-3.npz")
+    assert {chunk.shape[0] for chunk in ragged.chunks[0]} == {1, 2, 3}
+    whole = np.concatenate([np.frombuffer(c.data, np.float32) for c in ragged.chunks[5]])
+    answer = model.alone(model.session(repository.lstm), whole.reshape(-1, model.INPUTS))
+    assert b"".join(ragged.answers[5]) == answer.tobytes()
+    images = tracks.Tracks.load(tmp_path / "images-1.npz")
+    assert images.answer(3, 1) == images.answer(3, 1 + recording.CHUNKS)
+    denormal = tracks.Tracks.load(tmp_path / "denormal-2.npz")
+    assert denormal.answer(0, 1) is None
+    values = np.frombuffer(denormal.chunk(0, 1).data, np.float32)
+    assert np.all((values > 0) & (values < np.finfo(np.float32).tiny))
+
+
+def test_memory_is_that_of_a_fresh_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "SEQUENCES", 200)
+    repository = model.write_repository(tmp_path / "repository")
+    found = memory.measure(repository)
+    assert len(found) == 3
+    assert found["empty stream"] > 0
+
+
+def test_every_baseline_gives_the_same_answers(tmp_path: Path) -> None:
+    repository = model.write_repository(tmp_path / "repository")
+    recording.record(Party(1, 2), repository, tmp_path)
+    for name in ("naive_aio", "naive_threads", "micro_batcher"):
+        with ServerProcess(name, repository) as server:
+            job = Job(server.pid, server.port, str(tmp_path), True, 0.0, 0.1, (Party(3, 2),))
+            assert measure(job).checked > 0
 
 
 def test_cpu_time_is_read_from_the_right_fields() -> None:

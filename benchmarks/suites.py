@@ -1,0 +1,197 @@
+"""The scenarios by name, each a list of tables; a table is measured case after case within a round."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from .scenario import Case, Party
+
+OURS, NULL, BARE = "tenuto", "null", "bare"
+AIO, THREADS, BATCHER = "naive_aio", "naive_threads", "micro_batcher"
+SERVERS = (OURS, NULL, AIO, BATCHER, THREADS)
+
+BARE_ROWS = 64  # of the engine without a server: the largest batch of the model
+PACED_MS = 20.0
+ALONE_PACED = f"1 stream, a frame every {PACED_MS:g} ms"
+
+BUSY = Party(64, 1)
+LIVE = "live sequences"
+LIVE_64, LIVE_IDLE = "64 live", "10,000 live, 64 of them busy"
+LIVE_TURNS = "10,000 live, each in its turn"
+PACED_64, PACED_IDLE = "64 live, paced", "10,000 live, 64 of them busy, paced"
+PACE = 4_000.0  # messages per second: below what one core serves
+
+PACKED = "chunks in a message"
+ONE_EACH, TEN_EACH = "640 sequences, 1 chunk a message", "640 sequences, 10 chunks a message"
+ONE_ALONE, TEN_NULL = "64 sequences, 1 chunk a message", "640 sequences, 10 chunks a message, null engine"
+
+NEWCOMERS = "256 streams flat out, and newcomers"
+FAIRNESS = "256 streams flat out, how evenly"
+HALF = "256 paced streams at half of the capacity"
+IMAGES, IMAGE_STREAM, IMAGE_UNARY = "images, one a message", "64 streams", "64 unary callers"
+RAGGED = "chunks of 1 to 10 frames, 64 streams"
+CHANNELS = "64 streams on 1, 16 and 64 connections"
+MIXED = f"64 streams, 10 frames every {PACED_MS:g} ms, and images"
+SLOW = "64 streams, and slow readers"
+OVERLOAD = "streams that open until twice the capacity"
+DENORMALS = "denormal input, 64 streams, 10 frames a chunk"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a run was asked for, and the capacity that it measured first."""
+
+    servers: tuple[str, ...]
+    streams: tuple[int, ...]
+    frames: tuple[int, ...]
+    capacity: float  # messages per second of 256 streams in a closed loop, 1 frame a chunk
+
+
+def one(table: str, row: str, server: str, *parties: Party) -> Case:
+    return Case(table, row, server, parties)
+
+
+def peers_table(streams: int, frames: int) -> str:
+    plural = "s" if streams > 1 else "", "s" if frames > 1 else ""
+    return f"{streams} stream{plural[0]}, {frames} frame{plural[1]} a chunk"
+
+
+def bare_table(frames: int) -> str:
+    return f"bare session.run, {BARE_ROWS} rows, {frames} frame{'s' if frames > 1 else ''}"
+
+
+def peers(settings: Settings) -> list[list[Case]]:
+    """The same load on each server; and what ONNX Runtime alone takes."""
+    tables = []
+    for frames in settings.frames:
+        tables.append([one(bare_table(frames), BARE, BARE, Party(BARE_ROWS, frames))])
+        for streams in settings.streams:
+            # A thread a stream: enough to see it at one frame.
+            servers = [s for s in settings.servers if s != THREADS or frames == 1]
+            table = peers_table(streams, frames)
+            tables.append([one(table, server, server, Party(streams, frames)) for server in servers])
+    return tables
+
+
+def live(_: Settings) -> list[list[Case]]:
+    """64 messages in flight in every row, or `PACE` messages per second."""
+    paced = replace(BUSY, messages_per_second=PACE)
+    rows = {
+        LIVE_64: BUSY,
+        LIVE_IDLE: replace(BUSY, idle_per_stream=156),
+        LIVE_TURNS: replace(BUSY, sequences_per_group=157),
+        PACED_64: paced,
+        PACED_IDLE: replace(paced, idle_per_stream=156),
+    }
+    return [[one(LIVE, row, OURS, party) for row, party in rows.items()]]
+
+
+def packed(_: Settings) -> list[list[Case]]:
+    """64 streams of 10 sequences, each with a chunk in flight; and of one, for comparison."""
+    ten = replace(BUSY, sequences_per_group=10, chunks_per_message=10)
+    return [
+        [
+            one(PACKED, ONE_EACH, OURS, replace(BUSY, groups_per_stream=10)),
+            one(PACKED, TEN_EACH, OURS, ten),
+            one(PACKED, ONE_ALONE, OURS, BUSY),
+            one(PACKED, TEN_NULL, NULL, ten),
+        ]
+    ]
+
+
+def newcomers(settings: Settings) -> list[list[Case]]:
+    visits = Party(4, 1, visits=True, messages_per_second=100.0, channels=4)
+    return [[one(NEWCOMERS, s, s, Party(256, 1), visits) for s in settings.servers if s != NULL]]
+
+
+def fairness(settings: Settings) -> list[list[Case]]:
+    return [[one(FAIRNESS, s, s, Party(256, 1)) for s in settings.servers if s != NULL]]
+
+
+def paced(settings: Settings) -> list[list[Case]]:
+    """Half of our own capacity, and one stream against the engine alone at the same pace."""
+    alone = Party(1, 1, messages_per_second=1e3 / PACED_MS)
+    half = Party(256, 1, messages_per_second=settings.capacity / 2)
+    return [
+        [
+            one(ALONE_PACED, BARE, BARE, alone),
+            *(one(ALONE_PACED, s, s, alone) for s in settings.servers),
+        ],
+        [one(HALF, s, s, half) for s in settings.servers if s in (OURS, BATCHER)],
+    ]
+
+
+def images(_: Settings) -> list[list[Case]]:
+    stream = Party(64, 1, tracks="images")
+    return [
+        [
+            one(IMAGES, IMAGE_STREAM, OURS, stream),
+            one(IMAGES, IMAGE_UNARY, OURS, replace(stream, unary=True)),
+        ]
+    ]
+
+
+def ragged(settings: Settings) -> list[list[Case]]:
+    return [
+        [one(RAGGED, s, s, Party(64, 10, tracks="ragged")) for s in settings.servers if s != THREADS],
+    ]
+
+
+def channels(_: Settings) -> list[list[Case]]:
+    return [[one(CHANNELS, f"{n}", OURS, replace(BUSY, channels=n)) for n in (1, 16, 64)]]
+
+
+def mixed(_: Settings) -> list[list[Case]]:
+    sensors = Party(64, 10, messages_per_second=64 * 1e3 / PACED_MS)
+    flood = Party(16, 1, tracks="images")
+    return [
+        [
+            one(MIXED, "no images", OURS, sensors),
+            one(MIXED, "16 streams flat out", OURS, sensors, flood),
+            one(MIXED, "16 unary callers flat out", OURS, sensors, replace(flood, unary=True)),
+        ]
+    ]
+
+
+def slow(_: Settings) -> list[list[Case]]:
+    lazy = Party(32, 1, messages_per_second=3_200.0, reads=False)
+    return [[one(SLOW, "none", OURS, BUSY), one(SLOW, "32 that never read", OURS, BUSY, lazy)]]
+
+
+def overload(settings: Settings) -> list[list[Case]]:
+    streams = int(2 * settings.capacity / (1e3 / PACED_MS))
+    crowd = Party(
+        streams, 1, messages_per_second=streams * 1e3 / PACED_MS, declared=True, ramp_seconds=OVERLOAD_RAMP
+    )
+    return [[one(OVERLOAD, OURS, OURS, crowd)]]
+
+
+OVERLOAD_RAMP = 8.0  # seconds, in which admission has time to see what it has let in
+
+
+def denormals(settings: Settings) -> list[list[Case]]:
+    strange = Party(64, 10, tracks="denormal")
+    servers = [s for s in settings.servers if s in (OURS, BATCHER)]
+    return [
+        [
+            one(DENORMALS, f"{s}, {name}", s, party)
+            for s in servers
+            for name, party in (("normal", Party(64, 10)), ("denormal", strange))
+        ]
+    ]
+
+
+SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
+    "peers": peers,
+    "live": live,
+    "packed": packed,
+    "newcomers": newcomers,
+    "fairness": fairness,
+    "paced": paced,
+    "images": images,
+    "ragged": ragged,
+    "channels": channels,
+    "mixed": mixed,
+    "slow": slow,
+    "overload": overload,
+    "denormals": denormals,
+}

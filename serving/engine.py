@@ -7,6 +7,7 @@ that hold it, without a lock.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import queue
@@ -18,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .admission import Admission
 from .delivery import Delivery
 from .errors import (
     AlreadyOpen,
@@ -44,6 +46,7 @@ COMMAND_BYTES = 2048
 REPEATS_BYTES = 64 << 20
 
 Array = NDArray[Any]
+Command = tuple[Callable[[Any, Any], None], Any, Any]  # what, of whom, with what
 
 
 class Runner(Protocol):
@@ -89,13 +92,16 @@ class Engine:
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
-        self._inbox: queue.SimpleQueue[tuple[Callable[[Any, Any], None], Any, Any]] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._delivery = Delivery(pending, flush, self.where)
         self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
+        self._admission = Admission(clock())
+        self._paced = 0  # chunks answered that have a declared period
+        self.metrics.busy_ratio = lambda: self._admission.busy_ratio(self._clock())
         self._draining = False
         self._stopped = False
         self._thread = threading.Thread(
@@ -108,7 +114,8 @@ class Engine:
         self._thread.start()
 
     def open(self, sequence: Sequence) -> None:
-        """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull or ServerDraining."""
+        """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull, Overloaded or
+        ServerDraining."""
         self._pending.add(COMMAND_BYTES)
         self._inbox.put((self._open, sequence, None))
 
@@ -162,26 +169,29 @@ class Engine:
 
     def turn(self, *, wait: bool = False) -> bool:
         """Takes all commands, then runs one batch. Returns whether there was a batch."""
-        self._take_commands(wait=wait and not self._scheduler)
-        self._expire(self._clock())
+        first = self._wait() if wait and not self._scheduler else None
+        now = self._clock()
+        self._admission.begin(now)
+        if first:
+            command, subject, value = first
+            command(subject, value)
+        # Only what is there now: a flood of commands must not keep the batches waiting.
+        for _ in range(self._inbox.qsize()):
+            command, subject, value = self._inbox.get_nowait()
+            command(subject, value)
+        self._expire(now)
         self._deliver()  # what needs no batch does not wait for one
         ran = self.step()
         self._deliver()
+        self._admission.end(self._clock(), self._paced, self.metrics.deadline_misses)
         return ran
 
-    def _take_commands(self, *, wait: bool) -> None:
-        inbox = self._inbox
-        try:
-            if wait:
-                timeout = max(0.0, self._idle[0][0] - self._clock()) + 0.01 if self._idle else None
-                command, subject, value = inbox.get(timeout=timeout)
-                command(subject, value)
-            # Only what is there now: a flood of commands must not keep the batches waiting.
-            for _ in range(inbox.qsize()):
-                command, subject, value = inbox.get_nowait()
-                command(subject, value)
-        except queue.Empty:
-            pass
+    def _wait(self) -> Command | None:
+        """The next command, or nothing once a sequence may have been silent for too long."""
+        timeout = max(0.0, self._idle[0][0] - self._clock()) + 0.01 if self._idle else None
+        with contextlib.suppress(queue.Empty):
+            return self._inbox.get(timeout=timeout)
+        return None
 
     def step(self) -> bool:
         """One batch: schedule, gather, run, scatter, reply. Returns whether there was one."""
@@ -307,6 +317,7 @@ class Engine:
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
+            self._paced += 1
             self.metrics.chunk_lag.add(max(lag, 0.0))
             self.metrics.deadline_misses += lag > 0
 
@@ -341,6 +352,7 @@ class Engine:
                 raise ServerDraining(
                     "the server is leaving and takes no new sequences; open it on another one"
                 )
+            self._admission.check(self._clock(), self.where)
             if self.manifest.stateful:
                 sequence.slot = self._pool.allocate(sequence.id)
             elif len(self._live) >= self.max_sequences:

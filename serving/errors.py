@@ -4,7 +4,7 @@ Nothing here knows of gRPC: `status.STATUS` is the one table that maps these cla
 `reason` is what a program reads; the text is for people and says what, where, expected, got, what to do.
 
     TenutoError
-      UnknownModel  UnknownSequence  ModelNotReady  PoolFull  ServerDraining  DeadlinePassed
+      UnknownModel  UnknownSequence  ModelNotReady  PoolFull  Overloaded  ServerDraining  DeadlinePassed
       NotOpen  AlreadyOpen  StepGap  TooLarge
       WrongInput  WrongDtype  WrongShape  WrongEncoding  OutOfRangeValue  NotFinite
       WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid
@@ -46,6 +46,13 @@ class PoolFull(TenutoError):
     def __init__(self, text: str, retry_after_ms: int = 1000) -> None:
         super().__init__(text)
         self.retry_after_ms = retry_after_ms
+
+
+class Overloaded(TenutoError):
+    """The engine answers the sequences it has too late; a new one was not admitted."""
+
+    reason = "OVERLOADED"
+    retry_after_ms = 1000  # the figures are those of a second
 
 
 class ServerDraining(TenutoError):

@@ -84,6 +84,7 @@ class ModelMetrics:
     rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
     deadline_misses: int = 0
     rows_rerun: int = 0
+    busy_ratio: Callable[[], float] = lambda: 0.0
     load_seconds: float = 0.0
     stages: dict[str, Distribution] = field(default_factory=lambda: {s: _seconds() for s in STAGES})
     chunk_latency: Distribution = field(default_factory=_seconds)
@@ -140,6 +141,11 @@ _MODEL_GAUGES = (
     _Series("tenuto_active_sequences", "Live sequences.", lambda m: m.active_sequences),
     _Series("tenuto_sequence_slots", "Sequences that there may be.", lambda m: m.slots),
     _Series("tenuto_sequence_slots_used", "Slots of the state pool in use.", lambda m: m.slots_used),
+    _Series(
+        "tenuto_engine_busy_ratio",
+        "Share of the last full second that the engine spent in turns.",
+        lambda m: m.busy_ratio(),
+    ),
     _Series("tenuto_model_load_seconds", "Time to check and load the model.", lambda m: m.load_seconds),
 )
 

@@ -14,6 +14,7 @@ STATUS: dict[type[TenutoError], grpc.StatusCode] = {
     errors.UnknownSequence: _C.NOT_FOUND,
     errors.ModelNotReady: _C.UNAVAILABLE,
     errors.PoolFull: _C.RESOURCE_EXHAUSTED,
+    errors.Overloaded: _C.RESOURCE_EXHAUSTED,
     errors.ServerDraining: _C.UNAVAILABLE,
     errors.NotOpen: _C.FAILED_PRECONDITION,
     errors.AlreadyOpen: _C.FAILED_PRECONDITION,

@@ -83,7 +83,10 @@ class Refused(ServerError):
 
 
 class Overloaded(ServerError):
-    """Every slot, or the queue, is taken. Try again after `retry_after_seconds`."""
+    """Every slot, or the queue, is taken, or the server answers its other sequences too late.
+
+    Try again after `retry_after_seconds`.
+    """
 
 
 class Unavailable(ServerError):

@@ -136,6 +136,7 @@ def test_an_unknown_model_is_not_found(client: Client) -> None:
         ("INVALID_ARGUMENT", {"tenuto-reason": "WRONG_SHAPE"}, InvalidInput),
         ("RESOURCE_EXHAUSTED", {"tenuto-reason": "TOO_LARGE"}, InvalidInput),
         ("RESOURCE_EXHAUSTED", {"tenuto-reason": "POOL_FULL"}, Overloaded),
+        ("RESOURCE_EXHAUSTED", {"tenuto-reason": "OVERLOADED"}, Overloaded),
         ("FAILED_PRECONDITION", {"tenuto-reason": "NOT_STATELESS"}, Refused),
         ("UNAUTHENTICATED", {}, Refused),
         ("UNAVAILABLE", {"tenuto-reason": "DRAINING"}, Unavailable),

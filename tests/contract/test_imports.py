@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 SERVING = [
     ["errors", "metrics"],
     ["call", "config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
-    ["delivery", "state_pool", "scheduler", "model_runner", "repository"],
+    ["admission", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 
-from .running import Counting, Gate, assert_nothing_is_left, engine_of, serving, wait_for
+from .running import (
+    Counting,
+    Gate,
+    assert_nothing_is_left,
+    engine_of,
+    metrics_text,
+    number,
+    serving,
+    wait_for,
+)
 from .wire import Conversation, array, chunk, connect, ending, opening, stub, tensor
 
 Code = grpc.StatusCode
@@ -373,6 +383,48 @@ def test_declared_periods_are_held_against_the_answers(conversation: Conversatio
         conversation.output(1)
     assert counting.rise("tenuto_deadline_misses_total", model="accumulator") == 1
     assert counting.rise("tenuto_chunk_lag_seconds_count", model="accumulator") == 1
+
+
+def test_a_server_that_answers_too_late_refuses_newcomers_alone(tmp_path: Path, transport: str) -> None:
+    """On a clock that the test moves: while a run stands before the gate, 50 s pass for the engine."""
+    toys.write(tmp_path, "accumulator", toys.accumulator())
+    toys.write(tmp_path, "doubler", toys.doubler())
+    with (
+        serving(tmp_path, transport=transport, idle_seconds=0) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        counting, engine = Counting(server), engine_of(server, "accumulator")
+        now = time.monotonic() + 100.0
+        engine._clock = lambda: now
+        conversation.send(opening("accumulator", 1, period_ms=100))
+        conversation.opened()
+        with Gate(engine) as gate:
+            conversation.send(chunk(1, [1.0], sequence=1))
+            gate.wait_for_arrival()
+            now += 50.0
+            gate.open()
+            assert conversation.values(1) == [1.0]
+            conversation.send(opening("accumulator", 2))
+            failed = conversation.failed("OVERLOADED")
+            assert failed.code == Code.RESOURCE_EXHAUSTED.value[0]
+            assert "accumulator/1 was busy for 100% of the last second" in failed.message
+            assert failed.retry_after_ms == 1000
+            conversation.send(opening("doubler", 3))
+            conversation.opened()  # another model, another engine
+        rejected = {"model": "accumulator", "reason": "OVERLOADED"}
+        assert counting.rise("tenuto_admission_rejections_total", **rejected) == 1
+        assert number(metrics_text(server), "tenuto_engine_busy_ratio", model="accumulator") == 1.0
+        conversation.send(chunk(2, [1.0], sequence=1))
+        assert conversation.values(2) == [2.0]
+        now += 50.0
+        conversation.send(opening("accumulator", 2))
+        conversation.opened()
+        conversation.send(ending(1), ending(2), ending(3))
+        assert [conversation.closed().reason for _ in range(3)] == [pb.END] * 3
+        conversation.done_sending()
+        assert conversation.rest() == []
+        assert_nothing_is_left(server)
 
 
 # Operators.

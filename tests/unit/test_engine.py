@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tenuto.serving.errors import (
     AlreadyOpen,
     NotFinite,
     NotSupported,
+    Overloaded,
     PoolFull,
     RunFailed,
     ServerDraining,
@@ -730,6 +732,146 @@ def test_the_time_to_the_first_output_is_taken_once_a_sequence() -> None:
     bench.settle()
     assert sum(bench.engine.metrics.first_output.counts) == 1
     assert bench.engine.metrics.first_output.total == pytest.approx(2)
+
+
+# Overload.
+
+
+class Slow(Accumulator):
+    """Each run takes so many seconds of the bench's clock."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.bench: Bench | None = None
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        assert self.bench
+        self.bench.now += self.seconds
+        return super().run(feeds)
+
+
+def create_slow(seconds: float, *, max_sequences: int = 64) -> Bench:
+    runner = Slow(seconds)
+    bench = runner.bench = Bench(runner=runner, max_sequences=max_sequences)
+    return bench
+
+
+def run_for(bench: Bench, sequence: Sequence, chunks: int, idle: float = 0.0) -> None:
+    """So many chunks, one a run, with so many idle seconds after each."""
+    for _ in range(chunks):
+        bench.send(sequence, sequence.accepted + 1, [1])
+        bench.settle()
+        bench.now += idle
+
+
+def open_one(bench: Bench) -> Ending | TenutoError | None:
+    """How a newcomer that ends at once if it is admitted has ended."""
+    newcomer = bench.open()
+    bench.engine.finish(newcomer, Ending.END)
+    bench.settle()
+    return bench.ending(newcomer)
+
+
+def test_an_engine_that_answers_too_late_refuses_newcomers_and_goes_on_with_the_others() -> None:
+    bench = create_slow(0.25)
+    paced = bench.open(period_seconds=0.1)
+    run_for(bench, paced, 4)  # one second
+    for period in (0.0, 0.1, 10.0):
+        newcomer = bench.open(period_seconds=period)
+        bench.send(newcomer, 1, [1])
+        bench.settle()
+        error = bench.ending(newcomer)
+        assert isinstance(error, Overloaded)
+        assert error.retry_after_ms == 1000
+        assert str(error) == (
+            "accumulator/3 was busy for 100% of the last second and answered 100% of the chunks that have a "
+            "period later than that; retry, or go to another server"
+        )
+        assert bench.outputs(newcomer) == []
+    m = bench.engine.metrics
+    assert m.rejected == {"OVERLOADED": 3}
+    assert (m.sequences_started, m.slots_used, m.busy_ratio()) == (1, 1, 1.0)
+    run_for(bench, paced, 4)
+    assert bench.outputs(paced) == [[n] for n in range(1, 9)]
+    bench.check_at_rest()
+
+
+def test_newcomers_come_in_again_once_the_answers_are_in_time() -> None:
+    bench = create_slow(0.25)
+    paced, late = bench.open(period_seconds=0.5), bench.open(period_seconds=0.1)
+    run_for(bench, late, 4)
+    assert isinstance(open_one(bench), Overloaded)
+    run_for(bench, paced, 4)  # as busy as before
+    assert open_one(bench) is Ending.END
+    assert bench.engine.metrics.busy_ratio() == 1.0
+
+
+def test_newcomers_come_in_again_once_the_engine_had_nothing_to_do() -> None:
+    bench = create_slow(0.25)
+    run_for(bench, bench.open(period_seconds=0.1), 4)
+    bench.now += 0.75
+    assert isinstance(open_one(bench), Overloaded)
+    bench.now += 0.25
+    assert open_one(bench) is Ending.END
+
+
+def test_an_absurd_period_locks_nobody_out_of_an_engine_that_has_time_left() -> None:
+    bench = create_slow(0.25)
+    absurd = bench.open(period_seconds=0.001)
+    run_for(bench, absurd, 4, idle=0.25)
+    assert bench.engine.metrics.deadline_misses == 4
+    assert bench.engine.metrics.busy_ratio() == 0.6  # three runs in 1.25 s
+    assert open_one(bench) is Ending.END
+
+
+def test_waiting_for_work_is_not_being_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = create_slow(0.5)
+    inbox = bench.engine._inbox
+
+    class Late:
+        """Commands come half a second after the engine begins to wait."""
+
+        put, get_nowait, qsize = inbox.put, inbox.get_nowait, inbox.qsize
+
+        def get(self, timeout: float | None = None) -> Any:
+            bench.now += 0.5
+            return inbox.get_nowait()
+
+    monkeypatch.setattr(bench.engine, "_inbox", Late())
+    one = bench.open()
+    bench.engine.turn()
+    for step in (1, 2, 3):
+        bench.send(one, step, [1])
+        bench.engine.turn(wait=True)
+    assert bench.engine.metrics.busy_ratio() == 0.5
+
+
+def test_an_engine_that_is_busy_and_in_time_takes_newcomers() -> None:
+    """Those who declared no period, and wait for longer than 200 ms, are not late."""
+    bench = create_slow(0.25)
+    run_for(bench, bench.open(), 4)
+    assert bench.engine.metrics.busy_ratio() == 1.0
+    assert open_one(bench) is Ending.END
+
+
+def test_a_single_request_is_answered_however_late_the_sequences_are() -> None:
+    bench = Bench(doubler(), Doubler())
+    own = bench.runner.run
+
+    def run(feeds: dict[str, Array]) -> list[Array]:
+        bench.now += 2
+        results: list[Array] = own(feeds)
+        return results
+
+    bench.runner.run = run  # type: ignore[method-assign]
+    late = bench.open(period_seconds=0.1)
+    bench.send(late, 1, [[1, 1]])
+    bench.settle()
+    assert isinstance(open_one(bench), Overloaded)
+    request = bench.request([[1, 2]])
+    bench.settle()
+    assert bench.outputs(request) == [[2, 4]]
 
 
 # Whatever happens.

@@ -22,6 +22,7 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_chunks": MODEL | {"outcome"},
     "tenuto_deadline_misses": MODEL,
     "tenuto_draining": set(),
+    "tenuto_engine_busy_ratio": MODEL,
     "tenuto_messages_refused": set(),
     "tenuto_model_info": MODEL | {"provider"},
     "tenuto_model_load_seconds": MODEL,
@@ -95,6 +96,9 @@ def test_values_arrive_under_their_names() -> None:
     assert value(server, "tenuto_batch_size_bucket", le="4.0") == 1
     assert value(server, "tenuto_batch_size_bucket", le="+Inf") == 1
     assert value(server, "tenuto_batch_size_sum") == 3
+    assert value(server, "tenuto_engine_busy_ratio") == 0
+    server.models[0].busy_ratio = lambda: 0.75
+    assert value(server, "tenuto_engine_busy_ratio") == 0.75
     server.draining = True
     assert value(server, "tenuto_draining") == 1
 

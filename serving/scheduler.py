@@ -2,6 +2,9 @@
 
 One order: due = arrival + period, fixed at arrival, so that declared cadences come first and nothing
 starves: a sequence's due time stands still while every later arrival's moves on.
+
+The bound: each batch holds a turn of the most urgent chunk. So a chunk is done within as many batches as it
+and the chunks due before it have turns, whoever fits beside them, and whatever arrives after its due time.
 """
 
 from __future__ import annotations

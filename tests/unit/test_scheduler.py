@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -52,12 +55,6 @@ def run(scheduler: Scheduler, batch: Batch) -> None:
 
 def members(batch: Batch) -> list[Sequence]:
     return [turn.sequence for turn in batch]
-
-
-def due(sequence: Sequence) -> tuple[float, int]:
-    chunk = sequence.pending[0]
-    assert isinstance(chunk, Chunk)
-    return chunk.arrived + (sequence.period_seconds or 0.2), sequence.number
 
 
 def test_nothing_ready_is_an_empty_batch() -> None:
@@ -229,46 +226,179 @@ def test_one_step_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.Mo
     assert len(scheduler) == 7
 
 
-ARRIVALS = st.lists(  # per tick: (period in ms, 0 for none declared; frames) of each arrival
-    st.lists(st.tuples(st.sampled_from([0, 5, 10, 20, 100]), st.integers(1, 9)), max_size=6),
+# Whatever arrives, and in which order.
+
+TICK = 0.01  # seconds; one batch is formed in each
+Clients = list[tuple[float, float | None]]  # period in seconds, 0 for none declared; gain
+Arrivals = list[list[tuple[int, int]]]  # per tick: who sends how many frames
+
+
+@dataclass(frozen=True)
+class Key:
+    """A chunk's place in the one order, as a client knows it when it sends the chunk."""
+
+    due: float
+    opened: int
+    step: int
+
+    def __lt__(self, other: Key) -> bool:
+        return (self.due, self.opened, self.step) < (other.due, other.opened, other.step)
+
+
+class World:
+    """Sequences that send chunks at any time, and a scheduler that forms one batch a tick.
+
+    Keeps what is known of each chunk at its arrival: its key and its turns.
+    """
+
+    def __init__(self, kind: str, max_batch: int) -> None:
+        self.scheduler = create_scheduler(
+            ragged=kind == "ragged", stateless=kind == "stateless", max_batch=max_batch, max_frames=4
+        )
+        self.turn_frames = max_batch if kind == "stateless" else 4
+        self.now = 0.0
+        self.keys: dict[Chunk, Key] = {}
+        self.turns: dict[Chunk, int] = {}
+        self.batches = 0
+        self.arrived: dict[Chunk, int] = {}  # batches formed before it
+        self.waited: dict[Chunk, int] = {}  # batches until it was done
+        self.undone: set[Chunk] = set()
+
+    def open(self, period: float, gain: float | None) -> Sequence:
+        constants = {} if gain is None else {"gain": gain}
+        return Sequence(SINK, accumulator(), period_seconds=period, constants=constants)
+
+    def send(self, sequence: Sequence, frames: int) -> Chunk:
+        chunk = Chunk(len(self.keys), (), self.now, 0, frames=frames)
+        due = self.now + min(sequence.period_seconds or 0.2, 1.0)
+        self.keys[chunk] = Key(due, sequence.number, chunk.step)
+        self.turns[chunk] = -(-frames // self.turn_frames)
+        self.arrived[chunk] = self.batches
+        self.undone.add(chunk)
+        sequence.pending.append(chunk)
+        if len(sequence.pending) == 1:
+            self.scheduler.add(sequence)
+        return chunk
+
+    def tick(self) -> Batch:
+        """A batch, and what an engine does after it."""
+        self.now += TICK
+        batch = self.scheduler.schedule()
+        self.batches += bool(batch)
+        for turn in batch:
+            turn.chunk.frames -= turn.frames
+            assert turn.chunk.frames >= 0
+            if not turn.chunk.frames:
+                turn.sequence.pending.popleft()
+                self.undone.remove(turn.chunk)
+                self.waited[turn.chunk] = self.batches - self.arrived[turn.chunk]
+            if turn.sequence.pending:
+                self.scheduler.add(turn.sequence)
+        return batch
+
+    def bound(self, chunk: Chunk) -> int:
+        """Turns of the chunk and of all that are due before it."""
+        return sum(n for other, n in self.turns.items() if not self.keys[chunk] < self.keys[other])
+
+
+KINDS = st.sampled_from(["ragged", "grouped", "stateless"])
+CLIENTS = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.001, 0.005, 0.02, 0.1, 5.0]), st.sampled_from([None, 1.0, 2.0])),
     min_size=1,
-    max_size=30,
+    max_size=8,
+)
+ARRIVALS = st.lists(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(1, 9)), max_size=6), min_size=1, max_size=30
 )
 
 
-@given(ARRIVALS, st.booleans(), st.integers(1, 4))
-def test_every_batch_holds_the_most_urgent_and_nothing_starves(
-    arrivals: list[list[tuple[int, int]]], ragged: bool, max_batch: int
-) -> None:
-    """Each sequence runs before more batches have passed than there were turns due before it."""
-    scheduler = create_scheduler(ragged=ragged, max_batch=max_batch, max_frames=4)
-    everyone: list[Sequence] = []
-    ready: set[Sequence] = set()
-    waited: dict[Sequence, int] = {}
-    ran: dict[Sequence, int] = {}
+def play(world: World, clients: Clients, arrivals: Arrivals) -> Iterator[tuple[set[Chunk], Batch]]:
+    """Each batch, with the chunks that were ready for it: the first of each sequence."""
+    sequences = [world.open(period, gain) for period, gain in clients]
     tick = 0
-    while tick < len(arrivals) or scheduler:
-        now = tick * 0.01
-        for period, frames in arrivals[tick] if tick < len(arrivals) else ():
-            (new,) = create_sequences(1, frames=frames, arrived=now, period=period / 1000)
-            everyone.append(new)
-            ready.add(new)
-            waited[new] = 0
-            ran[new] = 0
-            scheduler.add(new)
-        batch = scheduler.schedule()
-        assert bool(batch) == bool(ready)
-        if batch:
-            assert batch[0].sequence is min(ready, key=due)
-            assert len({t.sequence for t in batch}) == len(batch) <= max_batch
-        for turn in batch:
-            ran[turn.sequence] += 1
-        for sequence in ready - set(members(batch)):
-            waited[sequence] += 1
-        run(scheduler, batch)
-        ready -= {t.sequence for t in batch if not t.chunk.frames}
+    while tick < len(arrivals) or world.undone:
+        for who, frames in arrivals[tick] if tick < len(arrivals) else ():
+            world.send(sequences[who % len(sequences)], frames)
+        ready = {s.pending[0] for s in sequences if s.pending}
+        yield {chunk for chunk in ready if isinstance(chunk, Chunk)}, world.tick()
         tick += 1
-    assert not ready
-    for sequence in everyone:
-        before = sum(ran[other] for other in everyone if due(other) < due(sequence))
-        assert waited[sequence] <= before
+    assert not world.scheduler
+
+
+@given(KINDS, st.integers(1, 4), CLIENTS, ARRIVALS)
+def test_the_order_is_that_of_due_times_fixed_at_arrival(
+    kind: str,
+    max_batch: int,
+    clients: Clients,
+    arrivals: Arrivals,
+) -> None:
+    """Each batch begins with the most urgent chunk of all, and goes on in their order."""
+    world = World(kind, max_batch)
+    for ready, batch in play(world, clients, arrivals):
+        assert bool(batch) == bool(ready)
+        keys = [world.keys[turn.chunk] for turn in batch]
+        assert keys[:1] == sorted(world.keys[chunk] for chunk in ready)[:1]
+        assert keys == sorted(keys)
+
+
+@given(st.integers(1, 4), CLIENTS, ARRIVALS)
+def test_of_chunks_that_may_all_share_a_batch_the_most_urgent_run(
+    max_batch: int, clients: Clients, arrivals: Arrivals
+) -> None:
+    world = World("ragged", max_batch)
+    alike = [[(who, 1) for who, _ in tick] for tick in arrivals]
+    for ready, batch in play(world, [(period, None) for period, _ in clients], alike):
+        expected = sorted(world.keys[chunk] for chunk in ready)[:max_batch]
+        assert [world.keys[turn.chunk] for turn in batch] == expected
+
+
+@given(KINDS, st.integers(1, 4), CLIENTS, ARRIVALS)
+def test_a_sequence_has_at_most_one_turn_a_batch(
+    kind: str,
+    max_batch: int,
+    clients: Clients,
+    arrivals: Arrivals,
+) -> None:
+    """However many chunks of it wait, however long they are, and however few others there are."""
+    world = World(kind, max_batch)
+    for _, batch in play(world, clients, arrivals):
+        assert len({turn.sequence for turn in batch}) == len(batch) <= max_batch
+
+
+@given(KINDS, st.integers(1, 4), CLIENTS, ARRIVALS)
+def test_a_chunk_is_done_within_as_many_batches_as_it_and_those_due_before_it_have_turns(
+    kind: str,
+    max_batch: int,
+    clients: Clients,
+    arrivals: Arrivals,
+) -> None:
+    world = World(kind, max_batch)
+    for _ in play(world, clients, arrivals):
+        pass
+    for chunk, waited in world.waited.items():
+        assert waited <= world.bound(chunk)
+
+
+@given(
+    KINDS,
+    st.integers(1, 4),
+    st.tuples(st.sampled_from([0.0, 0.02, 0.1, 3600.0]), st.sampled_from([None, 1.0]), st.integers(1, 9)),
+    st.lists(st.tuples(st.sampled_from([None, 1.0]), st.integers(1, 9)), min_size=1, max_size=3),
+)
+def test_a_flood_that_never_ends_holds_nobody_up_for_ever(
+    kind: str,
+    max_batch: int,
+    victim: tuple[float, float | None, int],
+    flood: list[tuple[float | None, int]],
+) -> None:
+    """In each tick more arrives than can run, each by a newcomer that declares a period of 1 ms."""
+    world = World(kind, max_batch)
+    period, gain, frames = victim
+    waits = world.send(world.open(period, gain), frames)
+    turns = sum(-(-n // world.turn_frames) for _, n in flood)
+    before_due = math.ceil(min(period or 0.2, 1.0) / TICK)  # ticks; what comes later is due later
+    while waits in world.undone:
+        for own_gain, n in flood:
+            world.send(world.open(0.001, own_gain), n)
+        world.tick()
+        assert world.batches <= world.turns[waits] + before_due * turns

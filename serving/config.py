@@ -46,6 +46,9 @@ class ServerConfig(BaseModel):
         int, Field(ge=0, description="CPU threads inside a run; 0: by the model and the CPUs")
     ] = 0
     max_sequences: Annotated[Positive, Field(description="live sequences per model")] = 4096
+    max_state_bytes: Annotated[
+        int, Field(ge=0, description="bytes of state per model version; 0: what --max-sequences takes")
+    ] = 0
     max_streams: Annotated[Positive, Field(description="open gRPC streams")] = 8192
     max_predicts: Annotated[Positive, Field(description="unary Predict calls that may wait at once")] = 24
     max_pending_bytes: Annotated[

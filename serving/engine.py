@@ -73,6 +73,7 @@ class Engine:
         *,
         version: int,
         max_sequences: int,
+        max_state_bytes: int = 0,
         pending: PendingBytes,
         metrics: ModelMetrics | None = None,
         flush: Callable[[], None] = lambda: None,
@@ -81,22 +82,23 @@ class Engine:
         self.manifest = manifest
         self.version = version
         self.where = f"{manifest.name}/{version}"  # for logs
-        self.max_sequences = max_sequences
+        self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0, max_state_bytes)
+        self.max_sequences = self._pool.capacity if manifest.stateful else max_sequences
+        self.state_bytes = self._pool.nbytes
         self.metrics = metrics or ModelMetrics(manifest.name, version)
-        self.metrics.slots = max_sequences
+        self.metrics.slots = self.max_sequences
         self.running_since = 0.0  # when the run in progress began; 0: none. Read by the watchdog.
         self.emptied = threading.Event()  # set when draining and no sequence is left
         self._runner = runner
         self._pending = pending
         self._clock = clock
-        self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0)
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
         self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._delivery = Delivery(pending, flush, self.where)
-        self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
+        self._kept_bytes = REPEATS_BYTES // self.max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._admission = Admission(clock())

@@ -248,23 +248,24 @@ def _load(
     runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=config.threads)
     manifest = runner.manifest
     numbers = ModelMetrics(manifest.name, folder.version, provider, load_seconds=time.monotonic() - started)
-    metrics.models.append(numbers)
     engine = Engine(
         manifest,
         runner,
         version=folder.version,
         max_sequences=config.max_sequences,
+        max_state_bytes=config.max_state_bytes,
         pending=pending,
         metrics=numbers,
         flush=flush,
     )
-    state = manifest.slot_bytes * config.max_sequences
+    metrics.models.append(numbers)
     golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
     log.info(
-        "%s serves on %s: %.1f MiB of state at most, %s",
+        "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
         folder.where,
         provider,
-        state / 2**20,
+        engine.max_sequences,
+        engine.state_bytes / 2**20,
         golden,
     )
     reader = Reader(manifest, config.max_message_bytes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import PoolFull, TenutoError
+from .errors import ModelInvalid, PoolFull, TenutoError
 from .manifest import State, Value
 
 Array = NDArray[np.generic]
@@ -17,9 +17,24 @@ Array = NDArray[np.generic]
 
 class StatePool:
     """Slots of `states`. Owned by the engine thread, which runs one batch at a time: a slot that is freed
-    between batches is held by none."""
+    between batches is held by none.
 
-    def __init__(self, states: tuple[State, ...], capacity: int) -> None:
+    `max_bytes` bounds all of its arrays, the dump slot included; 0: `max_sequences` alone is the bound.
+
+    Raises (when built): ModelInvalid if the bytes do not hold one sequence.
+    """
+
+    def __init__(self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0) -> None:
+        capacity, self._setting = max_sequences, "--max-sequences"
+        slot_bytes = sum(s.slot_bytes for s in states)
+        affordable = max_bytes // slot_bytes - 1 if slot_bytes and max_bytes else capacity
+        if affordable < 1 <= capacity:
+            raise ModelInvalid(
+                f"a sequence takes {slot_bytes} bytes of state, and one more slot is for padding; "
+                f"--max-state-bytes is {max_bytes}, give it {2 * slot_bytes} at least"
+            )
+        if affordable < capacity:
+            capacity, self._setting = affordable, "--max-state-bytes"
         self.capacity = capacity
         self.dump = capacity
         self._states = states
@@ -32,6 +47,11 @@ class StatePool:
         self.reset(self.dump)
 
     @property
+    def nbytes(self) -> int:
+        """What the arrays take once every slot was used."""
+        return sum(array.nbytes for array in self._arrays)
+
+    @property
     def used(self) -> int:
         return len(self._holders)
 
@@ -41,7 +61,7 @@ class StatePool:
         Raises: PoolFull.
         """
         if not self._free:
-            raise PoolFull(f"all {self.capacity} sequence slots are taken; retry, or raise --max-sequences")
+            raise PoolFull(f"all {self.capacity} sequence slots are taken; retry, or raise {self._setting}")
         slot = self._free.pop()
         self._holders[slot] = holder
         self.reset(slot)

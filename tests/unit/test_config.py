@@ -15,9 +15,10 @@ from tenuto.serving.errors import ConfigInvalid
 # A value of each setting that is not its default.
 OTHER: dict[str, Any] = {
     "repository": Path("/models"), "host": "::1", "port": 1, "metrics_port": 2, "device": "cpu", "threads": 3,
-    "max_sequences": 4, "max_streams": 5, "max_predicts": 6, "max_pending_bytes": 7, "max_message_bytes": 8,
-    "window": 9, "idle_seconds": 10.5, "run_seconds": 11.5, "drain_seconds": 12.5, "vet_seconds": 13.5,
-    "vet_memory_bytes": 14, "transport": "threads", "grpc_experiments": "", "log_level": "debug",
+    "max_sequences": 4, "max_state_bytes": 15, "max_streams": 5, "max_predicts": 6, "max_pending_bytes": 7,
+    "max_message_bytes": 8, "window": 9, "idle_seconds": 10.5, "run_seconds": 11.5, "drain_seconds": 12.5,
+    "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "grpc_experiments": "",
+    "log_level": "debug",
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
 SECONDS = [name for name in FIELDS if name.endswith("_seconds")]
@@ -75,8 +76,8 @@ def test_variables_of_others_are_left_alone() -> None:
     assert ServerConfig.build({}, others) == ServerConfig()
 
 
-WRONG = [("port", "65536"), ("port", "abc"), ("device", "gpu"), ("window", "0"), ("max_sequences", "0"),
-         ("host", ""), ("run_seconds", "0")]  # fmt: skip
+WRONG = [("max_state_bytes", "-1"), ("port", "65536"), ("port", "abc"), ("device", "gpu"), ("window", "0"),
+         ("max_sequences", "0"), ("host", ""), ("run_seconds", "0")]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, value", WRONG)

@@ -38,11 +38,11 @@ class FakeVetting:
 
 
 def load(
-    root: Path, monkeypatch: pytest.MonkeyPatch, vetting: FakeVetting
+    root: Path, monkeypatch: pytest.MonkeyPatch, vetting: FakeVetting, **settings: int
 ) -> tuple[Catalogue, ServerMetrics]:
     monkeypatch.setattr(server, "vet", vetting)
     metrics = ServerMetrics("1")
-    config = ServerConfig(repository=root, max_sequences=5)
+    config = ServerConfig.build({"repository": root, "max_sequences": 5} | settings, {})
     return server.load_models(config, CPU, PendingBytes(1 << 20), metrics), metrics
 
 
@@ -93,6 +93,40 @@ def test_a_repository_in_which_nothing_serves_says_why(root: Path, monkeypatch: 
     vetting = FakeVetting(accumulator_1="A", doubler_3="B", doubler_2="C", doubler_1="D")
     with pytest.raises(ModelInvalid, match="accumulator/1: A; doubler/3: B; doubler/2: C; doubler/1: D"):
         load(root, monkeypatch, vetting)
+
+
+def test_a_budget_of_bytes_bounds_the_sequences_and_is_told_at_start(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The accumulator's state is one float. A stateless model needs none."""
+    toys.write(root, "large", (toys.accumulator()[0], toys.accumulator()[1] | {"name": "large"}))
+    with caplog.at_level("INFO"):
+        catalogue, metrics = load(root, monkeypatch, FakeVetting(), max_state_bytes=4 * 4)
+    slots = {s.manifest.name: s.engine.max_sequences for s in catalogue.served}
+    assert slots == {"accumulator": 3, "doubler": 5, "large": 3}  # each model has its own
+    assert {m.model: m.slots for m in metrics.models} == slots
+    assert catalogue.find("accumulator").engine.state_bytes == 4 * 4
+    assert (
+        f"accumulator/1 serves on {CPU}: 3 sequences, 0.0 MiB of state at most, no golden.npz" in caplog.text
+    )
+
+
+def test_the_state_is_told_in_mib(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        load(root, monkeypatch, FakeVetting(), max_sequences=(3 << 20) // 8 - 1)
+    assert "393215 sequences, 1.5 MiB of state at most" in caplog.text
+
+
+def test_a_model_whose_state_is_over_the_budget_does_not_serve(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue, metrics = load(root, monkeypatch, FakeVetting(), max_state_bytes=7)
+    (refused,) = catalogue.refused
+    assert refused.model == "accumulator"
+    assert refused.why.endswith("--max-state-bytes is 7, give it 8 at least")
+    assert [m.model for m in metrics.models] == ["doubler"]
 
 
 def test_an_empty_repository_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 from numpy.typing import NDArray
 
-from tenuto.serving.errors import PoolFull, TenutoError
+from tenuto.serving.errors import ModelInvalid, PoolFull, TenutoError
 from tenuto.serving.manifest import State
 from tenuto.serving.state_pool import StatePool
 
@@ -25,8 +26,13 @@ STATES: list[dict[str, Any]] = [
 INITIAL: list[Any] = [np.zeros((2, 3)), np.full(2, 0.5), 0, [[1, 2], [3, 4]]]
 
 
-def create_pool(capacity: int = CAPACITY, states: list[dict[str, Any]] = STATES) -> StatePool:
-    return StatePool(tuple(State.model_validate(s) for s in states), capacity)
+SLOT_BYTES = 6 * 4 + 2 * 8 + 8 + 4 * 4
+
+
+def create_pool(
+    capacity: int = CAPACITY, states: list[dict[str, Any]] = STATES, *, max_bytes: int = 0
+) -> StatePool:
+    return StatePool(tuple(State.model_validate(s) for s in states), capacity, max_bytes)
 
 
 def slots(*numbers: int) -> NDArray[np.intp]:
@@ -121,6 +127,49 @@ def test_refuses_when_full_and_says_what_to_do() -> None:
         pool.allocate("b")
     assert caught.value.retry_after_ms > 0
     pool.check()
+
+
+@given(st.integers(1, 20), st.integers(2 * SLOT_BYTES, 30 * SLOT_BYTES))
+def test_a_budget_of_bytes_is_used_up_and_never_exceeded(max_sequences: int, max_bytes: int) -> None:
+    pool = create_pool(max_sequences, max_bytes=max_bytes)
+    arrays = sum(array.nbytes for array in pool._arrays)
+    assert pool.nbytes == arrays == (pool.capacity + 1) * SLOT_BYTES <= max_bytes
+    assert 1 <= pool.capacity <= max_sequences
+    assert pool.capacity == max_sequences or arrays + SLOT_BYTES > max_bytes
+    for n in range(pool.capacity):
+        pool.allocate(f"sequence {n}")
+    with pytest.raises(PoolFull):
+        pool.allocate("one more")
+    pool.check()
+
+
+@pytest.mark.parametrize(
+    "max_sequences, slots_paid, setting",
+    [(3, 9, "--max-sequences"), (3, 4, "--max-sequences"), (3, 3, "--max-state-bytes")],
+    ids=["sequences", "both", "bytes"],
+)
+def test_a_full_pool_names_the_setting_that_binds(max_sequences: int, slots_paid: int, setting: str) -> None:
+    pool = create_pool(max_sequences, max_bytes=slots_paid * SLOT_BYTES)
+    for n in range(pool.capacity):
+        pool.allocate(f"sequence {n}")
+    with pytest.raises(PoolFull, match=f"all {pool.capacity} sequence slots are taken.* raise {setting}$"):
+        pool.allocate("one more")
+
+
+def test_a_budget_below_one_sequence_says_what_is_needed() -> None:
+    text = (
+        f"a sequence takes {SLOT_BYTES} bytes of state, and one more slot is for padding; "
+        f"--max-state-bytes is {2 * SLOT_BYTES - 1}, give it {2 * SLOT_BYTES} at least"
+    )
+    with pytest.raises(ModelInvalid, match=f"^{text}$"):
+        create_pool(max_bytes=2 * SLOT_BYTES - 1)
+    assert create_pool(max_bytes=2 * SLOT_BYTES).capacity == 1
+
+
+def test_a_pool_without_states_needs_no_bytes() -> None:
+    """Of a sequence that has left context alone, or of a stateless model."""
+    assert create_pool(3, [], max_bytes=1).capacity == 3
+    assert create_pool(0, [], max_bytes=1).nbytes == 0
 
 
 def test_a_slot_left_full_of_nan_is_clean_for_the_next_holder() -> None:

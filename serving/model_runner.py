@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,11 +165,14 @@ def _session(model: bytes, where: str, provider: str, threads: int) -> onnxrunti
     options.inter_op_num_threads = 1
     # Spinning costs 80 % more CPU at 512 streams and gains nothing.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if _libm():  # its own threads like the engine's, or a row's bits would depend on which of them has it
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.log_severity_level = 3
     cuda = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
     providers: list[Any] = [(CUDA, cuda), CPU] if provider == CUDA else [CPU]
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=providers)
+        with _environment_kept():  # the first session would change this thread's for good
+            session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # a class of its own for each status
         raise ModelInvalid(f"{where}: ONNX Runtime does not load it: {str(error).splitlines()[0]}") from error
     if session.get_providers()[0] != provider:
@@ -200,14 +205,36 @@ def _check_supported(manifest: Manifest, where: str) -> None:
 def flush_denormals() -> bool:
     """Sets flush-to-zero and denormals-are-zero for this thread; returns whether that is known here.
 
-    Inputs of 2e-38 cost an LSTM 13 to 18 times the time otherwise. x86-64 with glibc: `fenv_t` is 28 bytes of
-    x87 state and then MXCSR, whose bits 15 (FTZ) and 6 (DAZ) do it.
+    Inputs of 2e-38 cost an LSTM 13 to 18 times the time otherwise. MXCSR's bits 15 (FTZ) and 6 (DAZ) do it.
     """
-    if platform.machine() not in ("x86_64", "AMD64") or platform.libc_ver()[0] != "glibc":
+    libm = _libm()
+    if libm is None:
         return False
-    libm = ctypes.CDLL("libm.so.6")
-    environment = (ctypes.c_uint32 * 8)()
+    environment = _Environment()
     libm.fegetenv(environment)
     environment[7] |= 0x8040
     libm.fesetenv(environment)
     return True
+
+
+_Environment = ctypes.c_uint32 * 8  # x86-64 with glibc: 28 bytes of x87 state, and then MXCSR
+
+
+def _libm() -> ctypes.CDLL | None:
+    """Where a thread's floating-point environment is read and set; None where its layout is not known."""
+    if platform.machine() not in ("x86_64", "AMD64") or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL("libm.so.6")
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
+    """This thread's floating-point environment is afterwards what it was before."""
+    libm, environment = _libm(), _Environment()
+    if libm:
+        libm.fegetenv(environment)
+    try:
+        yield
+    finally:
+        if libm:
+            libm.fesetenv(environment)

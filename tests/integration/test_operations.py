@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import platform
+import queue
+import threading
 from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -16,11 +21,19 @@ from tenuto.serving.manifest import Manifest
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 
-from .running import Counting, build, metrics_text, number, serving
+from .running import Counting, build, engine_of, metrics_text, number, serving
 from .wire import Conversation, chunk, connect, ending, opening, tensor
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 1 << 15, 1 << 6  # bits of MXCSR
+
+
+def mxcsr() -> int:
+    """This thread's; x86-64 with glibc."""
+    environment = (ctypes.c_uint32 * 8)()
+    ctypes.CDLL("libm.so.6").fegetenv(environment)
+    return environment[7]
 
 
 def test_models_are_listed_with_what_they_are(
@@ -38,6 +51,32 @@ def test_models_are_listed_with_what_they_are(
     assert one.slots == server.config.max_sequences
     onnx = (toy_repository / "accumulator" / "1" / "model.onnx").read_bytes()
     assert one.sha256 == hashlib.sha256(onnx).hexdigest()
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="x86-64 and glibc only"
+)
+def test_the_engine_thread_of_a_running_server_takes_denormals_for_zero(
+    conversation: Conversation, server: Server
+) -> None:
+    """The bits are set there, and a run on that thread, which none of this thread has, flushes."""
+    engine = engine_of(server, "accumulator")
+    denormal = np.full((1, 1), 1e-40, np.float32)
+    feeds = {"x": denormal, "total": np.zeros((1, 1), np.float32), "lengths": np.ones(1, np.int32)}
+    assert engine._runner.run(feeds)[0].view(np.uint32).max() > 0
+    found: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+    engine._inbox.put((lambda *_: found.put((threading.current_thread().name, mxcsr())), None, None))
+    name, bits = found.get(timeout=30)
+    assert name == "engine-accumulator-1"
+    assert bits & FLUSH_TO_ZERO
+    assert bits & DENORMALS_ARE_ZERO
+    assert not mxcsr() & (FLUSH_TO_ZERO | DENORMALS_ARE_ZERO)
+
+    conversation.send(opening("accumulator"), chunk(1, tensor([1e-40])), ending())
+    conversation.opened()
+    (y,) = conversation.output(1).outputs
+    assert y.data == bytes(4)
+    conversation.closed()
 
 
 def test_a_model_tells_its_whole_manifest(api: Any, toy_repository: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ from tenuto.serving.model_runner import (
 )
 from tests import toys
 
-from .fakes import f32
+from .fakes import Array, f32
+
+ROOT = Path(__file__).parents[2]
 
 
 def create_runner(made: tuple[bytes, dict[str, Any]], *, own: bool = False, **changes: Any) -> ModelRunner:
@@ -223,6 +227,19 @@ def test_cpus_are_those_of_the_cgroup_and_the_affinity(
     assert available_cpus(cgroup(tmp_path, files)) == cpus
 
 
+@pytest.mark.parametrize("quota, threads", [("300000 100000", 3), ("150000 100000", 2), ("50000 100000", 1)])
+def test_the_threads_of_a_run_follow_the_quota_of_the_cgroup(
+    quota: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a model without state; one with state has one thread on any machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    root = cgroup(tmp_path, {"cpu.max": quota + "\n"})
+    monkeypatch.setattr(model_runner, "available_cpus", lambda: available_cpus(root))
+    for (model, fields), expected in ((toys.doubler(), threads), (toys.accumulator(), 1)):
+        runner = ModelRunner(model, Manifest.model_validate(fields), "t", provider=CPU, threads=0)
+        assert runner._session.get_session_options().intra_op_num_threads == expected
+
+
 def test_this_machine_has_a_cpu() -> None:
     assert available_cpus() >= 1
 
@@ -264,9 +281,12 @@ def test_cuda_that_loads_is_taken(device: model_runner.Device, monkeypatch: pyte
     assert choose_provider(device) == CUDA
 
 
-@pytest.mark.skipif(
+flushes = pytest.mark.skipif(
     platform.machine() != "x86_64" or platform.libc_ver()[0] != "glibc", reason="x86-64 and glibc only"
 )
+
+
+@flushes
 def test_denormals_are_zero_on_the_thread_that_asked_and_no_other() -> None:
     """Both as results (flush to zero) and as inputs (denormals are zero)."""
     denormal, small = np.full(8, 1e-40, np.float32), np.full(8, 1e-30, np.float32)
@@ -286,6 +306,45 @@ def test_denormals_are_zero_on_the_thread_that_asked_and_no_other() -> None:
     assert as_result() > 0
 
 
-def test_a_platform_without_flushing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@flushes
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_denormals_are_zero_on_all_threads_of_a_run(threads: int) -> None:
+    """Or a row's bits would depend on the thread that had it."""
+    nodes = [onnx.helper.make_node("Mul", ["x", "x"], ["y"])]
+    x, y = toys.value("x", toys.FLOAT, "batch", 2), toys.value("y", toys.FLOAT, "batch", 2)
+    manifest = Manifest.model_validate(toys.doubler()[1])
+    runner = ModelRunner(toys.model(nodes, [x], [y]), manifest, "t", provider=CPU, threads=threads)
+    rows = np.full((1 << 20, 2), 1e-20, np.float32)  # enough for all threads; 1e-40 is denormal
+    found: list[Array] = []
+
+    def run() -> None:
+        runner.enter_thread()
+        found.extend(runner.run({"x": rows}))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert np.count_nonzero(found[0].view(np.uint32)) == 0
+
+
+@flushes
+def test_building_a_runner_leaves_its_thread_as_it_was() -> None:
+    """In a process of its own: ONNX Runtime changes the thread that builds the first session."""
+    program = (
+        "import numpy as np; from tests import toys; from tests.unit.test_model_runner import create_runner; "
+        "create_runner(toys.doubler()); x = np.full(8, 1e-30, np.float32); "
+        "print((x * np.float32(1e-10)).view(np.uint32).max() > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
+
+
+def test_a_platform_without_flushing_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert not flush_denormals()
+    runner = create_runner(toys.doubler())
+    with caplog.at_level("INFO"):
+        runner.enter_thread()
+    assert "denormals are not flushed to zero on riscv64: they may be slow" in caplog.text

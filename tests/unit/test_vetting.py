@@ -7,19 +7,28 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tenuto.serving import vetting
+from tenuto.serving import model_runner, vetting
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.repository import ModelFolder
 from tenuto.serving.vetting import Limits, Verdict, check, vet
 from tests import toys
 
 from .fakes import f32
+
+
+@pytest.fixture(autouse=True)
+def thread_as_it_was() -> Iterator[None]:
+    """`check` makes the child's main thread flush denormals; here that is the thread of all other tests."""
+    with model_runner._environment_kept():
+        yield
+
 
 # Stands in for the child: what it does is the model's name.
 CHILD = f"""#!{sys.executable} -IS

@@ -95,7 +95,8 @@ def verdict(samples: list[tuple[float, int, int]]) -> str:
     were, are = (max(files for _, _, files in part) for part in (middle, last))
     return (
         f"{len(samples)} samples over {samples[-1][0] / 60:.1f} minutes; resident memory {was:.1f} MiB "
-        f"in the middle third, {now:.1f} in the last ({now / was - 1:+.1%}); at most {were} open files, then {are}"
+        f"in the middle third, {now:.1f} in the last ({now / was - 1:+.1%}); "
+        f"at most {were} open files, then {are}"
     )
 
 

@@ -1,10 +1,12 @@
 """Decides which ready sequences form the next batch. A plain data structure: no threads, no clock.
 
 One order: due = arrival + period, fixed at arrival, so that declared cadences come first and nothing
-starves: a sequence's due time stands still while every later arrival's moves on.
+starves: a sequence's due time stands still while every later arrival's moves on. Of a chunk of several turns
+the second is due a period after the first, and so on.
 
-The bound: each batch holds a turn of the most urgent chunk. So a chunk is done within as many batches as it
-and the chunks due before it have turns, whoever fits beside them, and whatever arrives after its due time.
+The bound: each batch holds the most urgent turn. So a chunk is done within as many batches as there are turns
+due no later than its last one (or than those before it in its sequence), whoever fits beside them, and
+whatever arrives after that time.
 """
 
 from __future__ import annotations
@@ -51,7 +53,11 @@ class Scheduler:
         chunk = sequence.pending[0]
         assert isinstance(chunk, Chunk) and chunk.frames > 0 and not sequence.scheduled
         sequence.scheduled = True
-        heapq.heappush(self._ready, (chunk.arrived + sequence.patience_seconds, sequence.number, sequence))
+        # Each turn of a long chunk is due one patience after the one before: a short turn beside a long one
+        # is padding, and a bulk client would hold all others to a row or two a batch. Rows need no padding.
+        turn = 1 if self._stateless else 1 + len(chunk.parts)
+        due = chunk.arrived + turn * sequence.patience_seconds
+        heapq.heappush(self._ready, (due, sequence.number, sequence))
 
     def schedule(self) -> Batch:
         """The next batch, empty if nothing is ready. Takes all that fits, and never waits for more."""

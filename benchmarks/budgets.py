@@ -80,8 +80,10 @@ def ratio(table: str, over: str, under: str, cost: Cost = by_message) -> Callabl
 def against_peers(streams: int, frames: int) -> list[Line]:
     table, bare = suites.peers_table(streams, frames), suites.bare_table(frames)
 
+    row = suites.BARE_ROW if streams == 1 else suites.BARE_ROWS
+
     def least(rows: Rows) -> float:
-        return rows[table, NULL].server_us + rows[bare, BARE].server_us
+        return rows[table, NULL].server_us + rows[bare, row].server_us
 
     def line(text: str, over: str, under: str, goal: float, floor: float | None = None) -> Line:
         def limit(rows: Rows) -> float:
@@ -89,8 +91,7 @@ def against_peers(streams: int, frames: int) -> list[Line]:
                 return least(rows) / rows[table, under].server_us
             return rows[table, over].server_us / least(rows)
 
-        found = ratio(table, over, under)
-        return Line(f"{text}, {table}", found, goal, over != OURS, floor, None if streams == 1 else limit)
+        return Line(f"{text}, {table}", ratio(table, over, under), goal, over != OURS, floor, limit)
 
     if streams == 1:
         lower = Line(f"tenuto / naive_aio, p50, {table}", ratio(table, OURS, AIO, p50), 1.0, at_least=False)
@@ -126,7 +127,7 @@ def others() -> list[Line]:
         return seen.p99_ms / seen.p50_ms
 
     def packed_limit(rows: Rows) -> float:
-        bare = rows[suites.bare_table(1), BARE].server_us
+        bare = rows[suites.bare_table(1), suites.BARE_ROWS].server_us
         least = rows[suites.PACKED, suites.TEN_NULL].server_us_per_chunk + bare
         return rows[suites.PACKED, suites.ONE_ALONE].server_us_per_chunk / least
 

@@ -9,7 +9,8 @@ OURS, NULL, BARE = "tenuto", "null", "bare"
 AIO, THREADS, BATCHER = "naive_aio", "naive_threads", "micro_batcher"
 SERVERS = (OURS, NULL, AIO, BATCHER, THREADS)
 
-BARE_ROWS = 64  # of the engine without a server: the largest batch of the model
+# Of the engine without a server: the largest batch of the model, and none.
+BARE_ROWS, BARE_ROW = "64 rows", "1 row"
 PACED_MS = 20.0
 ALONE_PACED = f"1 stream, a frame every {PACED_MS:g} ms"
 
@@ -56,14 +57,15 @@ def peers_table(streams: int, frames: int) -> str:
 
 
 def bare_table(frames: int) -> str:
-    return f"bare session.run, {BARE_ROWS} rows, {frames} frame{'s' if frames > 1 else ''}"
+    return f"bare session.run, {frames} frame{'s' if frames > 1 else ''}"
 
 
 def peers(settings: Settings) -> list[list[Case]]:
     """The same load on each server; and what ONNX Runtime alone takes."""
     tables = []
     for frames in settings.frames:
-        tables.append([one(bare_table(frames), BARE, BARE, Party(BARE_ROWS, frames))])
+        rows = {BARE_ROWS: Party(64, frames), BARE_ROW: Party(1, frames)}
+        tables.append([one(bare_table(frames), row, BARE, party) for row, party in rows.items()])
         for streams in settings.streams:
             # A thread a stream: enough to see it at one frame.
             servers = [s for s in settings.servers if s != THREADS or frames == 1]

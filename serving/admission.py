@@ -35,7 +35,7 @@ class Admission:
 
     def end(self, now: float, paced: int, late: int) -> None:
         """The turn is done. The counts are those since the start: chunks answered that have a declared
-        period, and those of them that were later than it."""
+        period; and how often one came, or was answered, later than that."""
         self._busy += now - self._turn
         self._turn = 0.0
         self._paced, self._late = paced, late
@@ -50,9 +50,9 @@ class Admission:
         self._close_second(now)  # what was measured before the engine had nothing to do is past
         if self._last_busy >= _BUSY and self._last_late >= _LATE:
             raise Overloaded(
-                f"{where} was busy for {self._last_busy:.0%} of the last second and answered "
-                f"{self._last_late:.0%} of the chunks that have a period later than that; retry, or go to "
-                "another server"
+                f"{where} was busy for {self._last_busy:.0%} of the last second, and "
+                f"{self._last_late:.0%} of the chunks that have a period came or were answered later than "
+                "that; retry, or go to another server"
             )
 
     def busy_ratio(self, now: float) -> float:
@@ -70,6 +70,6 @@ class Admission:
             return
         self._last_busy = self._busy / elapsed
         paced, late = self._paced - self._paced_before, self._late - self._late_before
-        self._last_late = late / paced if paced else 0.0
+        self._last_late = min(1.0, late / paced) if paced else 0.0
         self._began, self._busy = now, 0.0
         self._paced_before, self._late_before = self._paced, self._late

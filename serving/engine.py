@@ -185,7 +185,8 @@ class Engine:
         self._deliver()  # what needs no batch does not wait for one
         ran = self.step()
         self._deliver()
-        self._admission.end(self._clock(), self._paced, self.metrics.deadline_misses)
+        late = self.metrics.deadline_misses + self.metrics.late_arrivals
+        self._admission.end(self._clock(), self._paced, late)
         return ran
 
     def _wait(self) -> Command | None:
@@ -385,6 +386,8 @@ class Engine:
             sequence.pending.append(Ending.WINDOW_EXCEEDED)
         else:
             sequence.accepted = chunk.step
+            if sequence.period_seconds:
+                self.metrics.late_arrivals += sequence.falls_behind(chunk.arrived)
             self._enqueue(sequence, chunk)
 
     def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:

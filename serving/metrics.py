@@ -83,6 +83,7 @@ class ModelMetrics:
     rejected: Counter[str] = field(default_factory=Counter)  # sequences, by reason
     rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
     deadline_misses: int = 0
+    late_arrivals: int = 0
     rows_rerun: int = 0
     busy_ratio: Callable[[], float] = lambda: 0.0
     load_seconds: float = 0.0
@@ -129,6 +130,12 @@ _MODEL_COUNTERS = (
         "tenuto_deadline_misses",
         "Chunks answered later than their period.",
         lambda m: m.deadline_misses,
+    ),
+    _Series(
+        "tenuto_late_arrivals",
+        "Chunks that came more than a declared period late: the client, the network, or a server too busy "
+        "to read.",
+        lambda m: m.late_arrivals,
     ),
     _Series(
         "tenuto_rows_rerun",

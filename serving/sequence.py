@@ -23,6 +23,8 @@ from .manifest import Input, Manifest
 DEFAULT_PERIOD_SECONDS = 0.2
 # What a chunk costs beyond its samples, as counted against the pending limits.
 CHUNK_BYTES = 256
+# A chunk that comes so many periods after it was expected follows a pause.
+_PAUSE_PERIODS = 4
 # A slower pace than that does not make a chunk less urgent.
 _LONGEST_PATIENCE_SECONDS = 1.0
 
@@ -175,8 +177,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "accepted", "answered", "begun", "constants", "ended", "feeds", "heard", "id", "idle_seconds", "key",
-        "label", "last_output", "number", "patience_seconds", "pending",
+        "accepted", "answered", "begun", "constants", "ended", "expected", "feeds", "heard", "id",
+        "idle_seconds", "key", "label", "last_output", "number", "patience_seconds", "pending",
         "period_seconds", "scheduled", "sink", "slot", "window",
     )  # fmt: skip
 
@@ -206,6 +208,7 @@ class Sequence:
         self.constants = tuple(sorted((constants or {}).items()))
         self.slot = -1
         self.begun = now
+        self.expected = now  # when the last chunk was due to come, by the declared period
         self.heard = now  # when the last chunk was accepted, monotonic seconds
         self.accepted = 0  # the last step accepted
         self.answered = 0  # the last step answered
@@ -225,6 +228,19 @@ class Sequence:
             feed.add(samples)
         chunk.data = ()
         chunk.frames = min(feed.frames for feed in self.feeds)
+
+    def falls_behind(self, arrived: float) -> bool:
+        """Whether the next chunk, which came at that time, came more than a period late.
+
+        By a clock that goes on a period a chunk, and is set anew where the client paused or is ahead. That is
+        how a server sees that it reads too slowly: what it has not read has not arrived.
+        """
+        self.expected += self.period_seconds
+        behind = arrived - self.expected
+        if not 0 <= behind <= _PAUSE_PERIODS * self.period_seconds:
+            self.expected = arrived
+            return False
+        return behind > self.period_seconds
 
     @property
     def closing(self) -> bool:

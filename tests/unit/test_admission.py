@@ -134,8 +134,8 @@ def test_the_text_says_what_was_measured_and_what_to_do() -> None:
     turns.turn(0.9375, paced=8, late=1)
     turns.admission.begin(turns.now)
     text = (
-        "toy/1 was busy for 94% of the last second and answered 12% of the chunks that have a period later "
-        "than that; retry, or go to another server"
+        "toy/1 was busy for 94% of the last second, and 12% of the chunks that have a period came or were "
+        "answered later than that; retry, or go to another server"
     )
     with pytest.raises(Overloaded, match=text) as caught:
         turns.admission.check(turns.now, "toy/1")

@@ -785,8 +785,8 @@ def test_an_engine_that_answers_too_late_refuses_newcomers_and_goes_on_with_the_
         assert isinstance(error, Overloaded)
         assert error.retry_after_ms == 1000
         assert str(error) == (
-            "accumulator/3 was busy for 100% of the last second and answered 100% of the chunks that have a "
-            "period later than that; retry, or go to another server"
+            "accumulator/3 was busy for 100% of the last second, and 100% of the chunks that have a period "
+            "came or were answered later than that; retry, or go to another server"
         )
         assert bench.outputs(newcomer) == []
     m = bench.engine.metrics
@@ -794,6 +794,24 @@ def test_an_engine_that_answers_too_late_refuses_newcomers_and_goes_on_with_the_
     assert (m.sequences_started, m.slots_used, m.busy_ratio()) == (1, 1, 1.0)
     run_for(bench, paced, 4)
     assert bench.outputs(paced) == [[n] for n in range(1, 9)]
+    bench.check_at_rest()
+
+
+def test_chunks_that_come_late_are_counted_and_count() -> None:
+    """Answered in time: the server was too busy to read them."""
+    bench = create_slow(0.25)
+    paced = bench.open(period_seconds=0.25)
+    for step in range(1, 9):
+        bench.send(paced, step, [1])
+        bench.settle()  # 0.25 s
+        bench.now += 0.02  # less than a tenth of the time idle
+    m = bench.engine.metrics
+    assert m.deadline_misses == m.late_arrivals == 0
+    for step in range(9, 13):
+        bench.send(paced, step, [1])
+        bench.settle()
+        bench.now += 0.25
+    assert m.late_arrivals > 0
     bench.check_at_rest()
 
 

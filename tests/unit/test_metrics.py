@@ -23,6 +23,7 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_deadline_misses": MODEL,
     "tenuto_draining": set(),
     "tenuto_engine_busy_ratio": MODEL,
+    "tenuto_late_arrivals": MODEL,
     "tenuto_messages_refused": set(),
     "tenuto_model_info": MODEL | {"provider"},
     "tenuto_model_load_seconds": MODEL,

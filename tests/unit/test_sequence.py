@@ -139,3 +139,20 @@ def test_the_order_of_constants_makes_no_difference() -> None:
 def test_endings_have_the_numbers_of_the_wire() -> None:
     wire = {name: number for name, number in pb.Ending.items() if number}
     assert {e.name: e.value for e in Ending} == wire
+
+
+@pytest.mark.parametrize(
+    "arrivals, behind",
+    [
+        ([0.0, 1.0, 2.0, 3.0], [False] * 4),
+        ([0.5, 1.4, 2.6, 3.5], [False] * 4),  # jitter
+        ([0.0, 1.5, 3.0, 4.5, 6.0, 7.5], [False, False, False, True, True, True]),  # a third too slow
+        ([0.0, 9.0, 10.0, 11.0], [False] * 4),  # a pause
+        ([0.0, 0.1, 0.2, 1.2], [False] * 4),  # ahead, and on from there
+        ([0.0, 3.0, 3.0, 3.0], [False, True, False, False]),  # one stall, and what waited comes at once
+    ],
+    ids=["in time", "jitter", "too slow", "pause", "ahead", "stall"],
+)
+def test_a_clock_of_periods_tells_late_chunks_from_pauses(arrivals: list[float], behind: list[bool]) -> None:
+    sequence = Sequence(FakeSink(), accumulator(), now=-0.2, period_seconds=1.0)
+    assert [sequence.falls_behind(at) for at in arrivals] == behind

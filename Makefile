@@ -12,7 +12,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint format types stubs check-stubs models bench clean python
+.PHONY: help demo test test-oldest lint format types stubs check-stubs models bench soak clean python
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -24,7 +24,8 @@ help:
 	@echo 'make stubs         write tenuto/v1 anew from proto/'
 	@echo 'make check-stubs   compare tenuto/v1 with proto/'
 	@echo 'make models        train and export the models anew (MODELS="digits" for some)'
-	@echo 'make bench         run the benchmarks (ARGS go to them)'
+	@echo 'make bench         run the benchmarks and write docs/performance.md (ARGS="paced --rounds 1" for some)'
+	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make clean         remove environments, caches and builds'
 
 # --- environments -----------------------------------------------------------------------------------
@@ -62,8 +63,12 @@ demo: .venv-demo/.stamp
 models: .venv/.stamp
 	@for model in $(MODELS); do .venv/bin/tenuto train $$model $(ARGS) || exit 1; done
 
+# All of them go into the page, some of them to the terminal alone.
 bench: .venv/.stamp
-	.venv/bin/python -m benchmarks $(ARGS)
+	.venv/bin/python -m benchmarks $(or $(ARGS),--write docs/performance.md)
+
+soak: .venv/.stamp
+	.venv/bin/python -m benchmarks.soak $(ARGS)
 
 # --- checking it ------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ WARMUP_SECONDS = 0.3
 BARE_SECONDS = 0.5
 FAIRNESS_SECONDS = 3.0
 PACED_SECONDS = 3.0  # 150 messages of the one stream
+SLOW_SECONDS = 2.0  # until those that never read have filled their outboxes
 OVERLOADED_SECONDS = 3.0  # until a server forgets that it refused newcomers
 CALIBRATION = Party(256, 1)
 
@@ -53,7 +54,7 @@ class Benchmark:
             port=server.port,
             tracks=str(self.folder),
             check=case.server != NULL,  # which computes nothing
-            warmup_seconds=WARMUP_SECONDS,
+            warmup_seconds=self._warmup_seconds(case),
             seconds=self._seconds(case),
             parties=case.parties,
         )
@@ -73,7 +74,12 @@ class Benchmark:
             return FAIRNESS_SECONDS
         if case.table == suites.ALONE_PACED:
             return PACED_SECONDS
-        return self.seconds + case.parties[0].ramp_seconds
+        return self.seconds
+
+    def _warmup_seconds(self, case: Case) -> float:
+        if case.table == suites.SLOW:
+            return SLOW_SECONDS
+        return WARMUP_SECONDS + case.parties[0].ramp_seconds
 
     def capacity(self) -> float:
         """Messages per second of 256 streams in a closed loop."""
@@ -151,6 +157,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if unknown := set(options.scenarios) - set(SUITES):
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
+    if options.write:
+        report.check(options.write)
     options.memory = options.memory and not options.scenarios
     options.scenarios = options.scenarios or list(SUITES)
     return options

@@ -126,10 +126,10 @@ def others() -> list[Line]:
         seen = rows[suites.HALF, OURS].first
         return seen.p99_ms / seen.p50_ms
 
-    def packed_limit(rows: Rows) -> float:
+    def packed_limit(rows: Rows, one: str) -> float:
         bare = rows[suites.bare_table(1), suites.BARE_ROWS].server_us
         least = rows[suites.PACKED, suites.TEN_NULL].server_us_per_chunk + bare
-        return rows[suites.PACKED, suites.ONE_ALONE].server_us_per_chunk / least
+        return rows[suites.PACKED, one].server_us_per_chunk / least
 
     def paced_limit(rows: Rows) -> float:
         return p50(rows[suites.ALONE_PACED, NULL])
@@ -142,9 +142,12 @@ def others() -> list[Line]:
              ratio(live, suites.LIVE_TURNS, suites.LIVE_64), 1.15, at_least=False, floor=1.3),
         Line(f"{suites.PACED_IDLE} / {suites.PACED_64}",
              ratio(live, suites.PACED_IDLE, suites.PACED_64), 1.15, at_least=False, floor=1.3),
+        Line(f"{suites.ONE_EACH} / {suites.TEN_EACH}, a chunk",
+             ratio(packed, suites.ONE_EACH, suites.TEN_EACH, by_chunk), 5.0, at_least=True, floor=3.0,
+             limit=lambda rows: packed_limit(rows, suites.ONE_EACH)),
         Line(f"{suites.ONE_ALONE} / {suites.TEN_EACH}, a chunk",
              ratio(packed, suites.ONE_ALONE, suites.TEN_EACH, by_chunk), 5.0, at_least=True, floor=3.0,
-             limit=packed_limit),
+             limit=lambda rows: packed_limit(rows, suites.ONE_ALONE)),
         Line("first reply of a newcomer, p99 / the others' p50", newcomer, 2.0, at_least=False),
         Line("least / most served of 256 streams", evenness, 0.9, at_least=True),
         Line(f"p50 beyond a bare session.run in ms, {suites.ALONE_PACED}", more_ms, 0.1, at_least=False,

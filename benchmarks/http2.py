@@ -58,7 +58,8 @@ class _Stream:
 class Connection:
     """One connection to 127.0.0.1; `fileno` is for a poller, `receive` when it says readable.
 
-    `reads` False: the receive windows stay as small as they begin, for one that never calls `receive`.
+    `reads` False: the receive windows stay as small as they begin, so that 64 KiB of messages
+    come, and no more.
     """
 
     def __init__(self, port: int, *, reads: bool = True) -> None:
@@ -114,6 +115,10 @@ class Connection:
             stream.unsent += _prefix.pack(0, len(message)) + message
             self._send_unsent(number, stream)
         self._write()
+
+    def stuck(self, number: int) -> bool:
+        """Whether the windows hold messages of the stream back."""
+        return number in self._streams and bool(self._streams[number].unsent)
 
     def _send_unsent(self, number: int, stream: _Stream) -> None:
         while size := min(len(stream.unsent), MAX_FRAME, self._window, stream.window):

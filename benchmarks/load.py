@@ -10,6 +10,7 @@ scenario does not let it refuse.
 import gc
 import heapq
 import json
+import random
 import select
 import sys
 import time
@@ -31,6 +32,8 @@ from .tracks import Tracks
 STREAM, PREDICT = "/tenuto.v1.Tenuto/Stream", "/tenuto.v1.Tenuto/Predict"
 SETUP_SECONDS = 60
 LONGEST_WAIT_SECONDS = 0.1
+PHASES_SEED = 0  # when in their period paced groups begin
+FULL = ("POOL_FULL", "OVERLOADED")  # what a party that ramps may be told
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +197,11 @@ class Crowd:
             gap = self.party.ramp_seconds / len(self.all)
             self.unopened.extend((now + gap * i, stream) for i, stream in enumerate(self.all))
             return
-        groups = [(stream, group) for stream in self.all for group in stream.groups]
-        for place, (stream, group) in enumerate(groups):
-            group.due = now + self.period * place / len(groups)
-            self._send_or_wait(stream, group, now)
+        phases = random.Random(PHASES_SEED)
+        for stream in self.all:
+            for group in stream.groups:
+                group.due = now + self.period * phases.random()
+                self._send_or_wait(stream, group, now)
 
     def next_due(self) -> float:
         """When there is something to do without a reply, perf_counter seconds."""
@@ -217,7 +221,7 @@ class Crowd:
         file = connection.fileno()
         for number, message in connection.receive():
             stream = self.streams.get((file, number))
-            if stream is None:  # a visit's Closed
+            if stream is None or not self.party.reads:  # a visit's Closed
                 continue
             if self.party.unary:
                 self._take_image(stream, message)
@@ -241,7 +245,7 @@ class Crowd:
                     group = stream.group_of[reply.sequence]
                     group.due = now
                     self._send_or_wait(stream, group, now)
-            elif kind == "failed" and self.party.ramp_seconds:
+            elif kind == "failed" and self.party.ramp_seconds and reply.failed.reason in FULL:
                 self.refused += 1
             elif kind != "checkpoint":
                 raise RuntimeError(f"sequence {reply.sequence} ended: {reply}")
@@ -276,7 +280,7 @@ class Crowd:
             self.checked += 1
 
     def _send_or_wait(self, stream: Stream, group: Group, now: float) -> None:
-        if group.due > now:
+        if group.due > now or not self.party.reads:
             heapq.heappush(self.later, (group.due, id(group), stream, group))
         else:
             self._send(stream, group, now)
@@ -285,8 +289,18 @@ class Crowd:
         group.since = group.due if self.period else now
         group.due += self.period
         stream.send(group)
-        if not self.party.reads:
+        if not self.party.reads:  # the next one does not wait for an answer
             self._send_or_wait(stream, group, now)
+
+    def _count_overdue(self, now: float) -> None:
+        """What a server that stalls at the end of the window has not answered yet."""
+        if not self.period or not self.party.reads:
+            return
+        for group in [group for stream in self.all for group in stream.groups]:
+            waiting = now - (group.since if group.unanswered else group.due)
+            if group.due and waiting > self.period:
+                self.latencies.append(waiting)
+                self.late += 1
 
     def forget(self) -> None:
         """The warm-up does not count."""
@@ -297,6 +311,7 @@ class Crowd:
                 group.messages = 0
 
     def seen(self) -> Seen:
+        self._count_overdue(time.perf_counter())
         latencies = sorted(self.latencies) or [0.0]
         served = [group.messages for stream in self.all for group in stream.groups]
         return Seen(
@@ -309,6 +324,7 @@ class Crowd:
             late=self.late,
             opened=self.opened,
             refused=self.refused,
+            held=sum(stream.connection.stuck(stream.number) for stream in self.all),
         )
 
 
@@ -321,7 +337,6 @@ class Load:
             connection.fileno(): (crowd, connection)
             for crowd in self.crowds
             for connection in crowd.connections
-            if crowd.party.reads
         }
         self.files = list(self.readable)
 

@@ -69,10 +69,11 @@ class BatchingServicer(TenutoServicer):
         """Runs batches until nothing waits."""
         loop = asyncio.get_running_loop()
         while self.waiting:
-            size, ready = self.waiting.popitem()
+            size = next(iter(self.waiting))
+            ready = self.waiting.pop(size)
             batch, rest = ready[:MAX_BATCH], ready[MAX_BATCH:]
             if rest:
-                self.waiting = {size: rest, **self.waiting}
+                self.waiting[size] = rest + self.waiting.pop(size, [])
             rows = await loop.run_in_executor(self.thread, self.run, batch)
             for work, y in zip(batch, rows, strict=True):
                 if not work.y.done():  # its stream may have been cancelled meanwhile

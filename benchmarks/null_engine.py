@@ -4,6 +4,7 @@ It shows what the transport and the messages cost; the rest of what the whole se
 engine's. Its frames are as long as what came in, so that its replies have the size of the others'.
 """
 
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -13,13 +14,19 @@ os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")  # as in our
 
 import grpc
 
+from tenuto.serving import reply as wire
 from tenuto.serving.call import Call
+from tenuto.serving.manifest import Manifest
+from tenuto.serving.sequence import Opened, Output
 from tenuto.serving.transport import StreamMethod
 from tenuto.v1 import tenuto_pb2 as pb
 
+from . import model
 from .model import OUTPUTS
 
 FLOAT_BYTES = 4
+OPENED = Opened(id="", version=1, next_step=1, window=4)
+WRITER = wire.OutputWriter(Manifest.parse(json.dumps(model.manifest()), model.NAME))
 MAX_STREAMS = 10_000
 
 
@@ -31,7 +38,8 @@ class Zeros:
 
     def received(self, message: bytes) -> None:
         replies = [reply(event) for event in pb.StreamRequest.FromString(message).events]
-        self._call.send(pb.StreamResponse(replies=replies).SerializeToString())
+        for joined in wire.joined(replies):
+            self._call.send(joined)
 
     def half_closed(self) -> None:
         self._call.finish()
@@ -43,16 +51,12 @@ class Zeros:
         return False
 
 
-def reply(event: pb.Event) -> pb.Reply:
+def reply(event: pb.Event) -> bytes:
     if event.HasField("open"):
-        opened = pb.Opened(version=1, next_step=1, window=4)
-        return pb.Reply(sequence=event.sequence, opened=opened)
+        return wire.opened(event.sequence, OPENED)
     frames = event.chunk.inputs[0].shape[0]
-    data = bytes(frames * OUTPUTS * FLOAT_BYTES)
-    tensor = pb.Tensor(name="y", dtype="float32", shape=[frames, OUTPUTS], data=data)
-    timing = pb.Timing(queue_us=1, compute_us=1, batch_size=1)
-    output = pb.Output(step=event.chunk.step, last=True, outputs=[tensor], timing=timing)
-    return pb.Reply(sequence=event.sequence, output=output)
+    tensors = (((frames, OUTPUTS), bytes(frames * OUTPUTS * FLOAT_BYTES)),)
+    return WRITER.write(event.sequence, Output(event.chunk.step, 0, True, tensors, 0.0, 0.0, 1))
 
 
 def serve() -> None:

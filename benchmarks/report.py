@@ -71,6 +71,8 @@ def _extra(name: str) -> list[tuple[str, Figure]]:
         ]
     if name == suites.FAIRNESS:
         return [("least / most served", lambda m: m.first.least / m.first.most)]
+    if name == suites.SLOW:
+        return [("streams held", second(lambda s: s.held))]
     if name == suites.MIXED:
         return [("images/s", lambda m: m.parties[1].messages / m.seconds)]
     if name == suites.OVERLOAD:
@@ -147,11 +149,16 @@ def text(rounds: list[Taken], verdicts: list[Verdict], first_line: str) -> str:
 
 def write(page: Path, body: str) -> None:
     """Puts `body` between the two marks of the page."""
+    check(page)
     before, _, rest = page.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{page} has no {BEGIN!r} … {END!r}")
+    _, _, after = rest.partition(END)
     page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+
+
+def check(page: Path) -> None:
+    """Ends the program if the page is not there, or has no place for figures."""
+    if not page.exists() or END not in page.read_text().partition(BEGIN)[2]:
+        raise SystemExit(f"{page} is not there, or has no {BEGIN!r} … {END!r}")
 
 
 def as_json(rounds: list[Taken], verdicts: list[Verdict], settings: dict[str, object]) -> dict[str, object]:

@@ -27,7 +27,7 @@ class Party:
     ramp_seconds: float = 0.0  # the streams open over that time, within the run, and may be refused
     visits: bool = False  # a new stream for each message: opened, one chunk, first reply, half-closed
     unary: bool = False  # Predict, one image a call
-    reads: bool = True  # False: sends as far as the windows allow and never takes a reply
+    reads: bool = True  # False: never gives way for replies, and sends for as long as the server reads
     channels: int = CHANNELS
 
     def __post_init__(self) -> None:
@@ -68,6 +68,7 @@ class Seen:
     late: int = 0  # messages answered later than a period after they were due
     opened: int = 0  # sequences, since the run began
     refused: int = 0
+    held: int = 0  # streams that the server has stopped to read, at the end
 
 
 @dataclass(frozen=True, slots=True)

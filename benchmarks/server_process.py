@@ -19,6 +19,7 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 # No setting is tuned for speed; two make room, for 10,000 live sequences and 64 unary callers.
 ROOM = ("--max-sequences", "16384", "--max-predicts", "64")
+EXPERIMENTS = "-event_engine_listener"  # our default, for the baselines as well
 SERVE = ("--port", "0", "--metrics-port", "0", "--log-level", "warning", *ROOM)
 
 
@@ -39,7 +40,8 @@ class ServerProcess:
     def __init__(self, name: str, repository: Repository) -> None:
         self.name = name
         words = command(name, repository)
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, bufsize=1)
+        environment = {"GRPC_EXPERIMENTS": EXPERIMENTS, **os.environ}
+        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment)
         try:
             self.port = self._ready()
         except BaseException:

@@ -2,8 +2,9 @@
 
 python -m benchmarks.soak [--minutes 30]
 
-Streams come and go, others stay, images flow and clients vanish in mid-stream, all at a pace that the
-server keeps up with. Prints a line a minute, and at the end the last third against the middle one.
+Some streams stay for the whole run. Others come and go, images flow, and every few seconds all of these
+vanish in mid-stream and come anew; the pace is one that the server keeps up with. Prints a line a minute,
+and at the end the last third against the middle one.
 """
 
 import argparse
@@ -32,8 +33,12 @@ PARTIES = (
     Party(8, 1, tracks="images", messages_per_second=200.0),
     Party(4, 1, tracks="images", unary=True, messages_per_second=40.0),
     Party(8, 5, tracks="ragged", sequences_per_group=8, chunks_per_message=8, messages_per_second=80.0),
-    Party(4, 1, messages_per_second=200.0, reads=False),  # and these vanish without a word
+    Party(4, 10, messages_per_second=400.0, reads=False),
 )
+STAYING = (Party(32, 1, messages_per_second=200.0),)
+
+
+Load = subprocess.Popen[str]
 
 
 def main() -> None:
@@ -44,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="tenuto-soak-") as name:
         folder = Path(name)
         repository = model.write_repository(folder / "repository")
-        for party in PARTIES:
+        for party in (*PARTIES, *STAYING):
             recording.record(party, repository, folder)
         with ServerProcess("tenuto", repository) as server:
             print(verdict(soak(server, folder, 60 * options.minutes)))
@@ -55,23 +60,20 @@ def soak(server: ServerProcess, folder: Path, seconds: float) -> list[tuple[floa
     samples: list[tuple[float, int, int]] = []
     messages = checked = 0
     began = time.monotonic()
+    staying = start(server, folder, seconds, STAYING)
     for number in itertools.count():
         left = began + seconds - time.monotonic()
         if left <= 0:
+            finish(staying)
             return samples
-        job = Job(server.pid, server.port, str(folder), True, 0.0, min(VISIT_SECONDS, left), PARTIES)
-        words = [sys.executable, "-m", "benchmarks.load", json.dumps(asdict(job))]
-        load = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        load = start(server, folder, min(VISIT_SECONDS, left), PARTIES)
         while load.poll() is None:
             try:
                 load.wait(SAMPLE_SECONDS)
             except subprocess.TimeoutExpired:
                 at = time.monotonic() - began
                 samples.append((at, resident_bytes(server.pid), open_files(server.pid)))
-        output, _ = load.communicate()
-        if load.returncode:
-            raise SystemExit("the load ended with an error")
-        found = Measurement.parse(json.loads(output))
+        found = finish(load)
         messages += sum(seen.messages for seen in found.parties)
         checked += found.checked
         if samples and number % 4 == 0:
@@ -79,6 +81,19 @@ def soak(server: ServerProcess, folder: Path, seconds: float) -> list[tuple[floa
             told = f"{at:6.0f} s: {nbytes / 2**20:.1f} MiB, {files} files, {messages:,} messages"
             print(f"{told}, {checked:,} compared", flush=True)
     raise AssertionError("unreachable")
+
+
+def start(server: ServerProcess, folder: Path, seconds: float, parties: tuple[Party, ...]) -> Load:
+    job = Job(server.pid, server.port, str(folder), True, 0.0, seconds, parties)
+    words = [sys.executable, "-m", "benchmarks.load", json.dumps(asdict(job))]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+
+
+def finish(load: Load) -> Measurement:
+    output, _ = load.communicate()
+    if load.returncode:
+        raise SystemExit("a load ended with an error")
+    return Measurement.parse(json.loads(output))
 
 
 def open_files(pid: int) -> int:

@@ -27,7 +27,7 @@ ONE_ALONE, TEN_NULL = "64 sequences, 1 chunk a message", "640 sequences, 10 chun
 
 NEWCOMERS = "256 streams flat out, and newcomers"
 FAIRNESS = "256 streams flat out, how evenly"
-HALF = "256 paced streams at half of the capacity"
+HALF = "256 paced streams at half of tenuto's capacity"
 IMAGES, IMAGE_STREAM, IMAGE_UNARY = "images, one a message", "64 streams", "64 unary callers"
 RAGGED = "chunks of 1 to 10 frames, 64 streams"
 CHANNELS = "64 streams on 1, 16 and 64 connections"
@@ -155,8 +155,8 @@ def mixed(_: Settings) -> list[list[Case]]:
 
 
 def slow(_: Settings) -> list[list[Case]]:
-    lazy = Party(32, 1, messages_per_second=3_200.0, reads=False)
-    return [[one(SLOW, "none", OURS, BUSY), one(SLOW, "32 that never read", OURS, BUSY, lazy)]]
+    lazy = Party(16, 10, messages_per_second=8_000.0, reads=False, channels=16)
+    return [[one(SLOW, "none", OURS, BUSY), one(SLOW, "16 that never read", OURS, BUSY, lazy)]]
 
 
 def overload(settings: Settings) -> list[list[Case]]:

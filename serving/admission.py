@@ -35,7 +35,7 @@ class Admission:
 
     def end(self, now: float, paced: int, late: int) -> None:
         """The turn is done. The counts are those since the start: chunks answered that have a declared
-        period; and how often one came, or was answered, later than that."""
+        period; and those of them that came, or were answered, later than that."""
         self._busy += now - self._turn
         self._turn = 0.0
         self._paced, self._late = paced, late
@@ -70,6 +70,6 @@ class Admission:
             return
         self._last_busy = self._busy / elapsed
         paced, late = self._paced - self._paced_before, self._late - self._late_before
-        self._last_late = min(1.0, late / paced) if paced else 0.0
+        self._last_late = late / paced if paced else 0.0
         self._began, self._busy = now, 0.0
         self._paced_before, self._late_before = self._paced, self._late

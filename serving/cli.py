@@ -66,8 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 1
-    # Between engines and the threads of unary calls the interpreter's 5 ms are longer than most runs: with 16
-    # unary callers flat out the paced streams beside them waited half as long again, and p99 was double.
+    # Between engines and the threads of unary calls the interpreter's 5 ms are longer than most runs, and
+    # paced streams wait for them: see docs/decisions.md.
     sys.setswitchinterval(SWITCH_SECONDS)
     server.catch_signals()
     server.start()

@@ -102,7 +102,8 @@ class Engine:
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._admission = Admission(clock())
-        self._paced = 0  # chunks answered that have a declared period
+        self._paced = self._late = 0  # chunks answered that have a declared period; and later than that
+        self._turn_seconds = 0.0  # the last turn that ran a batch
         self.metrics.busy_ratio = lambda: self._admission.busy_ratio(self._clock())
         self._draining = False
         self._stopped = False
@@ -174,20 +175,23 @@ class Engine:
         first = self._wait() if wait and not self._scheduler else None
         now = self._clock()
         self._admission.begin(now)
-        if first:
-            command, subject, value = first
-            command(subject, value)
-        # Only what is there now: a flood of commands must not keep the batches waiting.
-        for _ in range(self._inbox.qsize()):
-            command, subject, value = self._inbox.get_nowait()
-            command(subject, value)
-        self._expire(now)
-        self._deliver()  # what needs no batch does not wait for one
-        ran = self.step()
-        self._deliver()
-        late = self.metrics.deadline_misses + self.metrics.late_arrivals
-        self._admission.end(self._clock(), self._paced, late)
-        return ran
+        try:
+            if first:
+                command, subject, value = first
+                command(subject, value)
+            # Only what is there now: a flood of commands must not keep the batches waiting.
+            for _ in range(self._inbox.qsize()):
+                command, subject, value = self._inbox.get_nowait()
+                command(subject, value)
+            self._expire(now)
+            self._deliver()  # what needs no batch does not wait for one
+            ran = self.step()
+            self._deliver()
+            if ran:
+                self._turn_seconds = self._clock() - now
+            return ran
+        finally:
+            self._admission.end(self._clock(), self._paced, self._late)
 
     def _wait(self) -> Command | None:
         """The next command, or nothing once a sequence may have been silent for too long."""
@@ -320,7 +324,10 @@ class Engine:
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
+            # No answer comes sooner than the turn in progress and its own, whatever period was declared.
+            waited = lag > 0 and now - chunk.arrived > 2 * self._turn_seconds
             self._paced += 1
+            self._late += waited or chunk.came_late
             self.metrics.chunk_lag.add(max(lag, 0.0))
             self.metrics.deadline_misses += lag > 0
 
@@ -386,8 +393,9 @@ class Engine:
             sequence.pending.append(Ending.WINDOW_EXCEEDED)
         else:
             sequence.accepted = chunk.step
-            if sequence.period_seconds:
-                self.metrics.late_arrivals += sequence.falls_behind(chunk.arrived)
+            if sequence.period_seconds and sequence.falls_behind(chunk.arrived):
+                chunk.came_late = True
+                self.metrics.late_arrivals += 1
             self._enqueue(sequence, chunk)
 
     def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:

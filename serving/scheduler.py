@@ -1,8 +1,8 @@
 """Decides which ready sequences form the next batch. A plain data structure: no threads, no clock.
 
 One order: due = arrival + period, fixed at arrival, so that declared cadences come first and nothing
-starves: a sequence's due time stands still while every later arrival's moves on. Of a chunk of several turns
-the second is due a period after the first, and so on.
+starves: a sequence's due time stands still while every later arrival's moves on. The turns of a longer chunk
+are due one after the other: within its period if that is declared, else one every 200 ms.
 
 The bound: each batch holds the most urgent turn. So a chunk is done within as many batches as there are turns
 due no later than its last one (or than those before it in its sequence), whoever fits beside them, and
@@ -53,11 +53,21 @@ class Scheduler:
         chunk = sequence.pending[0]
         assert isinstance(chunk, Chunk) and chunk.frames > 0 and not sequence.scheduled
         sequence.scheduled = True
-        # Each turn of a long chunk is due one patience after the one before: a short turn beside a long one
-        # is padding, and a bulk client would hold all others to a row or two a batch. Rows need no padding.
-        turn = 1 if self._stateless else 1 + len(chunk.parts)
-        due = chunk.arrived + turn * sequence.patience_seconds
+        due = chunk.arrived + self._place(sequence, chunk) * sequence.patience_seconds
         heapq.heappush(self._ready, (due, sequence.number, sequence))
+
+    def _place(self, sequence: Sequence, chunk: Chunk) -> float:
+        """When the chunk's next turn is due, in periods after its arrival.
+
+        Beside a long turn a short one is padding, so a long chunk whose turns were all due at once would hold
+        all others to a row or two a batch. A declared period is shared out among them; without one, each has
+        its own. Rows of a stateless model need no padding.
+        """
+        done = len(chunk.parts)
+        if self._stateless or (not done and chunk.frames <= self._frames):
+            return 1
+        left = -(-chunk.frames // self._frames)
+        return (done + 1) / (done + left) if sequence.period_seconds else done + 1
 
     def schedule(self) -> Batch:
         """The next batch, empty if nothing is ready. Takes all that fits, and never waits for more."""

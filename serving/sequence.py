@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import math
 import secrets
 from collections import deque
 from collections.abc import Mapping
@@ -61,6 +62,7 @@ class Chunk:
     frames: int = -1  # frames still to run; -1: not begun
     compute: float = 0.0  # seconds inside the model
     parts: tuple[tuple[bytes, ...], ...] = ()  # per turn, per output
+    came_late: bool = False  # by its sequence's clock of periods
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +210,7 @@ class Sequence:
         self.constants = tuple(sorted((constants or {}).items()))
         self.slot = -1
         self.begun = now
-        self.expected = now  # when the last chunk was due to come, by the declared period
+        self.expected = -math.inf  # when the last chunk was due to come, by the declared period
         self.heard = now  # when the last chunk was accepted, monotonic seconds
         self.accepted = 0  # the last step accepted
         self.answered = 0  # the last step answered
@@ -232,15 +234,15 @@ class Sequence:
     def falls_behind(self, arrived: float) -> bool:
         """Whether the next chunk, which came at that time, came more than a period late.
 
-        By a clock that goes on a period a chunk, and is set anew where the client paused or is ahead. That is
-        how a server sees that it reads too slowly: what it has not read has not arrived.
+        By a clock that goes on a period a chunk, and is set anew where the client is late, paused or ahead.
+        That is how a server sees that it reads too slowly: what it has not read has not arrived.
         """
         self.expected += self.period_seconds
         behind = arrived - self.expected
-        if not 0 <= behind <= _PAUSE_PERIODS * self.period_seconds:
-            self.expected = arrived
+        if 0 <= behind <= self.period_seconds:
             return False
-        return behind > self.period_seconds
+        self.expected = arrived  # or a client whose clock is a hundredth slow would be late for ever
+        return 0 < behind <= _PAUSE_PERIODS * self.period_seconds
 
     @property
     def closing(self) -> bool:

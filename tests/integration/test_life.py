@@ -417,6 +417,7 @@ def test_a_server_that_answers_too_late_refuses_newcomers_alone(tmp_path: Path, 
         assert number(metrics_text(server), "tenuto_engine_busy_ratio", model="accumulator") == 1.0
         conversation.send(chunk(2, [1.0], sequence=1))
         assert conversation.values(2) == [2.0]
+        wait_for(lambda: not engine._admission._turn, "the end of the turn")
         now += 50.0
         conversation.send(opening("accumulator", 2))
         conversation.opened()

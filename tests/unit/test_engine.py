@@ -751,10 +751,21 @@ class Slow(Accumulator):
         return super().run(feeds)
 
 
-def create_slow(seconds: float, *, max_sequences: int = 64) -> Bench:
+def create_slow(seconds: float) -> Bench:
+    """An engine that runs one row at a time, each for so long."""
     runner = Slow(seconds)
-    bench = runner.bench = Bench(runner=runner, max_sequences=max_sequences)
+    bench = runner.bench = Bench(accumulator(max_batch=1), runner, max_sequences=64)
     return bench
+
+
+def overload(bench: Bench) -> list[Sequence]:
+    """Four sequences that ask for 0.3 s and of which the last is answered after a second."""
+    four = [bench.open(period_seconds=0.3) for _ in range(4)]
+    bench.settle()
+    for sequence in four:
+        bench.send(sequence, 1, [1])
+    bench.settle()
+    return four
 
 
 def run_for(bench: Bench, sequence: Sequence, chunks: int, idle: float = 0.0) -> None:
@@ -775,8 +786,7 @@ def open_one(bench: Bench) -> Ending | TenutoError | None:
 
 def test_an_engine_that_answers_too_late_refuses_newcomers_and_goes_on_with_the_others() -> None:
     bench = create_slow(0.25)
-    paced = bench.open(period_seconds=0.1)
-    run_for(bench, paced, 4)  # one second
+    four = overload(bench)
     for period in (0.0, 0.1, 10.0):
         newcomer = bench.open(period_seconds=period)
         bench.send(newcomer, 1, [1])
@@ -785,49 +795,59 @@ def test_an_engine_that_answers_too_late_refuses_newcomers_and_goes_on_with_the_
         assert isinstance(error, Overloaded)
         assert error.retry_after_ms == 1000
         assert str(error) == (
-            "accumulator/3 was busy for 100% of the last second, and 100% of the chunks that have a period "
+            "accumulator/3 was busy for 100% of the last second, and 50% of the chunks that have a period "
             "came or were answered later than that; retry, or go to another server"
         )
         assert bench.outputs(newcomer) == []
     m = bench.engine.metrics
     assert m.rejected == {"OVERLOADED": 3}
-    assert (m.sequences_started, m.slots_used, m.busy_ratio()) == (1, 1, 1.0)
-    run_for(bench, paced, 4)
-    assert bench.outputs(paced) == [[n] for n in range(1, 9)]
+    assert (m.sequences_started, m.slots_used, m.busy_ratio()) == (4, 4, 1.0)
+    run_for(bench, four[0], 4)
+    assert bench.outputs(four[0]) == [[n] for n in range(1, 6)]
     bench.check_at_rest()
 
 
 def test_chunks_that_come_late_are_counted_and_count() -> None:
     """Answered in time: the server was too busy to read them."""
     bench = create_slow(0.25)
-    paced = bench.open(period_seconds=0.25)
-    for step in range(1, 9):
-        bench.send(paced, step, [1])
-        bench.settle()  # 0.25 s
-        bench.now += 0.02  # less than a tenth of the time idle
+    paced = [bench.open(period_seconds=0.3) for _ in range(2)]
+    others = bench.open()
+    for _ in range(4):  # each has its turn after 0.75 s instead of 0.3
+        for sequence in [*paced, others]:
+            run_for(bench, sequence, 1)
     m = bench.engine.metrics
-    assert m.deadline_misses == m.late_arrivals == 0
-    for step in range(9, 13):
-        bench.send(paced, step, [1])
-        bench.settle()
-        bench.now += 0.25
+    assert m.deadline_misses == 0
     assert m.late_arrivals > 0
-    bench.check_at_rest()
+    assert isinstance(open_one(bench), Overloaded)
+
+
+def test_a_late_chunk_counts_once() -> None:
+    """It came late and was answered late: one of the four of that second."""
+    bench = create_slow(0.25)
+    run_for(bench, bench.open(), 1)
+    four = overload(bench)
+    assert bench.engine._late == 2
+    bench.now += 0.4
+    for sequence in four:
+        bench.send(sequence, 2, [1])
+    bench.settle()
+    assert (bench.engine._paced, bench.engine._late) == (8, 6)
+    assert bench.engine.metrics.late_arrivals == 4
 
 
 def test_newcomers_come_in_again_once_the_answers_are_in_time() -> None:
     bench = create_slow(0.25)
-    paced, late = bench.open(period_seconds=0.5), bench.open(period_seconds=0.1)
-    run_for(bench, late, 4)
+    paced = bench.open(period_seconds=0.3)
+    overload(bench)
     assert isinstance(open_one(bench), Overloaded)
-    run_for(bench, paced, 4)  # as busy as before
+    run_for(bench, paced, 5)  # as busy as before
     assert open_one(bench) is Ending.END
     assert bench.engine.metrics.busy_ratio() == 1.0
 
 
 def test_newcomers_come_in_again_once_the_engine_had_nothing_to_do() -> None:
     bench = create_slow(0.25)
-    run_for(bench, bench.open(period_seconds=0.1), 4)
+    overload(bench)
     bench.now += 0.75
     assert isinstance(open_one(bench), Overloaded)
     bench.now += 0.25
@@ -840,6 +860,19 @@ def test_an_absurd_period_locks_nobody_out_of_an_engine_that_has_time_left() -> 
     run_for(bench, absurd, 4, idle=0.25)
     assert bench.engine.metrics.deadline_misses == 4
     assert bench.engine.metrics.busy_ratio() == 0.6  # three runs in 1.25 s
+    assert open_one(bench) is Ending.END
+
+
+def test_an_absurd_period_locks_nobody_out_of_an_engine_that_is_busy_for_others() -> None:
+    """No answer comes sooner than the turn in progress and its own."""
+    bench = create_slow(0.25)
+    absurd, other = bench.open(period_seconds=0.001), bench.open()
+    run_for(bench, other, 1)
+    for _ in range(4):
+        bench.send(absurd, absurd.accepted + 1, [1])
+        run_for(bench, other, 1)
+    assert bench.engine.metrics.busy_ratio() == 1.0
+    assert bench.engine.metrics.deadline_misses == 4
     assert open_one(bench) is Ending.END
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def test_a_message_filled_again_is_as_if_made_afresh() -> None:
         assert pb.StreamResponse.FromString(writer.write(key, one)) == afresh(key, one)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_writer_does_not_keep_what_it_wrote() -> None:
     """A protobuf message keeps all that was ever assigned to it: 256 MiB here, but for the renewals."""
     writer = OutputWriter(accumulator())

@@ -274,7 +274,10 @@ class World:
         chunk = Chunk(len(self.turns), (), self.now, 0, frames=frames)
         patience = min(sequence.period_seconds or 0.2, 1.0)
         # The rows of a stateless request are due at once.
-        places = [1 if self.stateless else 1 + n for n in range(-(-frames // self.turn_frames))]
+        turns = -(-frames // self.turn_frames)
+        places = [1.0 if self.stateless else 1 + n for n in range(turns)]
+        if sequence.period_seconds and not self.stateless:
+            places = [(1 + n) / turns for n in range(turns)]
         keys = [Key(self.now + place * patience, sequence.number, chunk.step) for place in places]
         self.turns[chunk] = keys
         before = [self.last[other] for other in sequence.pending if isinstance(other, Chunk)]
@@ -409,7 +412,7 @@ def test_a_flood_that_never_ends_holds_nobody_up_for_ever(
     waits = world.send(world.open(period, gain), frames)
     turns = sum(-(-n // world.turn_frames) for _, n in flood)
     own = len(world.turns[waits])
-    waited = 1 if world.stateless else own
+    waited = 1 if world.stateless or period else own
     before_due = math.ceil(waited * min(period or 0.2, 1.0) / TICK)  # ticks; what comes later is due later
     while waits in world.undone:
         for own_gain, n in flood:
@@ -432,3 +435,17 @@ def test_a_long_overdue_chunk_does_not_hold_short_ones_to_a_row_a_batch() -> Non
         served += [s for s in members(batch) if s not in bulk]
         batches += 1
     assert batches <= 3
+
+
+def test_a_long_chunk_with_a_declared_period_is_done_in_it_beside_a_flood() -> None:
+    """Four turns a second, as its client said it would need; the others ask for all that is left."""
+    scheduler = create_scheduler(max_batch=4, max_frames=32)
+    (paced,) = create_sequences(1, frames=128, period=1.0)
+    add(scheduler, [paced])
+    now, chunk = 0.0, paced.pending[0]
+    assert isinstance(chunk, Chunk)
+    while chunk.frames:
+        now += 0.01
+        add(scheduler, create_sequences(4, arrived=now))
+        run(scheduler, scheduler.schedule())
+    assert now <= 1.0

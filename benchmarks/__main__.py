@@ -28,7 +28,7 @@ WARMUP_SECONDS = 0.3
 BARE_SECONDS = 0.5
 FAIRNESS_SECONDS = 3.0
 PACED_SECONDS = 3.0  # 150 messages of the one stream
-SLOW_SECONDS = 2.0  # until those that never read have filled their outboxes
+SLOW_SECONDS = 3.5  # those that never read are read no more after 1.4, when their outboxes are full
 OVERLOADED_SECONDS = 3.0  # until a server forgets that it refused newcomers
 CALIBRATION = Party(256, 1)
 

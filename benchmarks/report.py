@@ -71,8 +71,6 @@ def _extra(name: str) -> list[tuple[str, Figure]]:
         ]
     if name == suites.FAIRNESS:
         return [("least / most served", lambda m: m.first.least / m.first.most)]
-    if name == suites.SLOW:
-        return [("streams held", second(lambda s: s.held))]
     if name == suites.MIXED:
         return [("images/s", lambda m: m.parties[1].messages / m.seconds)]
     if name == suites.OVERLOAD:

@@ -155,7 +155,8 @@ def mixed(_: Settings) -> list[list[Case]]:
 
 
 def slow(_: Settings) -> list[list[Case]]:
-    lazy = Party(16, 10, messages_per_second=8_000.0, reads=False, channels=16)
+    # Slow enough to keep to the window of 4 unanswered chunks, with replies of 1.6 KB.
+    lazy = Party(16, 32, messages_per_second=2_400.0, reads=False, channels=16)
     return [[one(SLOW, "none", OURS, BUSY), one(SLOW, "16 that never read", OURS, BUSY, lazy)]]
 
 

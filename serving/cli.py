@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from .config import ServerConfig, flag_of, variable_of
 from .errors import TenutoError
 
-SWITCH_SECONDS = 0.001
-
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -66,9 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 1
-    # Between engines and the threads of unary calls the interpreter's 5 ms are longer than most runs, and
-    # paced streams wait for them: see docs/decisions.md.
-    sys.setswitchinterval(SWITCH_SECONDS)
     server.catch_signals()
     server.start()
     print(server.ready_line, flush=True)

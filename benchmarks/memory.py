@@ -16,6 +16,7 @@ SHARED_STREAMS = 10
 # Of the LSTM, in a pool that touches a page when a slot is first written.
 STATE_BYTES = len(model.STATES) * model.LAYERS * model.WIDTH * 4
 CONNECTIONS = 16
+WARMING = 50  # sequences on each of as many streams, before
 CHUNK = pb.Chunk(step=1, inputs=[pb.Tensor(dtype="float32", shape=[1, model.INPUTS], data=bytes(160))])
 
 
@@ -41,10 +42,11 @@ def measure(repository: model.Repository) -> dict[str, float]:
 
 
 def _grown(repository: model.Repository, use: Callable[[list[Connection]], None]) -> int:
-    """How much larger the server is after `use` than after one sequence."""
+    """How much larger the server is after `use` than before, bytes."""
     with ServerProcess("tenuto", repository) as server, ExitStack() as stack:
         connections = [stack.enter_context(closing(Connection(server.port))) for _ in range(CONNECTIONS)]
-        _streams(connections, CONNECTIONS, 1)
+        # What the first full batches and messages leave behind belongs to no sequence.
+        _streams(connections, CONNECTIONS, WARMING)
         before = resident_bytes(server.pid)
         use(connections)
         return resident_bytes(server.pid) - before

@@ -1,8 +1,8 @@
 """What is promised of the figures: the design's floor, and the goals above it.
 
-A line is a figure of one round; a verdict goes by its median over the rounds. Its limit is what the same
-round would give a server that costs no more than our transport without an engine and a bare
-`session.run`: the best that can be had with this gRPC and this ONNX Runtime from Python.
+A line is a figure of one round; a verdict goes by its median over the rounds. Its limit is the same figure
+of the same round for `least_engine`, the least that batches on our transport: the best that can be had with
+this gRPC and this ONNX Runtime from Python.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,11 @@ from typing import Self
 
 from . import suites
 from .scenario import Case, Measurement, Taken
-from .suites import AIO, BARE, BATCHER, NULL, OURS, THREADS
+from .suites import AIO, BARE, BATCHER, LEAST, NULL, OURS, THREADS
 
 Rows = dict[tuple[str, str], Measurement]  # table, row
 Cost = Callable[[Measurement], float]
+Figure = Callable[[Rows, str], float]  # of that server
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,11 @@ class Line:
     """A figure and its bounds; the floor is design §10's, where that has the line."""
 
     text: str
-    figure: Callable[[Rows], float]
+    figure: Figure
     goal: float
     at_least: bool
     floor: float | None = None
-    limit: Callable[[Rows], float] | None = None
+    limited: bool = False
 
     def keeps(self, value: float, bound: float) -> bool:
         return value >= bound if self.at_least else value <= bound
@@ -73,89 +74,91 @@ def rows_of(taken: Taken) -> Rows:
     return {(case.table, case.row): measurement for case, measurement in taken.items()}
 
 
-def ratio(table: str, over: str, under: str, cost: Cost = by_message) -> Callable[[Rows], float]:
-    return lambda rows: cost(rows[table, over]) / cost(rows[table, under])
+def ratio(table: str, over: str, under: str, cost: Cost = by_message) -> Figure:
+    """Of two servers; where one of them is ours, the figure's server stands in its place."""
+
+    def figure(rows: Rows, server: str) -> float:
+        top, bottom = (server if row == OURS else row for row in (over, under))
+        return cost(rows[table, top]) / cost(rows[table, bottom])
+
+    return figure
+
+
+def of_rows(table: str, over: str, under: str) -> Figure:
+    """Of two rows of our own server, by message."""
+    return lambda rows, _: rows[table, over].server_us / rows[table, under].server_us
 
 
 def against_peers(streams: int, frames: int) -> list[Line]:
     table, bare = suites.peers_table(streams, frames), suites.bare_table(frames)
 
-    row = suites.BARE_ROW if streams == 1 else suites.BARE_ROWS
+    def share(rows: Rows, server: str) -> float:
+        least = rows[table, NULL].server_us + rows[bare, suites.BARE_ROWS].server_us
+        return least / rows[table, server].server_us
 
-    def least(rows: Rows) -> float:
-        return rows[table, NULL].server_us + rows[bare, row].server_us
-
-    def line(text: str, over: str, under: str, goal: float, floor: float | None = None) -> Line:
-        def limit(rows: Rows) -> float:
-            if over == OURS:
-                return least(rows) / rows[table, under].server_us
-            return rows[table, over].server_us / least(rows)
-
-        return Line(f"{text}, {table}", ratio(table, over, under), goal, over != OURS, floor, limit)
+    def line(over: str, under: str, goal: float, floor: float | None = None) -> Line:
+        return Line(
+            f"{over} / {under}, {table}", ratio(table, over, under), goal, over != OURS, floor, limited=True
+        )
 
     if streams == 1:
-        lower = Line(f"tenuto / naive_aio, p50, {table}", ratio(table, OURS, AIO, p50), 1.0, at_least=False)
-        return [line("tenuto / naive_aio", OURS, AIO, 0.7), lower]
+        lower = ratio(table, OURS, AIO, p50)
+        text = f"tenuto / naive_aio, p50, {table}"
+        return [line(OURS, AIO, 0.7), Line(text, lower, 1.0, at_least=False, limited=True)]
     first = frames == 1
-    lines = [line("naive_aio / tenuto", AIO, OURS, 6.0 if first else 4.0, 4.0 if first else 2.5)]
+    lines = [line(AIO, OURS, 6.0 if first else 4.0, 4.0 if first else 2.5)]
     if first:
-        lines.append(line("naive_threads / tenuto", THREADS, OURS, 12.0))
-    lines.append(line("tenuto / micro_batcher", OURS, BATCHER, 0.45 if first else 0.6, 1.0))
-
-    def share(rows: Rows) -> float:
-        return least(rows) / rows[table, OURS].server_us
-
-    lines.append(Line(f"(null engine + bare session.run) / tenuto, {table}", share, 0.85, at_least=True))
-    return lines
+        lines.append(line(THREADS, OURS, 12.0))
+    lines.append(line(OURS, BATCHER, 0.45 if first else 0.6, 1.0))
+    text = f"(null engine + bare session.run) / tenuto, {table}"
+    return [*lines, Line(text, share, 0.85, at_least=True, limited=True)]
 
 
 def others() -> list[Line]:
-    def more_ms(rows: Rows) -> float:
+    def more_ms(rows: Rows, server: str) -> float:
         table = suites.ALONE_PACED
-        return p50(rows[table, OURS]) - p50(rows[table, BARE])
+        return p50(rows[table, server]) - p50(rows[table, BARE])
 
-    def newcomer(rows: Rows) -> float:
-        residents, visitors = rows[suites.NEWCOMERS, OURS].parties
+    def newcomer(rows: Rows, server: str) -> float:
+        residents, visitors = rows[suites.NEWCOMERS, server].parties
         return visitors.p99_ms / residents.p50_ms
 
-    def evenness(rows: Rows) -> float:
-        seen = rows[suites.FAIRNESS, OURS].first
+    def evenness(rows: Rows, server: str) -> float:
+        seen = rows[suites.FAIRNESS, server].first
         return seen.least / seen.most
 
-    def tail(rows: Rows) -> float:
-        seen = rows[suites.HALF, OURS].first
+    def tail(rows: Rows, server: str) -> float:
+        seen = rows[suites.HALF, server].first
         return seen.p99_ms / seen.p50_ms
 
-    def packed_limit(rows: Rows, one: str) -> float:
-        bare = rows[suites.bare_table(1), suites.BARE_ROWS].server_us
-        least = rows[suites.PACKED, suites.TEN_NULL].server_us_per_chunk + bare
-        return rows[suites.PACKED, one].server_us_per_chunk / least
+    def packing(one: str) -> Figure:
+        def figure(rows: Rows, server: str) -> float:
+            alone, ten = (rows[suites.PACKED, suites.packed_row(r, server)] for r in (one, suites.TEN_EACH))
+            return alone.server_us_per_chunk / ten.server_us_per_chunk
 
-    def paced_limit(rows: Rows) -> float:
-        return p50(rows[suites.ALONE_PACED, NULL])
+        return figure
 
-    live, packed = suites.LIVE, suites.PACKED
+    def lively(over: str, under: str) -> Line:
+        return Line(f"{over} / {under}", of_rows(suites.LIVE, over, under), 1.15, at_least=False, floor=1.3)
+
+    def packed(one: str) -> Line:
+        text = f"{one} / {suites.TEN_EACH}, a chunk"
+        return Line(text, packing(one), 5.0, at_least=True, floor=3.0, limited=True)
+
+    alone = f"p50 beyond a bare session.run in ms, {suites.ALONE_PACED}"
+    images = of_rows(suites.IMAGES, suites.IMAGE_STREAM, suites.IMAGE_UNARY)
     return [
-        Line(f"{suites.LIVE_IDLE} / {suites.LIVE_64}",
-             ratio(live, suites.LIVE_IDLE, suites.LIVE_64), 1.15, at_least=False, floor=1.3),
-        Line(f"{suites.LIVE_TURNS} / {suites.LIVE_64}",
-             ratio(live, suites.LIVE_TURNS, suites.LIVE_64), 1.15, at_least=False, floor=1.3),
-        Line(f"{suites.PACED_IDLE} / {suites.PACED_64}",
-             ratio(live, suites.PACED_IDLE, suites.PACED_64), 1.15, at_least=False, floor=1.3),
-        Line(f"{suites.ONE_EACH} / {suites.TEN_EACH}, a chunk",
-             ratio(packed, suites.ONE_EACH, suites.TEN_EACH, by_chunk), 5.0, at_least=True, floor=3.0,
-             limit=lambda rows: packed_limit(rows, suites.ONE_EACH)),
-        Line(f"{suites.ONE_ALONE} / {suites.TEN_EACH}, a chunk",
-             ratio(packed, suites.ONE_ALONE, suites.TEN_EACH, by_chunk), 5.0, at_least=True, floor=3.0,
-             limit=lambda rows: packed_limit(rows, suites.ONE_ALONE)),
+        lively(suites.LIVE_IDLE, suites.LIVE_64),
+        lively(suites.LIVE_TURNS, suites.LIVE_64),
+        lively(suites.PACED_IDLE, suites.PACED_64),
+        packed(suites.ONE_EACH),
+        packed(suites.ONE_ALONE),
         Line("first reply of a newcomer, p99 / the others' p50", newcomer, 2.0, at_least=False),
         Line("least / most served of 256 streams", evenness, 0.9, at_least=True),
-        Line(f"p50 beyond a bare session.run in ms, {suites.ALONE_PACED}", more_ms, 0.1, at_least=False,
-             limit=paced_limit),
+        Line(alone, more_ms, 0.1, at_least=False, limited=True),
         Line(f"p99 / p50, {suites.HALF}", tail, 4.0, at_least=False),
-        Line("images, streams / unary callers",
-             ratio(suites.IMAGES, suites.IMAGE_STREAM, suites.IMAGE_UNARY), 0.4, at_least=False),
-    ]  # fmt: skip
+        Line("images, streams / unary callers", images, 0.4, at_least=False),
+    ]
 
 
 def verdicts(rounds: list[Taken]) -> list[Verdict]:
@@ -171,9 +174,8 @@ def _is_peer(case: Case) -> bool:
 
 
 def _verdict(line: Line, rounds: list[Taken]) -> Verdict | None:
-    try:
-        found = Spread.of([line.figure(rows_of(taken)) for taken in rounds])
-    except KeyError:  # not measured in this run
+    found = _spread(line, rounds, OURS)
+    if found is None:
         return None
     word = "at least" if line.at_least else "at most"
     return Verdict(
@@ -183,15 +185,14 @@ def _verdict(line: Line, rounds: list[Taken]) -> Verdict | None:
         line.keeps(found.median, line.goal),
         "" if line.floor is None else f"{word} {line.floor:g}",
         line.floor is None or line.keeps(found.median, line.floor),
-        _limit(line, rounds),
+        _spread(line, rounds, LEAST) if line.limited else None,
     )
 
 
-def _limit(line: Line, rounds: list[Taken]) -> Spread | None:
-    if line.limit is None:
-        return None
+def _spread(line: Line, rounds: list[Taken], server: str) -> Spread | None:
+    """Nothing if a row that it takes was not measured in this run."""
     try:
-        return Spread.of([line.limit(rows_of(taken)) for taken in rounds])
+        return Spread.of([line.figure(rows_of(taken), server) for taken in rounds])
     except KeyError:
         return None
 

@@ -59,10 +59,9 @@ def reply(event: pb.Event) -> bytes:
     return WRITER.write(event.sequence, Output(event.chunk.step, 0, True, tensors, 0.0, 0.0, 1))
 
 
-def serve() -> None:
-    """Serves on a free port of 127.0.0.1, says which on stdout, until the process is ended."""
+def serve(method: StreamMethod) -> None:
+    """Serves `method` as tenuto.v1's Stream on a free port of 127.0.0.1, which it prints, until ended."""
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    method = StreamMethod(Zeros, mode="nonblocking", max_streams=MAX_STREAMS)
     handler = grpc.method_handlers_generic_handler("tenuto.v1.Tenuto", {"Stream": method.handler()})
     server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
@@ -72,4 +71,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(StreamMethod(Zeros, mode="nonblocking", max_streams=MAX_STREAMS))

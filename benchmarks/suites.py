@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 from .scenario import Case, Party
 
-OURS, NULL, BARE = "tenuto", "null", "bare"
+OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
 AIO, THREADS, BATCHER = "naive_aio", "naive_threads", "micro_batcher"
-SERVERS = (OURS, NULL, AIO, BATCHER, THREADS)
+SERVERS = (OURS, NULL, LEAST, AIO, BATCHER, THREADS)
 
 # Of the engine without a server: the largest batch of the model, and none.
 BARE_ROWS, BARE_ROW = "64 rows", "1 row"
@@ -23,7 +23,7 @@ PACE = 4_000.0  # messages per second: below what one core serves
 
 PACKED = "chunks in a message"
 ONE_EACH, TEN_EACH = "640 sequences, 1 chunk a message", "640 sequences, 10 chunks a message"
-ONE_ALONE, TEN_NULL = "64 sequences, 1 chunk a message", "640 sequences, 10 chunks a message, null engine"
+ONE_ALONE = "64 sequences, 1 chunk a message"
 
 NEWCOMERS = "256 streams flat out, and newcomers"
 FAIRNESS = "256 streams flat out, how evenly"
@@ -87,26 +87,28 @@ def live(_: Settings) -> list[list[Case]]:
     return [[one(LIVE, row, OURS, party) for row, party in rows.items()]]
 
 
-def packed(_: Settings) -> list[list[Case]]:
+def packed(settings: Settings) -> list[list[Case]]:
     """64 streams of 10 sequences, each with a chunk in flight; and of one, for comparison."""
-    ten = replace(BUSY, sequences_per_group=10, chunks_per_message=10)
-    return [
-        [
-            one(PACKED, ONE_EACH, OURS, replace(BUSY, groups_per_stream=10)),
-            one(PACKED, TEN_EACH, OURS, ten),
-            one(PACKED, ONE_ALONE, OURS, BUSY),
-            one(PACKED, TEN_NULL, NULL, ten),
-        ]
-    ]
+    rows = {
+        ONE_EACH: replace(BUSY, groups_per_stream=10),
+        TEN_EACH: replace(BUSY, sequences_per_group=10, chunks_per_message=10),
+        ONE_ALONE: BUSY,
+    }
+    servers = [s for s in settings.servers if s in (OURS, LEAST, NULL)]
+    return [[one(PACKED, packed_row(row, s), s, party) for s in servers for row, party in rows.items()]]
+
+
+def packed_row(row: str, server: str) -> str:
+    return row if server == OURS else f"{row}, {server}"
 
 
 def newcomers(settings: Settings) -> list[list[Case]]:
     visits = Party(4, 1, visits=True, messages_per_second=100.0, channels=4)
-    return [[one(NEWCOMERS, s, s, Party(256, 1), visits) for s in settings.servers if s != NULL]]
+    return [[one(NEWCOMERS, s, s, Party(256, 1), visits) for s in settings.servers if s not in (NULL, LEAST)]]
 
 
 def fairness(settings: Settings) -> list[list[Case]]:
-    return [[one(FAIRNESS, s, s, Party(256, 1)) for s in settings.servers if s != NULL]]
+    return [[one(FAIRNESS, s, s, Party(256, 1)) for s in settings.servers if s not in (NULL, LEAST)]]
 
 
 def paced(settings: Settings) -> list[list[Case]]:

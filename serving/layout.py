@@ -69,6 +69,8 @@ class Layout:
     def join(self, parts: tuple[tuple[bytes, ...], ...]) -> Tensors:
         """One chunk's outputs from the parts of its turns."""
         if len(parts) == 1:
+            if len(self._outputs) == 1:  # without a loop
+                return (self._outputs[0].tensor(parts[0][0]),)
             return tuple([o.tensor(data) for o, data in zip(self._outputs, parts[0], strict=True)])
         tensors = []
         for i, layout in enumerate(self._outputs if parts else ()):

@@ -61,17 +61,17 @@ def test_the_naive_server_must_cost_so_many_times_more(
     assert found.found.median == pytest.approx(naive)
 
 
-def test_a_limit_is_the_transport_and_the_bare_engine() -> None:
-    taken = peers(64, 1, tenuto=50.0, null=20.0, naive_aio=100.0, micro_batcher=80.0)
+def test_a_limit_is_the_same_figure_of_the_least_engine() -> None:
+    taken = peers(64, 1, tenuto=50.0, null=20.0, least_engine=40.0, naive_aio=100.0, micro_batcher=80.0)
     many, _ = suites.peers(SETTINGS)[0]
     taken[many] = measured(5.0)
-    against_naive = verdict(taken, "naive_aio / tenuto")
-    assert against_naive.limit is not None
-    assert against_naive.limit.median == pytest.approx(4.0)
-    against_batcher = verdict(taken, "tenuto / micro_batcher")
-    assert against_batcher.limit is not None
-    assert against_batcher.limit.median == pytest.approx(25 / 80)
-    assert verdict(taken, "(null engine").found.median == pytest.approx(0.5)
+    found = [verdict(taken, start) for start in ("naive_aio /", "tenuto / micro_batcher", "(null engine")]
+    assert [v.found.median for v in found] == pytest.approx([2.0, 50 / 80, 25 / 50])
+    assert [v.limit.median for v in found if v.limit] == pytest.approx([2.5, 40 / 80, 25 / 40])
+
+
+def test_a_line_has_no_limit_where_the_least_engine_was_not_measured() -> None:
+    assert verdict(peers(64, 1, tenuto=50.0, naive_aio=100.0), "naive_aio / tenuto").limit is None
 
 
 def test_one_stream_has_goals_of_its_own() -> None:
@@ -95,6 +95,7 @@ def test_chunks_in_one_message_are_compared_by_the_chunk() -> None:
     (table,) = suites.packed(SETTINGS)
     found = budgets.verdicts([table_of(table, dict.fromkeys([c.row for c in table], 30.0))])
     assert [v.found.median for v in found] == pytest.approx([10.0, 10.0])
+    assert [v.limit.median for v in found if v.limit] == pytest.approx([10.0, 10.0])
 
 
 def test_a_newcomer_is_compared_with_the_residents() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .engine import Engine
-from .errors import ModelNotReady, UnknownModel
+from .errors import ModelNotReady, TokenInvalid, UnknownModel
 from .manifest import Manifest
 from .reply import OutputWriter
+from .snapshot import Snapshot
 from .tensor import Reader
 
 
@@ -20,6 +21,7 @@ class Served:
     writer: OutputWriter  # its engine thread's
     provider: str
     sha256: str
+    fingerprint: str = ""  # of model.onnx and manifest.json
 
     @property
     def manifest(self) -> Manifest:
@@ -65,6 +67,16 @@ class Catalogue:
             )
         names = ", ".join(sorted(self._newest)) or "none"
         raise UnknownModel(f"no model {model!r} here; there is {names}")
+
+    def resume(self, snapshot: Snapshot) -> Served:
+        """The model version that goes on with the sequence.
+
+        Raises: UnknownModel, TokenInvalid.
+        """
+        served = self.find(snapshot.model)
+        if served.fingerprint != snapshot.fingerprint:
+            raise TokenInvalid(f"the resume token is of another version of {snapshot.model!r}")
+        return served
 
     @property
     def engines(self) -> list[Engine]:

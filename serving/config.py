@@ -63,6 +63,24 @@ class ServerConfig(BaseModel):
     drain_seconds: Annotated[
         SecondsOrZero, Field(description="live sequences have that long after SIGTERM")
     ] = 30.0
+    token_key_file: Annotated[
+        Path | None,
+        Field(description="keys of resume tokens, one a line, the first seals; read again when it changes"),
+    ] = None
+    token_seconds: Annotated[Seconds, Field(description="a resume token is good for that long")] = 86_400.0
+    max_token_bytes: Annotated[
+        Positive, Field(description="a model whose resume tokens are larger counts as large")
+    ] = 1 << 20
+    large_states: Annotated[
+        Literal["refuse", "rarer"],
+        Field(description="a large model is refused, or sends tokens as much rarer as it is larger"),
+    ] = "refuse"
+    checkpoint_every: Annotated[
+        int, Field(ge=0, le=1_000_000, description="chunks between two resume tokens; 0: only when asked")
+    ] = 50
+    resume_reserve: Annotated[
+        float, Field(ge=0, le=0.9, description="share of the sequences that only those that resume may take")
+    ] = 0.1
     vet_seconds: Annotated[Seconds, Field(description="the check of one model may take that long")] = 120.0
     vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (
         8 << 30

@@ -35,7 +35,19 @@ from .manifest import Manifest
 from .metrics import ModelMetrics
 from .pending import PendingBytes
 from .scheduler import Batch, Scheduler
-from .sequence import Chunk, Closed, Ending, Failed, Opened, Output, Sequence
+from .sequence import (
+    RESUMABLE,
+    Checkpoint,
+    Chunk,
+    Closed,
+    Ending,
+    Failed,
+    Opened,
+    Output,
+    Sequence,
+    Wish,
+)
+from .snapshot import Checkpoints, Snapshot
 from .state_pool import StatePool
 
 log = logging.getLogger("tenuto.engine")
@@ -74,6 +86,8 @@ class Engine:
         version: int,
         max_sequences: int,
         max_state_bytes: int = 0,
+        reserved_sequences: int = 0,
+        checkpoints: Checkpoints | None = None,
         pending: PendingBytes,
         metrics: ModelMetrics | None = None,
         flush: Callable[[], None] = lambda: None,
@@ -85,6 +99,8 @@ class Engine:
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0, max_state_bytes)
         self.max_sequences = self._pool.capacity if manifest.stateful else max_sequences
         self.state_bytes = self._pool.nbytes
+        self._reserved = min(reserved_sequences, self.max_sequences - 1)  # places that only a resume takes
+        self._checkpoints = checkpoints  # none: no sequence can resume
         self.metrics = metrics or ModelMetrics(manifest.name, version)
         self.metrics.slots = self.max_sequences
         self.running_since = 0.0  # when the run in progress began; 0: none. Read by the watchdog.
@@ -100,6 +116,7 @@ class Engine:
         self._delivery = Delivery(pending, flush, self.where)
         self._kept_bytes = REPEATS_BYTES // self.max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
+        self._resealed: set[int] = set()  # numbers of sequences that got a token
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._admission = Admission(clock())
         self._paced = self._late = 0  # chunks answered that have a declared period; and later than that
@@ -116,11 +133,11 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def open(self, sequence: Sequence) -> None:
+    def open(self, sequence: Sequence, snapshot: Snapshot | None = None) -> None:
         """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull, Overloaded or
-        ServerDraining."""
+        ServerDraining. With a snapshot it goes on from there; a live one of the same id ends SUPERSEDED."""
         self._pending.add(COMMAND_BYTES)
-        self._inbox.put((self._open, sequence, None))
+        self._inbox.put((self._open, sequence, snapshot))
 
     def accept(self, sequence: Sequence, chunk: Chunk) -> None:
         """Takes the next chunk. Its bytes are already counted as pending."""
@@ -129,6 +146,11 @@ class Engine:
     def request(self, sequence: Sequence, chunk: Chunk) -> None:
         """Runs one batch of a stateless model: `sequence` lives for this chunk alone and takes no slot."""
         self._inbox.put((self._request, sequence, chunk))
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        """Gives it a Checkpoint once all its accepted chunks are answered."""
+        self._pending.add(COMMAND_BYTES)
+        self._inbox.put((self._wish_checkpoint, sequence, None))
 
     def finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
         """Ends the sequence in that way once all its accepted chunks are answered."""
@@ -140,18 +162,25 @@ class Engine:
         self._inbox.put((self._close, sequence, reason))
 
     def close_by_id(self, sequence_id: str, reason: Ending) -> bool:
-        """Ends a live sequence now. Returns whether there is one of that id."""
+        """Ends a live sequence once its accepted chunks are answered. Returns whether there is one."""
         sequence = self._live.get(sequence_id)
         if sequence is not None:
-            self.close(sequence, reason)
+            self._inbox.put((self._end_after_pending, sequence, reason))
         return sequence is not None
+
+    def supersede(self, sequence_id: str) -> None:
+        """Ends a live sequence of that id, if there is one, now: it goes on in another engine."""
+        sequence = self._live.get(sequence_id)
+        if sequence is not None:
+            self.close(sequence, Ending.SUPERSEDED)
 
     def sequences(self) -> list[Sequence]:
         """The live ones, oldest first."""
         return sorted(self._live.copy().values(), key=lambda s: s.number)
 
     def drain(self) -> None:
-        """Refuses new sequences from now on; `emptied` is set when the live ones have ended."""
+        """Refuses new sequences from now on, and ends the live ones DRAINING once their accepted chunks are
+        answered; `emptied` is set when none is left."""
         self._inbox.put((self._drain, None, None))
 
     def stop(self, reason: Ending, join_seconds: float = 5.0) -> None:
@@ -317,10 +346,12 @@ class Engine:
         if not sequence.answered:
             self.metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
-        if sequence.accepted:  # a single request has no step that may be sent again
+        self._delivery.send(sequence, output, chunk.nbytes)
+        if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
             small = sum([len(data) for _, data in tensors]) <= self._kept_bytes
             sequence.last_output = output if small else None
-        self._delivery.send(sequence, output, chunk.nbytes)
+            if sequence.checkpoint_every and chunk.step - sequence.sealed >= sequence.checkpoint_every:
+                self._checkpoint(sequence)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
@@ -355,24 +386,20 @@ class Engine:
 
     # Commands, and what follows from them.
 
-    def _open(self, sequence: Sequence, _: None) -> None:
+    def _open(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
         self._delivery.settle(sequence, COMMAND_BYTES)
         try:
-            if self._draining:
-                raise ServerDraining(
-                    "the server is leaving and takes no new sequences; open it on another one"
-                )
-            self._admission.check(self._clock(), self.where)
-            if self.manifest.stateful:
-                sequence.slot = self._pool.allocate(sequence.id)
-            elif len(self._live) >= self.max_sequences:
-                raise PoolFull(f"{self.max_sequences} sequences are open; retry, or raise --max-sequences")
+            self._admit(sequence, snapshot)
         except TenutoError as error:
             sequence.ended = True
             self.metrics.rejected[error.reason] += 1
             self._delivery.send(sequence, Failed(error))
             return
         self._live[sequence.id] = sequence
+        if self._checkpoints is not None:
+            sequence.checkpoint_every = self._checkpoints.interval(sequence.checkpoint_every)
+        if snapshot is not None:
+            self.metrics.resumed += 1
         if sequence.idle_seconds:
             self._watch_idle(self._clock() + sequence.idle_seconds, sequence)
         self.metrics.sequences_started += 1
@@ -381,6 +408,29 @@ class Engine:
             sequence, Opened(sequence.id, self.version, sequence.accepted + 1, sequence.window)
         )
 
+    def _admit(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
+        """Finds the sequence a slot and sets its state.
+
+        Raises: ServerDraining, Overloaded, PoolFull. A sequence that resumes is no new load on the whole, and
+        is not refused for OVERLOADED.
+        """
+        if self._draining:
+            raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
+        if snapshot is None:
+            self._admission.check(self._clock(), self.where)
+        else:
+            sequence.restore(snapshot)
+            old = self._live.get(sequence.id)
+            if old is not None:
+                self._close(old, Ending.SUPERSEDED)
+        spare = 0 if snapshot else self._reserved
+        if self.manifest.stateful:
+            sequence.slot = self._pool.allocate(sequence.id, spare)
+            if snapshot is not None:
+                self._pool.write(sequence.slot, snapshot.states)
+        elif len(self._live) >= self.max_sequences - spare:
+            raise PoolFull(f"{self.max_sequences} sequences are open; retry, or raise --max-sequences")
+
     def _accept(self, sequence: Sequence, chunk: Chunk) -> None:
         if sequence.ended or sequence.closing:
             self._drop(sequence, chunk)
@@ -388,7 +438,7 @@ class Engine:
         sequence.heard = chunk.arrived
         if chunk.step != sequence.accepted + 1:
             self._out_of_step(sequence, chunk)
-        elif len(sequence.pending) >= sequence.window:
+        elif len(sequence.pending) >= sequence.window and sequence.unanswered >= sequence.window:
             self._drop(sequence, chunk)
             sequence.pending.append(Ending.WINDOW_EXCEEDED)
         else:
@@ -424,6 +474,47 @@ class Engine:
         if len(sequence.pending) == 1:
             self._advance(sequence)
 
+    def _wish_checkpoint(self, sequence: Sequence, _: None) -> None:
+        self._delivery.settle(sequence, COMMAND_BYTES)
+        if sequence.ended or sequence.closing:
+            return
+        if sequence.pending and sequence.pending[-1] is Wish.CHECKPOINT:
+            return
+        sequence.pending.append(Wish.CHECKPOINT)
+        if len(sequence.pending) == 1:
+            self._advance(sequence)
+
+    def _checkpoint(self, sequence: Sequence) -> None:
+        """Seals the sequence, which is between two chunks. Once a step and delivery: a message of many wishes
+        must not become as many large tokens."""
+        if sequence.sealed == sequence.answered and sequence.number in self._resealed:
+            return
+        token = self._token(sequence)
+        if token:
+            sequence.sealed = sequence.answered
+            self._resealed.add(sequence.number)
+            self._delivery.send(sequence, Checkpoint(sequence.answered, token))
+
+    def _token(self, sequence: Sequence) -> bytes:
+        """A resume token of the sequence after its last answered step."""
+        sealing = self._checkpoints
+        if sealing is None or not sequence.at_rest or sequence.id not in self._live:
+            return b""
+        snapshot = Snapshot(
+            self.manifest.name,
+            self.version,
+            sealing.fingerprint,
+            sealing.schema,
+            sequence.id,
+            sequence.answered,
+            sequence.constants,
+            tuple([feed.rest() for feed in sequence.feeds]),
+            self._pool.read(sequence.slot) if self.manifest.stateful else (),
+        )
+        token = sealing.seal(snapshot)
+        self.metrics.token_bytes.add(len(token))
+        return token
+
     def _finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
         self._delivery.settle(sequence, COMMAND_BYTES)
         if sequence.closing and isinstance(ending, AlreadyOpen):
@@ -450,6 +541,9 @@ class Engine:
                     return
                 now = self._clock()
                 self._answer(sequence, head, now - head.arrived, 0, now)
+            elif isinstance(head, Wish):
+                sequence.pending.popleft()
+                self._checkpoint(sequence)
             elif isinstance(head, TenutoError):
                 self._close(sequence, Ending.FAILED, head)
                 return
@@ -477,6 +571,7 @@ class Engine:
         if sequence.ended:
             return
         sequence.ended = True
+        token = self._token(sequence) if reason in RESUMABLE else b""
         for item in sequence.pending:
             if isinstance(item, Chunk):
                 self.metrics.pending_chunks -= 1
@@ -489,7 +584,9 @@ class Engine:
                 self._pool.free(sequence.slot, sequence.id)
             self._count_live()
             log.debug("%s: %s ended %s", self.where, sequence.id, reason.name)
-        self._delivery.send(sequence, Failed(error) if error else Closed(reason, sequence.answered))
+        self._delivery.send(
+            sequence, Failed(error, token) if error else Closed(reason, sequence.answered, token)
+        )
         if self._draining and not self._live:
             self.emptied.set()
 
@@ -517,6 +614,8 @@ class Engine:
 
     def _drain(self, _: None, __: None) -> None:
         self._draining = True
+        for sequence in list(self._live.values()):
+            self._end_after_pending(sequence, Ending.DRAINING)
         if not self._live:
             self.emptied.set()
 
@@ -534,6 +633,7 @@ class Engine:
     def _deliver(self) -> None:
         self._account()
         self._repeated.clear()
+        self._resealed.clear()
         self._delivery.hand_over()
 
     def check(self) -> None:

@@ -24,6 +24,7 @@ _SECONDS = (
     0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0,
 )  # fmt: skip
 _ROWS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+_BYTES = tuple(float(4**power) for power in range(4, 13))  # 256 B to 16 MiB
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -79,6 +80,7 @@ class ModelMetrics:
     slots: int = 0
     slots_used: int = 0
     sequences_started: int = 0
+    resumed: int = 0
     ended: Counter[str] = field(default_factory=Counter)  # by reason
     rejected: Counter[str] = field(default_factory=Counter)  # sequences, by reason
     rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
@@ -94,11 +96,12 @@ class ModelMetrics:
     batch_size: Distribution = field(default_factory=lambda: Distribution(_ROWS))
     occupancy: Distribution = field(default_factory=lambda: Distribution(_SHARES))
     padding: Distribution = field(default_factory=lambda: Distribution(_SHARES))
+    token_bytes: Distribution = field(default_factory=lambda: Distribution(_BYTES))
 
 
 @dataclass(slots=True)
 class ServerMetrics:
-    """The process. `messages_refused` is written by gRPC's threads."""
+    """The process. `messages_refused` and `resumes_refused` are written by gRPC's serve thread."""
 
     version: str
     models: list[ModelMetrics] = field(default_factory=list)
@@ -106,6 +109,7 @@ class ServerMetrics:
     open_streams: Callable[[], int] = lambda: 0
     streams_refused: Callable[[], int] = lambda: 0
     messages_refused: int = 0
+    resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
     draining: bool = False
 
 
@@ -189,6 +193,7 @@ _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]]
         "Rows in a batch over the most it may hold.",
         lambda m: m.occupancy,
     ),
+    ("tenuto_resume_token_bytes", "Size of a resume token.", lambda m: m.token_bytes),
     ("tenuto_padding_ratio", "Share of a batch's samples that is padding.", lambda m: m.padding),
 )
 
@@ -237,6 +242,7 @@ class TenutoCollector(Collector):
             "tenuto_messages_refused", "Messages that were no request.", s.messages_refused
         )
         yield GaugeMetricFamily("tenuto_draining", "1 from the first stop signal on.", float(s.draining))
+        yield self._resumes()
         build = GaugeMetricFamily("tenuto_build_info", "The server's version.", labels=["version"])
         build.add_metric([s.version], 1)
         yield build
@@ -248,6 +254,17 @@ class TenutoCollector(Collector):
         for m in s.models:
             info.add_metric([m.model, str(m.version), m.provider], 1)
         yield info
+
+    def _resumes(self) -> Metric:
+        family = CounterMetricFamily(
+            "tenuto_sequences_resumed",
+            "Opens with a resume token, by what became of them.",
+            labels=["result"],
+        )
+        family.add_metric(["resumed"], sum(m.resumed for m in self._server.models))
+        for reason, count in dict(self._server.resumes_refused).items():
+            family.add_metric([reason], count)
+        return family
 
     def _stages(self, models: list[ModelMetrics]) -> Metric:
         family = HistogramMetricFamily(

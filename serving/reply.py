@@ -13,7 +13,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 
 from .errors import TenutoError
 from .manifest import Manifest
-from .sequence import Closed, Failed, Opened, Output
+from .sequence import Checkpoint, Closed, Failed, Opened, Output
 from .status import code_of
 
 _MOST_US = 2**32 - 1
@@ -90,21 +90,28 @@ def opened(key: int, reply: Opened) -> bytes:
     return _response(pb.Reply(sequence=key, opened=message))
 
 
+def checkpoint(key: int, reply: Checkpoint) -> bytes:
+    message = pb.Checkpoint(step=reply.step, resume_token=reply.token)
+    return _response(pb.Reply(sequence=key, checkpoint=message))
+
+
 def closed(key: int, reply: Closed) -> bytes:
     reason = pb.Ending.Name(reply.reason.value)
-    return _response(pb.Reply(sequence=key, closed=pb.Closed(reason=reason, last_step=reply.last_step)))
+    message = pb.Closed(reason=reason, last_step=reply.last_step, resume_token=reply.token)
+    return _response(pb.Reply(sequence=key, closed=message))
 
 
 def failed(key: int, reply: Failed) -> bytes:
-    return _response(pb.Reply(sequence=key, failed=_failure(reply.error)))
+    return _response(pb.Reply(sequence=key, failed=_failure(reply.error, reply.token)))
 
 
-def _failure(error: TenutoError) -> pb.Failed:
+def _failure(error: TenutoError, token: bytes) -> pb.Failed:
     return pb.Failed(
         code=code_of(error).value[0],
         reason=error.reason,
         message=str(error),
         retry_after_ms=error.retry_after_ms,
+        resume_token=token,
     )
 
 

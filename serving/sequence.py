@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import TenutoError
 from .manifest import Input, Manifest
+from .snapshot import Snapshot
 
 DEFAULT_PERIOD_SECONDS = 0.2
 # What a chunk costs beyond its samples, as counted against the pending limits.
@@ -28,6 +29,12 @@ CHUNK_BYTES = 256
 _PAUSE_PERIODS = 4
 # A slower pace than that does not make a chunk less urgent.
 _LONGEST_PATIENCE_SECONDS = 1.0
+
+
+class Wish(enum.Enum):
+    """What a client asks for between two chunks."""
+
+    CHECKPOINT = enum.auto()
 
 
 class Ending(enum.IntEnum):
@@ -45,6 +52,20 @@ class Ending(enum.IntEnum):
     WINDOW_EXCEEDED = 10
     STATE_NOT_FINITE = 11
     FAILED = 12
+
+
+# After these the sequence can go on elsewhere: its client gets a token.
+RESUMABLE = frozenset(
+    {
+        Ending.STREAM_ENDED,
+        Ending.IDLE_EXPIRED,
+        Ending.EVICTED,
+        Ending.DRAINING,
+        Ending.REBALANCE,
+        Ending.MAX_AGE,
+        Ending.FAILED,
+    }
+)
 
 
 @dataclass(slots=True, eq=False)
@@ -89,11 +110,20 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A sealed snapshot of the sequence after `step`."""
+
+    step: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Closed:
-    """The sequence ended in an orderly way."""
+    """The sequence ended in an orderly way. With a token it can go on elsewhere."""
 
     reason: Ending
     last_step: int
+    token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +131,10 @@ class Failed:
     """The sequence ended by an error of its own, or was not admitted."""
 
     error: TenutoError
+    token: bytes = b""
 
 
-Reply = Opened | Output | Closed | Failed
+Reply = Opened | Output | Checkpoint | Closed | Failed
 
 
 class Sink(Protocol):
@@ -155,6 +186,14 @@ class Feed:
         over = self.unread % self._multiple
         return bytes((self._multiple - over) * self._sample_bytes) if over else b""
 
+    def rest(self) -> bytes:
+        """The left context, and the samples not yet eaten."""
+        return self._data[self._start - self._context :]
+
+    def restore(self, rest: bytes) -> None:
+        """The inverse of `rest`."""
+        self._data, self._start = rest, self._context
+
     def peek(self, frames: int) -> bytes:
         """The next `frames` frames with their context; nothing is eaten."""
         begin, end = self._start - self._context, self._start + frames * self._frame_bytes
@@ -174,14 +213,14 @@ _numbers = itertools.count(1)
 class Sequence:
     """One caller's sequence on one model version.
 
-    `pending` holds accepted chunks in order, then perhaps how it ends: an Ending, or the error that it ends
-    with once the chunks before it are answered.
+    `pending` holds accepted chunks and wishes in order, then perhaps how it ends: an Ending, or the error
+    that it ends with once the chunks before it are answered.
     """
 
     __slots__ = (
-        "accepted", "answered", "begun", "constants", "ended", "expected", "feeds", "heard", "id",
-        "idle_seconds", "key", "label", "last_output", "number", "patience_seconds", "pending",
-        "period_seconds", "scheduled", "sink", "slot", "window",
+        "accepted", "answered", "begun", "checkpoint_every", "constants", "ended", "expected", "feeds",
+        "heard", "id", "idle_seconds", "key", "label", "last_output", "number", "patience_seconds", "pending",
+        "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
     )  # fmt: skip
 
     def __init__(
@@ -196,6 +235,7 @@ class Sequence:
         window: int = 4,
         constants: Mapping[str, float] | None = None,
         label: str = "",
+        checkpoint_every: int = 0,
     ) -> None:
         self.sink = sink
         self.key = key  # the client's number on its stream
@@ -215,7 +255,9 @@ class Sequence:
         self.accepted = 0  # the last step accepted
         self.answered = 0  # the last step answered
         self.last_output: Output | None = None
-        self.pending: deque[Chunk | Ending | TenutoError] = deque()
+        self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
+        self.sealed = 0  # the step of the last checkpoint
+        self.pending: deque[Chunk | Wish | Ending | TenutoError] = deque()
         self.scheduled = False  # whether the scheduler holds it
         self.ended = False
         self.feeds = feeds_of(manifest)
@@ -247,7 +289,24 @@ class Sequence:
     @property
     def closing(self) -> bool:
         """Whether it ends once its accepted chunks are answered; what comes after is ignored."""
-        return bool(self.pending) and not isinstance(self.pending[-1], Chunk)
+        return bool(self.pending) and not isinstance(self.pending[-1], Chunk | Wish)
+
+    @property
+    def unanswered(self) -> int:
+        """Chunks accepted and not yet answered."""
+        return sum([isinstance(item, Chunk) for item in self.pending])
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether it stands between two chunks: no part of the first pending one is eaten or joined."""
+        return not (self.pending and isinstance(self.pending[0], Chunk) and self.pending[0].frames >= 0)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on where another sequence stood: all but the states, which are in the pool."""
+        self.id, self.constants = snapshot.sequence_id, snapshot.constants
+        self.accepted = self.answered = self.sealed = snapshot.step
+        for feed, rest in zip(self.feeds, snapshot.feeds, strict=True):
+            feed.restore(rest)
 
     def eat(self, chunk: Chunk, frames: int) -> None:
         """A turn is done: its samples are eaten."""

@@ -23,13 +23,16 @@ from .catalogue import Catalogue, Refused, Served
 from .config import ServerConfig
 from .engine import Engine
 from .errors import ModelInvalid, PlatformError, TenutoError
+from .manifest import Manifest
 from .metrics import ModelMetrics, ServerMetrics, TenutoCollector
 from .model_runner import ModelRunner, choose_provider
 from .pending import PendingBytes
 from .reply import OutputWriter
 from .repository import ModelFolder, ModelRepository
+from .resume_token import TokenSealer
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
+from .snapshot import Checkpoints, state_schema, token_bytes
 from .stream import Stream, StreamLimits
 from .tensor import Reader
 from .transport import StreamMethod
@@ -73,7 +76,10 @@ class Server:
             self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
-        self.catalogue = load_models(config, self.provider, self._pending, self.metrics, self._streams.flush)
+        self._sealer = TokenSealer(config.token_key_file, lifetime_seconds=config.token_seconds)
+        self.catalogue = load_models(
+            config, self.provider, self._pending, self.metrics, self._sealer, self._streams.flush
+        )
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -117,7 +123,7 @@ class Server:
 
     def _open_stream(self, call: Call) -> Stream:
         limits = StreamLimits(self.config.window, self.config.idle_seconds)
-        return Stream(call, self.catalogue, self._pending, self.metrics, limits)
+        return Stream(call, self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal)
 
     @property
     def ready_line(self) -> str:
@@ -182,6 +188,7 @@ class Server:
     def _watch_runs(self) -> None:
         """A run that does not return holds its whole model: better to leave, and let clients go elsewhere."""
         while not self._stopped.wait(min(1.0, self.config.run_seconds / 4)):
+            self._sealer.reload()
             for engine in self.catalogue.engines:
                 since = engine.running_since
                 if since and time.monotonic() - since > self.config.run_seconds:
@@ -198,6 +205,7 @@ def load_models(
     provider: str,
     pending: PendingBytes,
     metrics: ServerMetrics,
+    sealer: TokenSealer,
     flush: Callable[[], None] = lambda: None,
 ) -> Catalogue:
     """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
@@ -213,7 +221,9 @@ def load_models(
         verdicts = vet(candidates, provider=provider, threads=config.threads, limits=limits)
         for folder in candidates:
             try:
-                served.append(_load(folder, verdicts[folder], config, provider, pending, metrics, flush))
+                served.append(
+                    _load(folder, verdicts[folder], config, provider, pending, metrics, sealer, flush)
+                )
                 del waiting[folder.model]
             except TenutoError as error:
                 log.error("%s is not served: %s", folder.where, error)
@@ -235,6 +245,7 @@ def _load(
     provider: str,
     pending: PendingBytes,
     metrics: ServerMetrics,
+    sealer: TokenSealer,
     flush: Callable[[], None],
 ) -> Served:
     if verdict.why:
@@ -254,6 +265,8 @@ def _load(
         version=folder.version,
         max_sequences=config.max_sequences,
         max_state_bytes=config.max_state_bytes,
+        reserved_sequences=int(config.max_sequences * config.resume_reserve),
+        checkpoints=_checkpoints(manifest, files.fingerprint, folder.where, config, sealer),
         pending=pending,
         metrics=numbers,
         flush=flush,
@@ -269,7 +282,24 @@ def _load(
         golden,
     )
     reader = Reader(manifest, config.max_message_bytes)
-    return Served(engine, reader, OutputWriter(manifest), provider, files.sha256)
+    return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)
+
+
+def _checkpoints(
+    manifest: Manifest, fingerprint: str, where: str, config: ServerConfig, sealer: TokenSealer
+) -> Checkpoints:
+    """How its sequences are sealed.
+
+    Raises: ModelInvalid if its tokens would be too large.
+    """
+    size = token_bytes(manifest)
+    rarer = -(-size // config.max_token_bytes)
+    if rarer > 1 and config.large_states == "refuse":
+        raise ModelInvalid(
+            f"{where}: a resume token of it takes up to {size} bytes, --max-token-bytes is "
+            f"{config.max_token_bytes}; raise that, or set --large-states rarer"
+        )
+    return Checkpoints(sealer.seal, fingerprint, state_schema(manifest), config.checkpoint_every, rarer)
 
 
 def _check_port(host: str, port: int) -> None:

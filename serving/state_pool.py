@@ -55,13 +55,16 @@ class StatePool:
     def used(self) -> int:
         return len(self._holders)
 
-    def allocate(self, holder: str) -> int:
-        """Takes a slot, set to the initial state.
+    def allocate(self, holder: str, spare: int = 0) -> int:
+        """Takes a slot, set to the initial state; but leaves `spare` ones free.
 
         Raises: PoolFull.
         """
-        if not self._free:
-            raise PoolFull(f"all {self.capacity} sequence slots are taken; retry, or raise {self._setting}")
+        if len(self._free) <= spare:
+            kept = f", {spare} of them kept for sequences that resume" if spare else ""
+            raise PoolFull(
+                f"all {self.capacity} sequence slots are taken{kept}; retry, or raise {self._setting}"
+            )
         slot = self._free.pop()
         self._holders[slot] = holder
         self.reset(slot)
@@ -74,6 +77,18 @@ class StatePool:
             )
         del self._holders[slot]
         self._free.append(slot)
+
+    def read(self, slot: int) -> tuple[bytes, ...]:
+        """The slot's values, state by state, C order."""
+        return tuple(
+            array[(slice(None),) * axis + (slot,)].tobytes()
+            for array, axis in zip(self._arrays, self._axes, strict=True)
+        )
+
+    def write(self, slot: int, values: tuple[bytes, ...]) -> None:
+        """The inverse of `read`."""
+        for s, array, axis, value in zip(self._states, self._arrays, self._axes, values, strict=True):
+            array[(slice(None),) * axis + (slot,)] = np.frombuffer(value, s.dtype).reshape(s.slot_shape)
 
     def reset(self, slot: int) -> None:
         """Overwrites: a NaN would survive a multiplication by zero."""

@@ -26,7 +26,6 @@ from .errors import (
     NotOpen,
     NotSupported,
     TenutoError,
-    TokenInvalid,
     TooLarge,
     WrongMessage,
     WrongSetting,
@@ -34,7 +33,19 @@ from .errors import (
 from .manifest import Manifest
 from .metrics import ServerMetrics
 from .pending import PendingBytes
-from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Opened, Output, Reply, Sequence
+from .sequence import (
+    CHUNK_BYTES,
+    Checkpoint,
+    Chunk,
+    Closed,
+    Ending,
+    Failed,
+    Opened,
+    Output,
+    Reply,
+    Sequence,
+)
+from .snapshot import Snapshot
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.stream")
@@ -74,6 +85,7 @@ class Stream:
         pending: PendingBytes,
         metrics: ServerMetrics,
         limits: StreamLimits,
+        unseal: Callable[[bytes], Snapshot],
     ) -> None:
         self._call = call
         self._catalogue = catalogue
@@ -82,6 +94,7 @@ class Stream:
         self._resume: Callable[[], None] | None = None
         self._metrics = metrics
         self._limits = limits
+        self._unseal = unseal
         self._lock = threading.Lock()
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
@@ -111,8 +124,8 @@ class Stream:
             elif kind == "end":
                 self._finish(held, Ending.END)
             elif kind == "checkpoint":
-                text = "this server issues no resume tokens, so there is no Checkpoint; leave it out"
-                self._finish(held, NotSupported(text))
+                self._own.add(COMMAND_BYTES)
+                held.served.engine.checkpoint(held.sequence)
             else:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
@@ -168,6 +181,8 @@ class Stream:
                     messages.append(held.served.writer.write(key, reply))
             elif isinstance(reply, Opened):
                 messages.append(wire.opened(key, reply))
+            elif isinstance(reply, Checkpoint):
+                messages.append(wire.checkpoint(key, reply))
             else:
                 messages.append(
                     wire.closed(key, reply) if isinstance(reply, Closed) else wire.failed(key, reply)
@@ -199,23 +214,42 @@ class Stream:
             text = f"sequence {key} is open on this stream; end it first, or use another number"
             self._finish(held, AlreadyOpen(text))
             return
+        snapshot = None
         try:
-            served = self._catalogue.find(wish.model, wish.version)
+            if wish.resume_token:
+                snapshot = self._unsealed(wish)
+                served = self._catalogue.resume(snapshot)
+            else:
+                served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)
         except TenutoError as error:
+            if wish.resume_token:
+                self._metrics.resumes_refused[error.reason] += 1
             self._refuse(key, error)
             return
         with self._lock:
             self._ended.pop(key, None)
             self._held[key] = _Held(sequence, served)
         self._own.add(COMMAND_BYTES)
-        served.engine.open(sequence)
+        if snapshot is not None:
+            for other in self._catalogue.engines:
+                if other is not served.engine:
+                    other.supersede(snapshot.sequence_id)
+        served.engine.open(sequence, snapshot)
+
+    def _unsealed(self, wish: pb.Open) -> Snapshot:
+        """Where the sequence of that token stands.
+
+        Raises: TokenInvalid, WrongSetting if the Open asks for something else than the token.
+        """
+        snapshot = self._unseal(wish.resume_token)
+        if wish.model not in ("", snapshot.model):
+            raise WrongSetting(f"the resume token is of model {snapshot.model!r}, Open names {wish.model!r}")
+        if wish.constants and tuple(sorted(wish.constants.items())) != snapshot.constants:
+            raise WrongSetting("a sequence that resumes keeps its constants; leave them out of Open")
+        return snapshot
 
     def _sequence(self, key: int, wish: pb.Open, manifest: Manifest, now: float) -> Sequence:
-        if wish.resume_token:
-            raise TokenInvalid("this server issues no resume tokens and takes none; open a new sequence")
-        if wish.checkpoint_every:
-            raise NotSupported("this server issues no resume tokens; leave checkpoint_every at 0")
         if len(wish.label.encode()) > _MAX_LABEL_BYTES:
             raise WrongSetting(f"label has {len(wish.label.encode())} bytes, the limit is {_MAX_LABEL_BYTES}")
         if wish.period_ms > _MAX_PERIOD_MS:
@@ -231,6 +265,7 @@ class Stream:
             window=self._limits.window,
             constants=_constants(dict(wish.constants), manifest),
             label=wish.label,
+            checkpoint_every=wish.checkpoint_every,
         )
 
     def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> None:

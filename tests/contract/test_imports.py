@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
     ["errors", "metrics"],
-    ["call", "config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
-    ["admission", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
+    ["call", "config", "layout", "manifest", "pending", "snapshot", "sequence", "status", "reply", "tensor"],
+    ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],

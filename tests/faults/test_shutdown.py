@@ -22,7 +22,6 @@ from tests.integration.wire import (
     array,
     chunk,
     connect,
-    ending,
     opening,
     refused,
     stub,
@@ -74,23 +73,21 @@ def test_without_live_sequences_the_server_leaves_at_the_first_signal(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_a_live_sequence_goes_on_to_its_end_while_new_ones_are_refused(
-    repository: Path, tmp_path: Path, transport: str
+def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_live_away(
+    repository: Path, transport: str
 ) -> None:
-    settings = {"drain_seconds": 86_400, "transport": transport}
-    with (
-        server_process(repository, tmp_path, **settings) as server,
-        connect(server.port) as channel,
-    ):
+    with serving(repository, transport=transport) as server, connect(server.port) as channel:
         readiness = watch(channel, "readiness")
         assert next(readiness).status == SERVING
-        with Conversation(channel) as conversation:
+        engine = engine_of(server, "accumulator")
+        with Gate(engine) as gate, Conversation(channel) as conversation:
             conversation.send(opening("accumulator"), chunk(1, [1.0]))
             conversation.opened()
-            assert conversation.values(1) == [1.0]
-
-            server.terminate()
-
+            gate.wait_for_arrival()
+            conversation.send(chunk(2, [1.0]))
+            wait_for(lambda: engine._inbox.qsize() == 1, "the second chunk to arrive")
+            stopping = threading.Thread(target=server.stop, args=(30.0,))
+            stopping.start()
             assert next(readiness).status == NOT_SERVING
             for service, status in (
                 ("liveness", SERVING),
@@ -99,28 +96,26 @@ def test_a_live_sequence_goes_on_to_its_end_while_new_ones_are_refused(
                 ("tenuto.v1.Tenuto", NOT_SERVING),
             ):
                 assert check(channel, service) == status
-            conversation.send(opening("accumulator", 2), chunk(1, [1.0], sequence=2))
+            wait_for(lambda: engine._inbox.qsize() == 2, "the drain to arrive")
+            conversation.send(opening("doubler", 2))
             failed = conversation.failed("DRAINING")
             assert failed.code == grpc.StatusCode.UNAVAILABLE.value[0]
             assert "leaving" in failed.message
             refusal = refused(stub(channel).Predict, DOUBLING)
             assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-            # The live one has its state and goes on, as long as it likes.
-            for step in range(2, 20):
-                conversation.send(chunk(step, [1.0]))
-                assert conversation.values(step) == [float(step)]
-            assert not server.ended
-            conversation.send(ending())
-            assert conversation.closed().reason == pb.END
-        assert server.exit_status() == 0
-        assert "1 live sequences" in server.log
+            gate.open()
+            assert [conversation.values(step) for step in (1, 2)] == [[1.0], [2.0]]
+            closed = conversation.closed()
+            assert (closed.reason, closed.last_step) == (pb.DRAINING, 2)
+            assert closed.resume_token
+        stopping.join(PATIENCE_SECONDS)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_after_the_grace_the_live_ones_are_told_that_the_server_drains(
+def test_a_server_that_has_sent_all_away_does_not_wait_for_its_grace(
     repository: Path, tmp_path: Path, transport: str
 ) -> None:
-    settings = {"drain_seconds": 0.5, "transport": transport}
+    settings = {"drain_seconds": 86_400, "transport": transport}
     with (
         server_process(repository, tmp_path, **settings) as server,
         connect(server.port) as channel,
@@ -135,7 +130,9 @@ def test_after_the_grace_the_live_ones_are_told_that_the_server_drains(
         assert {r.closed.reason for r in closed} == {pb.DRAINING}
         assert {r.closed.last_step for r in closed} == {1}
         assert {r.sequence for r in closed} == set(range(20))
+        assert all(r.closed.resume_token for r in closed)
         assert server.exit_status() == 0
+        assert "20 live sequences" in server.log
 
 
 def test_a_second_signal_ends_the_server_at_once(repository: Path, tmp_path: Path) -> None:
@@ -146,9 +143,9 @@ def test_a_second_signal_ends_the_server_at_once(repository: Path, tmp_path: Pat
     ):
         readiness = watch(channel, "readiness")
         assert next(readiness).status == SERVING
-        conversation.send(opening("accumulator"), chunk(1, [1.0]))
+        # A chunk that was accepted is answered first, and this one takes hours.
+        conversation.send(opening("spinner"), chunk(1, tensor([10**12], "int64")))
         conversation.opened()
-        conversation.output(1)
         server.terminate()
         assert next(readiness).status == NOT_SERVING
         server.terminate()

@@ -164,13 +164,6 @@ FAULTS: dict[str, tuple[str, pb.Event, str, str, tuple[str, ...]]] = {
         "UNIMPLEMENTED",
         ("'accumulator' does not generate", "leave generate at 0"),
     ),
-    "checkpoint": (
-        "accumulator",
-        checkpoint(),
-        "NOT_SUPPORTED",
-        "UNIMPLEMENTED",
-        ("no resume tokens",),
-    ),
     "an event with nothing in it": (
         "accumulator",
         pb.Event(),
@@ -245,13 +238,13 @@ OPENINGS: dict[str, tuple[pb.Event, str, str, tuple[str, ...]]] = {
         opening("accumulator", resume_token=b"token"),
         "TOKEN_INVALID",
         "FAILED_PRECONDITION",
-        ("no resume tokens", "open a new sequence"),
+        ("5 bytes are no resume token", "send it as it came"),
     ),
-    "checkpoint_every": (
-        opening("accumulator", checkpoint_every=3),
-        "NOT_SUPPORTED",
-        "UNIMPLEMENTED",
-        ("leave checkpoint_every at 0",),
+    "a resume token of another key": (
+        opening("accumulator", resume_token=bytes([1]) + bytes(200)),
+        "TOKEN_INVALID",
+        "FAILED_PRECONDITION",
+        ("changed on its way", "the same --token-key-file"),
     ),
     "unknown constant": (
         opening("gain", constants={"volume": 1.0}),

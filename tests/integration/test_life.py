@@ -302,6 +302,8 @@ def test_a_silent_sequence_expires_and_a_busy_one_does_not(toy_repository: Path,
         while closed is None:  # 2 is never silent: it sends as soon as it is answered
             reply = conversation.read()
             if reply.sequence == 2:
+                if reply.WhichOneof("reply") == "checkpoint":
+                    continue
                 assert reply.WhichOneof("reply") in ("opened", "output")
                 step += 1
                 conversation.send(chunk(step, [1.0], sequence=2))

@@ -118,7 +118,7 @@ class Bench:
     """An engine without a thread, a clock that stands still, and one sink for all."""
 
     def __init__(
-        self, manifest: Manifest | None = None, runner: Any = None, *, max_sequences: int = 4
+        self, manifest: Manifest | None = None, runner: Any = None, *, max_sequences: int = 4, **more: Any
     ) -> None:
         self.manifest = manifest or accumulator()
         self.runner = runner or Accumulator()
@@ -132,6 +132,7 @@ class Bench:
             max_sequences=max_sequences,
             pending=self.pending,
             clock=lambda: self.now,
+            **more,
         )
 
     def open(self, **settings: Any) -> Sequence:

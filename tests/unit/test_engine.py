@@ -559,20 +559,23 @@ def test_a_sequence_whose_chunk_still_waits_is_not_idle() -> None:
     assert bench.ending(one) is None
 
 
-def test_draining_refuses_new_ones_and_lets_the_live_ones_end() -> None:
-    bench = Bench()
+def test_draining_refuses_new_ones_and_ends_the_live_ones_once_they_are_answered() -> None:
+    bench = Bench(accumulator(max_frames=1))
     live = bench.open()
-    bench.settle()
+    bench.send(live, 1, [1, 1])
+    bench.send(live, 2, [1])
+    bench.engine.turn()
     bench.engine.drain()
     late = bench.open()
-    bench.send(live, 1, [1])
-    bench.settle()
+    bench.send(live, 3, [1])  # too late, and its client knows from Closed's last step
+    bench.engine.turn()
     assert isinstance(bench.ending(late), ServerDraining)
-    assert bench.outputs(live) == [[1]]
     assert not bench.engine.emptied.is_set()
-    bench.engine.finish(live, Ending.END)
     bench.settle()
+    assert bench.outputs(live) == [[1, 2], [3]]
+    assert bench.replies(live)[-1] == Closed(Ending.DRAINING, 2)
     assert bench.engine.emptied.is_set()
+    bench.check_at_rest()
 
 
 def test_draining_an_empty_engine_is_done_at_once() -> None:

@@ -14,6 +14,7 @@ from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.repository import ModelFolder
+from tenuto.serving.resume_token import TokenSealer
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
@@ -43,7 +44,7 @@ def load(
     monkeypatch.setattr(server, "vet", vetting)
     metrics = ServerMetrics("1")
     config = ServerConfig.build({"repository": root, "max_sequences": 5} | settings, {})
-    return server.load_models(config, CPU, PendingBytes(1 << 20), metrics), metrics
+    return server.load_models(config, CPU, PendingBytes(1 << 20), metrics, TokenSealer()), metrics
 
 
 @pytest.fixture

@@ -1,0 +1,100 @@
+"""One sequence at rest between two chunks: all that another server needs to go on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import TokenInvalid
+from .manifest import Manifest
+
+_LENGTH = struct.Struct("<I")
+# What the header and the sealing add to the samples and states, at most.
+_OVERHEAD_BYTES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A sequence after `step`: `feeds` holds each input's left context and samples not yet eaten, `states`
+    each state's values of its slot, C order, both in the manifest's order."""
+
+    model: str
+    version: int
+    fingerprint: str  # sha256 of model.onnx and manifest.json
+    schema: str  # of the states and what waits before them: `state_schema`
+    sequence_id: str
+    step: int
+    constants: tuple[tuple[str, float], ...]
+    feeds: tuple[bytes, ...]
+    states: tuple[bytes, ...]
+
+    def to_bytes(self) -> bytes:
+        blobs = (*self.feeds, *self.states)
+        header = [
+            self.model, self.version, self.fingerprint, self.schema, self.sequence_id, self.step,
+            self.constants, len(self.feeds), [len(blob) for blob in blobs],
+        ]  # fmt: skip
+        text = json.dumps(header, separators=(",", ":")).encode()
+        return b"".join((_LENGTH.pack(len(text)), text, *blobs))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Snapshot:
+        """The inverse. What is read here was sealed by one of these servers.
+
+        Raises: TokenInvalid for another format.
+        """
+        try:
+            (length,) = _LENGTH.unpack_from(data)
+            at = _LENGTH.size + length
+            model, version, fingerprint, schema, sequence_id, step, constants, feeds, lengths = json.loads(
+                data[_LENGTH.size : at]
+            )
+            blobs = []
+            for size in lengths:
+                blobs.append(data[at : at + size])
+                at += size
+            if at != len(data):
+                raise ValueError(f"{len(data)} bytes instead of {at}")
+        except (ValueError, struct.error) as error:
+            text = f"the resume token is of another format ({error}); open a new sequence"
+            raise TokenInvalid(text) from error
+        chosen = tuple((str(name), float(value)) for name, value in constants)
+        return cls(
+            model, version, fingerprint, schema, sequence_id, step,
+            chosen, tuple(blobs[:feeds]), tuple(blobs[feeds:]),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """How the sequences of one model version are sealed."""
+
+    seal: Callable[[Snapshot], bytes]
+    fingerprint: str
+    schema: str
+    every_chunks: int  # 0: only when asked, and at endings
+    rarer: int = 1  # large states: so many times as many chunks between two
+
+    def interval(self, wished: int) -> int:
+        """Chunks between two checkpoints of a sequence whose client wishes that many; 0: none by itself."""
+        return (wished or self.every_chunks) * self.rarer
+
+
+def state_schema(manifest: Manifest) -> str:
+    """A digest of all that must agree where one version takes over another's sequences."""
+    inputs = [
+        (i.name, i.dtype, i.sample_shape, i.multiple, i.left_context)
+        for i in manifest.inputs
+        if manifest.stateful
+    ]
+    states = [(s.input, s.dtype, s.slot_shape) for s in manifest.states]
+    return hashlib.sha256(repr((inputs, states)).encode()).hexdigest()
+
+
+def token_bytes(manifest: Manifest) -> int:
+    """What a resume token of that model may take. Of the samples not yet eaten, less than a frame waits."""
+    feeds = sum((i.left_context + i.multiple) * i.sample_bytes for i in manifest.inputs if manifest.stateful)
+    return _OVERHEAD_BYTES + feeds + sum(s.slot_bytes for s in manifest.states)

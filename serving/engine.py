@@ -57,6 +57,9 @@ COMMAND_BYTES = 2048
 # What the outputs kept for steps that are sent again may take, in a model whose slots are all used.
 REPEATS_BYTES = 64 << 20
 
+# Endings that clients bring about themselves, every day: told in the log at level debug.
+_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED})
+
 Array = NDArray[Any]
 Command = tuple[Callable[[Any, Any], None], Any, Any]  # what, of whom, with what
 
@@ -69,6 +72,12 @@ class Runner(Protocol):
 
     def enter_thread(self) -> None:
         """Called once, on the thread that will run."""
+
+    def probe(self) -> None:
+        """Runs what is known to run.
+
+        Raises: RunFailed: no run will succeed any more.
+        """
 
 
 class Engine:
@@ -104,6 +113,7 @@ class Engine:
         self.metrics = metrics or ModelMetrics(manifest.name, version)
         self.metrics.slots = self.max_sequences
         self.running_since = 0.0  # when the run in progress began; 0: none. Read by the watchdog.
+        self.broken = ""  # why no run will succeed any more. Read by the watchdog.
         self.emptied = threading.Event()  # set when draining and no sequence is left
         self._runner = runner
         self._pending = pending
@@ -253,7 +263,8 @@ class Engine:
         try:
             results = self._run(feeds, gathered)
         except RunFailed as error:
-            self._rerun(batch, error)
+            if self._still_runs(error):
+                self._rerun(batch, error)
             return
         computed = self._clock()
         self._scatter(batch, results)
@@ -288,6 +299,16 @@ class Engine:
             return self._runner.run(feeds)
         finally:
             self.running_since = 0.0
+
+    def _still_runs(self, error: RunFailed) -> bool:
+        """Whether a chunk is to blame for a failed run. Else all runs fail from now on, a lost device, say:
+        then nobody's sequence ends; the watchdog ends the process, and they go on elsewhere."""
+        try:
+            self._runner.probe()
+        except RunFailed as own:
+            self.broken = f"a run failed ({error}), and so does a run of zeros ({own})"
+            log.critical("%s: %s", self.where, self.broken)
+        return not self.broken
 
     def _rerun(self, batch: Batch, error: RunFailed) -> None:
         """The run failed and wrote no state: each row alone, so that only the guilty one fails."""
@@ -583,7 +604,15 @@ class Engine:
             if sequence.slot >= 0:
                 self._pool.free(sequence.slot, sequence.id)
             self._count_live()
-            log.debug("%s: %s ended %s", self.where, sequence.id, reason.name)
+            level = logging.DEBUG if reason in _ORDINARY else logging.INFO
+            log.log(
+                level,
+                "%s: %s ended %s%s",
+                self.where,
+                sequence.id,
+                reason.name,
+                f": {error}" if error else "",
+            )
         self._delivery.send(
             sequence, Failed(error, token) if error else Closed(reason, sequence.answered, token)
         )

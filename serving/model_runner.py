@@ -140,6 +140,13 @@ class ModelRunner:
             raise RunFailed(f"{self.where}: {str(error).splitlines()[0]}") from error
         return results
 
+    def probe(self) -> None:
+        """Runs `zero_feeds`, which ran when the model was checked.
+
+        Raises: RunFailed.
+        """
+        self.run(self.zero_feeds())
+
     def zero_feeds(self) -> dict[str, Array]:
         """One batch of one row and one frame, all zero."""
         m, feeds = self.manifest, dict[str, Array]()

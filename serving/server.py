@@ -43,8 +43,8 @@ log = logging.getLogger("tenuto.server")
 # Names of the health service, so that a draining server stays alive and is not ready.
 LIVENESS = "liveness"
 READINESS = "readiness"
-# Exit status after a run that did not return.
-HUNG = 70
+# Exit status after a run that did not return; and when no run succeeds any more.
+HUNG, BROKEN = 70, 71
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Pool threads beyond those that waiting Predicts may hold, for health, models and refusals.
@@ -192,12 +192,16 @@ class Server:
             for engine in self.catalogue.engines:
                 since = engine.running_since
                 if since and time.monotonic() - since > self.config.run_seconds:
-                    self.health.set(LIVENESS, _NOT_SERVING)
-                    log.critical(
-                        "a run of %s/%d takes more than %g s; leaving with status %d",
-                        engine.manifest.name, engine.version, self.config.run_seconds, HUNG,
-                    )  # fmt: skip
-                    os._exit(HUNG)
+                    seconds = self.config.run_seconds
+                    self._leave(f"a run of {engine.where} takes more than {seconds:g} s", HUNG)
+                if engine.broken:
+                    self._leave(f"{engine.where} is broken: {engine.broken}", BROKEN)
+
+    def _leave(self, why: str, status: int) -> None:
+        """At once: whoever has sequences here goes on elsewhere, as after a crash."""
+        self.health.set(LIVENESS, _NOT_SERVING)
+        log.critical("%s; leaving with status %d", why, status)
+        os._exit(status)
 
 
 def load_models(

@@ -13,6 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tenuto.serving.errors import RunFailed
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 from tests.integration.running import TRANSPORTS, Gate, build, engine_of, serving, wait_for
@@ -186,6 +187,32 @@ def test_liveness_is_off_before_a_hung_server_leaves(
             assert left.wait(PATIENCE_SECONDS)
             assert set(statuses) == {70}
             assert check(channel, "liveness") == NOT_SERVING
+
+
+def test_a_broken_engine_ends_the_server_with_status_71(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = threading.Event()
+    statuses: list[int] = []
+
+    def leave(status: int) -> None:
+        statuses.append(status)
+        left.set()
+
+    def broken(*_: object) -> None:
+        raise RunFailed("the device is gone")
+
+    monkeypatch.setattr("tenuto.serving.server.os._exit", leave)
+    with serving(repository) as server, connect(server.port) as channel:
+        runner = engine_of(server, "accumulator")._runner
+        monkeypatch.setattr(runner, "run", broken)
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"), chunk(1, [1.0]))
+            conversation.opened()
+            assert left.wait(PATIENCE_SECONDS)
+        assert set(statuses) == {71}
+        assert check(channel, "liveness") == NOT_SERVING
+    assert "accumulator/1 is broken: a run failed (the device is gone)" in caplog.text
 
 
 def test_predict_calls_that_were_accepted_are_answered_before_the_server_leaves(

@@ -175,3 +175,6 @@ class Gate:
 
     def enter_thread(self) -> None:
         self._runner.enter_thread()
+
+    def probe(self) -> None:
+        self._runner.probe()

@@ -58,15 +58,20 @@ class Accumulator:
 
     def __init__(self) -> None:
         self.batches: list[int] = []  # rows of each run that was tried
+        self.broken = False  # every run fails
 
     def enter_thread(self) -> None:
         pass
+
+    def probe(self) -> None:
+        if self.broken:
+            raise RunFailed("the device is gone")
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         x, total = feeds["x"], feeds["total"]
         rows, longest = x.shape
         self.batches.append(rows)
-        if (x == FAILS).any():
+        if self.broken or (x == FAILS).any():
             raise RunFailed("a row fails the run")
         if (x == BUG).any():
             raise TypeError("a bug in the runner")
@@ -84,6 +89,9 @@ class Doubler:
         self.batches: list[int] = []
 
     def enter_thread(self) -> None:
+        pass
+
+    def probe(self) -> None:
         pass
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:

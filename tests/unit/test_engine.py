@@ -638,6 +638,23 @@ def test_the_thread_takes_commands_lives_through_bugs_and_ends() -> None:
     assert sink.replies[-1][1] == Closed(Ending.DRAINING, 1)
 
 
+def test_when_no_run_succeeds_any_more_nobody_is_to_blame(caplog: pytest.LogCaptureFixture) -> None:
+    """The server leaves, and its sequences go on elsewhere: none may end here by an error of its own."""
+    bench = Bench()
+    one, two = bench.open(), bench.open()
+    bench.settle()
+    bench.runner.broken = True
+    bench.send(one, 1, [1])
+    bench.send(two, 1, [1])
+    bench.settle()
+    assert [bench.ending(s) for s in (one, two)] == [None, None]
+    assert (
+        bench.engine.broken
+        == "a run failed (a row fails the run), and so does a run of zeros (the device is gone)"
+    )
+    assert bench.engine.broken in caplog.text
+
+
 # Stateless requests and constants.
 
 

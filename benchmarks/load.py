@@ -121,7 +121,8 @@ class Stream:
 
     def opens(self) -> list[pb.Event]:
         period_ms = round(1e3 * self.crowd.period) if self.crowd.party.declared else 0
-        wish = pb.Open(model=self.crowd.tracks.model, period_ms=period_ms)
+        every = self.crowd.party.checkpoint_every
+        wish = pb.Open(model=self.crowd.tracks.model, period_ms=period_ms, checkpoint_every=every)
         return [pb.Event(sequence=s.number, open=wish) for s in self.sequences]
 
     def open(self) -> None:

@@ -24,6 +24,7 @@ class Party:
     # that a stall cannot hide. 0: closed loop, latency from sending.
     messages_per_second: float = 0.0
     declared: bool = False  # Open tells the server the period
+    checkpoint_every: int = 0  # as Open says it; 0: the server's default
     ramp_seconds: float = 0.0  # the streams open over that time, within the run, and may be refused
     visits: bool = False  # a new stream for each message: opened, one chunk, first reply, half-closed
     unary: bool = False  # Predict, one image a call

@@ -34,6 +34,7 @@ CHANNELS = "64 streams on 1, 16 and 64 connections"
 MIXED = f"64 streams, 10 frames every {PACED_MS:g} ms, and images"
 SLOW = "64 streams, and slow readers"
 OVERLOAD = "streams that open until twice the capacity"
+CHECKPOINTS = "a resume token every so many chunks, 64 streams"
 DENORMALS = "denormal input, 64 streams, 10 frames a chunk"
 
 
@@ -185,6 +186,14 @@ def denormals(settings: Settings) -> list[list[Case]]:
     ]
 
 
+def checkpoints(_: Settings) -> list[list[Case]]:
+    """What resume tokens cost: of 2.3 KB here, each so many chunks."""
+    rows = {"1 chunk": 1, "10 chunks": 10, "50 chunks": 50, "1,000,000 chunks": 1_000_000}
+    return [
+        [one(CHECKPOINTS, row, OURS, Party(64, 1, checkpoint_every=every)) for row, every in rows.items()]
+    ]
+
+
 SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "peers": peers,
     "live": live,
@@ -199,4 +208,5 @@ SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "slow": slow,
     "overload": overload,
     "denormals": denormals,
+    "checkpoints": checkpoints,
 }

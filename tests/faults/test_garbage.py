@@ -9,93 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenuto.serving.catalogue import Catalogue, Served
-from tenuto.serving.engine import Engine
-from tenuto.serving.metrics import ServerMetrics
-from tenuto.serving.pending import PendingBytes
-from tenuto.serving.reply import OutputWriter
-from tenuto.serving.resume_token import TokenSealer
-from tenuto.serving.snapshot import Checkpoints
-from tenuto.serving.stream import Stream, StreamLimits
-from tenuto.serving.tensor import Reader
+from tenuto.serving.stream import Stream
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.integration.wire import array, checkpoint, chunk, ending, opening, tensor
-from tests.unit.fakes import Accumulator, Doubler, accumulator, doubler
+
+from .core import Core, FakeCall
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
-SEALER = TokenSealer()
-MAX_BYTES = 1 << 20
-
-
-class FakeCall:
-    """Keeps what is sent; says OK to everything."""
-
-    def __init__(self) -> None:
-        self.replies: list[pb.Reply] = []
-        self.code: grpc.StatusCode | None = None
-
-    backed_up = False
-
-    def send(self, message: bytes) -> None:
-        assert self.code is None, "a reply after the status"
-        self.replies += pb.StreamResponse.FromString(message).replies
-
-    def finish(
-        self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Any = ()
-    ) -> None:
-        assert self.code is None, "a second status"
-        self.code = code
-
-    def cancel(self) -> None:
-        raise AssertionError("a bug cancelled the stream")
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
-
-class Core:
-    """A server without gRPC: two models, turned by hand."""
-
-    def __init__(self) -> None:
-        self.pending = PendingBytes(1 << 30)
-        served = []
-        for manifest, runner in ((accumulator(), Accumulator()), (doubler(), Doubler())):
-            checkpoints = Checkpoints(SEALER.seal, manifest.name, "", 3)
-            engine = Engine(
-                manifest, runner, version=1, max_sequences=50, checkpoints=checkpoints, pending=self.pending
-            )
-            reader = Reader(manifest, MAX_BYTES)
-            served.append(Served(engine, reader, OutputWriter(manifest), "cpu", "", manifest.name))
-        self.catalogue = Catalogue(served, [])
-        self.metrics = ServerMetrics("1")
-
-    def connect(self) -> tuple[Stream, FakeCall]:
-        call = FakeCall()
-        limits = StreamLimits(4, 0.0)
-        return Stream(call, self.catalogue, self.pending, self.metrics, limits, SEALER.unseal), call
-
-    def settle(self) -> None:
-        for engine in self.catalogue.engines:
-            while engine.turn():
-                pass
-
-    def assert_nothing_is_left(self) -> None:
-        self.settle()
-        assert self.pending.bytes == 0
-        for engine in self.catalogue.engines:
-            assert engine.sequences() == []
-            assert engine.metrics.pending_chunks == 0
-            engine.check()
-
-
 def sums(core: Core, stream: Stream, call: FakeCall, step: int) -> list[float]:
     """The neighbour's next answer."""
     stream.received(message(chunk(step, [1.0], sequence=1)))

@@ -416,6 +416,7 @@ class Stream:
         self._turn += 1
         self._conversation.called(monotonic())
         self._write_soon()
+        self._notify()  # from now on the server owes something
         return _Status(self._call)
 
     async def _read(self, call: Any) -> errors.TenutoError | None:

@@ -245,14 +245,14 @@ class Conversation:
         """Fix when the sequence is opened again, or give it up."""
         if self.over:
             return
-        name = self.opened.sequence_id if self.opened is not None else ""
         if not self._owing():
             self._backoff.again(now)
-            log.info("sequence %s: its stream is gone and is opened again when needed: %s", name, error)
+            log.info("sequence %s is opened again when it is needed: %s", self._name(), error)
             return
+        level = logging.INFO if self._backoff.since is not None else logging.WARNING
         self._backoff.miss(now)
         if self._backoff.again(now):
-            log.warning("sequence %s is opened again for %s: %s", name, self._missing(), error)
+            log.log(level, "sequence %s is opened again for %s: %s", self._name(), self._missing(), error)
         else:
             self.error = self._unresumed(error, f" within {self._settings.resume_seconds:g} s")
 
@@ -268,6 +268,9 @@ class Conversation:
                 resume_token=self.resume_token,
             )
         return type(error)(f"{text}{error}")
+
+    def _name(self) -> str:
+        return self.opened.sequence_id if self.opened is not None else ""
 
     def _missing(self) -> str:
         """What the caller waits for first."""
@@ -333,9 +336,6 @@ class Conversation:
         self.opened = message
         call.opened = True
         call.next_step = step
-
-    def _name(self) -> str:
-        return self.opened.sequence_id if self.opened is not None else ""
 
     def _output(self, call: _Call, message: pb.Output, now: float) -> None:
         step, part = message.step, message.part

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NotFound,
         OutputsUnread,
         Overloaded,
+        PoisonedChunk,
         ProtocolError,
         Refused,
         ReplyTimeout,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
         TenutoError,
         Unavailable,
     )
-    from .reply import Model, Output, Prediction, Timing
+    from .reply import Model, Output, Prediction, Sequence, Timing
     from .stream import Stream
 
     __version__: str
@@ -44,11 +45,13 @@ _HOME = {
     "Model": "reply",
     "Output": "reply",
     "Prediction": "reply",
+    "Sequence": "reply",
     "Timing": "reply",
     "InvalidInput": "errors",
     "NotFound": "errors",
     "OutputsUnread": "errors",
     "Overloaded": "errors",
+    "PoisonedChunk": "errors",
     "ProtocolError": "errors",
     "Refused": "errors",
     "ReplyTimeout": "errors",
@@ -67,10 +70,12 @@ __all__ = [
     "Output",
     "OutputsUnread",
     "Overloaded",
+    "PoisonedChunk",
     "Prediction",
     "ProtocolError",
     "Refused",
     "ReplyTimeout",
+    "Sequence",
     "SequenceEnded",
     "SequenceFailed",
     "ServerError",

@@ -11,16 +11,17 @@ import grpc
 import grpc.aio
 
 from . import errors, message
+from .backoff import jitter
 from .conversation import Conversation
-from .reply import Model, Output, Prediction
+from .reply import Model, Output, Prediction, Sequence
+from .servers import Options, Servers, is_elsewhere
 from .settings import Settings
 from .tensor import Inputs
 from .v1 import tenuto_pb2 as pb
-from .v1.tenuto_pb2_grpc import TenutoStub
 
 
 class Client:
-    """A connection to one server, for one event loop; the arguments are those of `tenuto.Client`.
+    """Connections to servers, for one event loop; the arguments are those of `tenuto.Client`.
 
     async with Client("127.0.0.1:8001") as client:
         prediction = await client.predict("digits", images)
@@ -35,28 +36,41 @@ class Client:
         keepalive_seconds: float = 30.0,
         max_message_bytes: int = 64 << 20,
         buffer_bytes: int = 64 << 20,
+        resume_seconds: float = 30.0,
+        replay_bytes: int = 16 << 20,
+        poison_losses: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._settings = Settings(
             target,
-            timeout_seconds,
-            reply_seconds,
-            keepalive_seconds,
-            max_message_bytes,
-            buffer_bytes,
+            timeout_seconds=timeout_seconds,
+            reply_seconds=reply_seconds,
+            keepalive_seconds=keepalive_seconds,
+            max_message_bytes=max_message_bytes,
+            buffer_bytes=buffer_bytes,
+            resume_seconds=resume_seconds,
+            replay_bytes=replay_bytes,
+            poison_losses=poison_losses,
         )
-        options = self._settings.channel_options()
-        if credentials is None:
-            self._channel = grpc.aio.insecure_channel(target, options)
-        else:
-            self._channel = grpc.aio.secure_channel(target, credentials, options)
-        self._stub: Any = TenutoStub(self._channel)
+
+        def connect(target: str, options: Options) -> grpc.aio.Channel:
+            if credentials is None:
+                return grpc.aio.insecure_channel(target, options)
+            return grpc.aio.secure_channel(target, credentials, options)
+
+        self._servers = Servers(self._settings, connect)
         self._closed = False
 
     async def close(self) -> None:
-        """Close the connection. Calls that are open, and later ones, are Unavailable."""
+        """Close the connections. Calls that are open, and later ones, are Unavailable."""
         self._closed = True
-        await self._channel.close()
+        for channel in self._servers.close():
+            await channel.close()
+
+    @property
+    def resumes(self) -> int:
+        """How often a stream of this client was lost and is open again."""
+        return self._servers.resumes
 
     async def __aenter__(self) -> "Client":
         return self
@@ -72,18 +86,27 @@ class Client:
     async def predict(self, model: str, inputs: Inputs, version: int = 0) -> Prediction:
         """Return a stateless model's answer to one batch; see `tenuto.Client.predict`."""
         request = message.predict_request(model, inputs, version)
-        return message.prediction(await self._unary(self._stub.Predict, request))
+        return message.prediction(await self._unary("Predict", request))
 
     async def models(self) -> list[Model]:
         """Return every model version that the server knows, without their manifests."""
-        response = await self._unary(self._stub.ListModels, pb.ListModelsRequest())
+        response = await self._unary("ListModels", pb.ListModelsRequest())
         return [message.model(one) for one in response.models]
 
     async def model(self, name: str, version: int = 0) -> Model:
         """Return one model with its manifest; raises NotFound. `version` 0 is the newest."""
         request = message.get_model_request(name, version)
-        response = await self._unary(self._stub.GetModel, request)
+        response = await self._unary("GetModel", request)
         return message.model(response.model, response.manifest_json)
+
+    async def sequences(self, model: str = "") -> list[Sequence]:
+        """Return the live sequences of one server; see `tenuto.Client.sequences`."""
+        response = await self._unary("ListSequences", message.list_sequences_request(model))
+        return [message.sequence(one) for one in response.sequences]
+
+    async def end_sequence(self, sequence_id: str) -> None:
+        """End a live sequence; see `tenuto.Client.end_sequence`."""
+        await self._unary("EndSequence", message.end_sequence_request(sequence_id))
 
     def stream(
         self,
@@ -106,21 +129,33 @@ class Client:
             label=label,
             resume_token=resume_token,
         )
-        return Stream(self._stub.Stream, event, self._settings)
+        return Stream(self._servers, event, self._settings)
 
-    async def _unary(self, method: Callable[..., Any], request: Any) -> Any:
+    async def _unary(self, method: str, request: Any) -> Any:
+        """Call the next server, and those behind it while they are unavailable, once round."""
+        turn = self._servers.turn()
+        for last in range(turn, turn + self._servers.count):
+            target, stub = self._servers.at(last)
+            try:
+                return await self._call(getattr(stub, method), request, target)
+            except errors.ServerError as refused:
+                error = refused
+            if not is_elsewhere(error):
+                break
+        raise error
+
+    async def _call(self, method: Callable[..., Any], request: Any, target: str) -> Any:
         seconds = self._settings.timeout_seconds
         try:
             return await method(request, timeout=seconds)
         except grpc.aio.UsageError as error:
             raise message.client_closed(self._settings.target) from error
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if self._closed and not (task is not None and task.cancelling()):
+            if self._closed and not _is_cancelled():
                 raise message.client_closed(self._settings.target) from None
             raise
         except grpc.aio.AioRpcError as status:
-            raise _rpc_error(status, self._settings.target, seconds) from None
+            raise _rpc_error(status, target, seconds) from None
 
 
 class Stream:
@@ -131,39 +166,31 @@ class Stream:
                 ...
 
     As `tenuto.Stream`: `send` waits for the server's window, never for this caller's own reading;
-    one task may send while another iterates. Cancelling a task inside `send` ends the sequence.
+    one task may send while another iterates. Cancelling a task inside `send` may end the sequence.
     """
 
-    def __init__(self, call: Callable[..., Any], event: pb.Open, settings: Settings) -> None:
-        self._method = call
-        self._event = event
-        self._target = settings.target
-        self._conversation = Conversation(
-            timeout_seconds=settings.timeout_seconds,
-            reply_seconds=settings.reply_seconds,
-            buffer_bytes=settings.buffer_bytes,
-        )
+    def __init__(self, servers: Servers, event: pb.Open, settings: Settings) -> None:
+        self._servers = servers
+        self._turn = -1
+        self._target = settings.target  # of the present call, once there is one
+        self._conversation = Conversation(event, settings, jitter)
         self._changed = asyncio.Event()  # replaced each time the conversation changed
-        self._writing = asyncio.Lock()  # one write at a time, in the order of steps
+        self._sending = asyncio.Lock()  # one `send` at a time, in the order in which they were called
+        self._writing = asyncio.Lock()  # one write at a time, in the order of the conversation
         self._call: Any = None
-        self._reader: asyncio.Task[None] | None = None
+        self._caller: asyncio.Task[None] | None = None
+        self._writer: asyncio.Task[None] | None = None
         self._sender: asyncio.Task[None] | None = None
         self._left = False
 
     # -- as a context manager ----------------------------------------------------------------------
 
     async def __aenter__(self) -> "Stream":
-        if self._call is not None:
+        if self._caller is not None:
             raise errors.invalid("a stream is entered once; call stream() again", "ALREADY_OPEN")
+        self._turn = self._servers.turn()
+        self._caller = asyncio.create_task(self._make_calls(), name="tenuto-stream")
         try:
-            self._call = self._method()
-        except grpc.aio.UsageError as error:
-            raise message.client_closed(self._target) from error
-        self._status = _Status(self._call)
-        request = self._conversation.open(self._event, monotonic())
-        self._reader = asyncio.create_task(self._read(), name="tenuto-stream")
-        try:
-            await self._write(request)
             await self._wait(self._conversation.is_open)
         except BaseException:
             await self._leave(clean=False)
@@ -179,38 +206,37 @@ class Stream:
         await self._leave(self._conversation.closed)
 
     async def _leave(self, clean: bool) -> None:
-        self._left = True
+        self._left = True  # from here on no call is made
         self._notify()
-        assert self._reader is not None
-        if self._sender is not None:
-            self._sender.cancel()
-            await asyncio.wait([self._sender])
-            if not self._sender.cancelled():
-                self._sender.exception()  # told by `run`, or to nobody who left it early
+        assert self._caller is not None
+        for task in (self._sender, self._writer):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+                if not task.cancelled():
+                    task.exception()  # told by `run`, or to nobody who left it early
         if clean:  # the server has only its status left to say
-            await asyncio.wait([self._reader], timeout=1)
-        self._call.cancel()
-        await asyncio.wait([self._reader])
+            await asyncio.wait([self._caller], timeout=1)
+        if self._call is not None:
+            self._call.cancel()
+        await asyncio.wait([self._caller])
 
     # -- sending -----------------------------------------------------------------------------------
 
     async def send(self, inputs: Inputs, *, generate: int = 0) -> int:
         """Send one chunk and return its step; see `tenuto.Stream.send`."""
         began = monotonic()
-        async with self._writing:
+        async with self._sending:
             await self._wait(self._conversation.room)
-            step, request = self._conversation.chunk(inputs, generate, began)
-            await self._write(request)
+            step = self._conversation.chunk(inputs, generate, began, monotonic())
+            await self._write_or_end()
         return step
 
     async def end(self) -> None:
         """Say that no more chunks come. Iterating then yields what is left, and stops."""
-        async with self._writing:
-            request = self._conversation.end(monotonic())
-            if request is not None:
-                await self._write(request)
-                with suppress(grpc.RpcError, asyncio.InvalidStateError):
-                    await self._call.done_writing()
+        async with self._sending:
+            self._conversation.end(monotonic())
+            await self._write_or_end()
 
     async def run(self, chunks: Iterable[Inputs] | AsyncIterable[Inputs]) -> AsyncIterator[Output]:
         """Send all `chunks`, end, and yield the outputs as they come, in order.
@@ -240,9 +266,8 @@ class Stream:
                     await self._wait(self._conversation.has_slack)
                     await self.send(chunk)
             await self.end()
-        except BaseException as error:
-            if error is not self._conversation.error:
-                self._call.cancel()
+        except BaseException:
+            self._give_up("the source of its chunks failed")
             raise
 
     # -- receiving ---------------------------------------------------------------------------------
@@ -280,11 +305,15 @@ class Stream:
 
     @property
     def resume_token(self) -> bytes:
-        """The newest sealed snapshot that the server sent; b"" if none yet."""
-        checkpoint = self._conversation.checkpoint
-        return checkpoint.resume_token if checkpoint is not None else b""
+        """The newest sealed snapshot of the sequence; b"" if there is none yet."""
+        return self._conversation.resume_token
 
-    # -- waiting, writing and reading --------------------------------------------------------------
+    @property
+    def resumes(self) -> int:
+        """How often the sequence was opened again."""
+        return self._conversation.resumes
+
+    # -- waiting and writing -----------------------------------------------------------------------
 
     def _notify(self) -> None:
         self._changed.set()
@@ -293,45 +322,139 @@ class Stream:
     async def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait until `ready()`; nothing else runs between that and the caller's next line."""
         while not ready():
-            changed = self._changed
-            seconds = self._conversation.patience(monotonic())
-            with suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await changed.wait()
+            now = monotonic()
+            if self._conversation.overdue(now):
+                self._call.cancel()
+                self._notify()
+            else:
+                await self._pause(self._conversation.patience(now))
 
-    async def _write(self, request: pb.StreamRequest) -> None:
-        """Write one message; on a call that is over, raise what ended it."""
+    async def _pause(self, seconds: float | None) -> None:
+        """Wait until something changes, but no longer than that."""
+        changed = self._changed
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await changed.wait()
+
+    async def _write(self) -> None:
+        """Write what the conversation has to say."""
+        if not self._conversation.on_call:
+            self._notify()  # the task that makes calls may have to make one
+        async with self._writing:
+            while self._conversation.has_outgoing():
+                call = self._call
+                for request in self._conversation.outgoing(monotonic()):
+                    if not await self._write_one(call, request):
+                        break  # the task that reads hears why, and another call says it all again
+
+    async def _write_one(self, call: Any, request: pb.StreamRequest) -> bool:
+        """Write one message; False on a call that is over."""
         try:
-            await self._call.write(request)
+            await call.write(request)
+            if request.events[0].HasField("end"):
+                await call.done_writing()
         except (grpc.RpcError, asyncio.InvalidStateError):
             self._notify()  # a reader that waits for room goes on, to the call's status
-            await self._wait(lambda: self._conversation.over)
-            if self._conversation.error is not None:
-                raise self._conversation.error from None
+            return False
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            return False
+        return True
 
-    async def _read(self) -> None:
-        """Feed the conversation until the call is over; a task of its own."""
-        error: errors.TenutoError | None = None
+    async def _write_or_end(self) -> None:
+        """Write; cancelled meanwhile, end the sequence: gRPC has cancelled the call."""
         try:
-            # Not call.read(): once a status is there, it gives up what was not read yet.
-            async for response in self._call:
-                await self._received(response)
-        except (grpc.aio.AioRpcError, asyncio.CancelledError):
-            pass  # the status says more
-        except errors.TenutoError as protocol:
-            error = protocol
-        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
-            error = errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
-        finally:
-            self._call.cancel()  # no effect on a call that is over
-        self._conversation.stop(error or await self._status.error(self._target))
+            await self._write()
+        except asyncio.CancelledError:
+            self._give_up("a task was cancelled while it sent")
+            raise
+
+    def _write_soon(self) -> None:
+        """Have a task write what the conversation has to say, so that reading goes on meanwhile."""
+        if self._conversation.has_outgoing() and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.create_task(self._write(), name="tenuto-write")
+
+    def _give_up(self, why: str) -> None:
+        self._conversation.stop(errors.Unavailable(f"the sequence was ended: {why}", code="CANCELLED"))
+        if self._call is not None:
+            self._call.cancel()
         self._notify()
 
-    async def _received(self, response: pb.StreamResponse) -> None:
+    # -- calling and reading, in a task of its own -------------------------------------------------
+
+    async def _make_calls(self) -> None:
+        """Make one call after another, as the conversation wants them, until it is over."""
+        while await self._is_due():
+            status = self._call_next()
+            if status is None:
+                return
+            error = await self._read(self._call)
+            if self._conversation.on_call:
+                error = error or await status.error(self._target)
+            self._conversation.lost(error, monotonic())  # no effect where it knows
+            self._notify()
+
+    async def _is_due(self) -> bool:
+        """Wait until a call is due; False if none ever will be."""
+        while not self._left and not self._conversation.over:
+            now, due = monotonic(), self._conversation.call_due()
+            if due is not None and due <= now:
+                return True
+            await self._pause(None if due is None else due - now)
+        return False
+
+    def _call_next(self) -> "_Status | None":
+        """Make a call to the next server; None if the client is closed."""
+        try:
+            self._target, stub = self._servers.at(self._turn)
+            self._call = stub.Stream()
+        except (errors.TenutoError, grpc.aio.UsageError):
+            self._conversation.stop(message.client_closed(self._servers.target))
+            self._notify()
+            return None
+        self._turn += 1
+        self._conversation.called(monotonic())
+        self._write_soon()
+        self._notify()  # from now on the server owes something
+        return _Status(self._call)
+
+    async def _read(self, call: Any) -> errors.TenutoError | None:
+        """Feed the conversation until the call is over; return what its status does not say."""
+        try:
+            # Not call.read(): once a status is there, it gives up what was not read yet.
+            async for response in call:
+                if not await self._received(response):
+                    break
+        except grpc.aio.AioRpcError:
+            pass  # the status says more
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+        except errors.TenutoError as protocol:
+            return protocol
+        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
+            return errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
+        finally:
+            call.cancel()  # no effect on a call that is over
+        return None
+
+    async def _received(self, response: pb.StreamResponse) -> bool:
+        """Take in one message; False if the conversation is done with the call."""
+        resumes = self._conversation.resumes
         self._conversation.receive(response, monotonic())
+        self._servers.resumed(self._conversation.resumes - resumes)
+        self._write_soon()
         self._notify()
         while self._conversation.full and not self._left and not self._call.done():
             await self._changed.wait()
+        return self._conversation.on_call
+
+
+def _is_cancelled() -> bool:
+    """Whether the present task is to end, not only the call that it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 class _Status:

@@ -1,33 +1,41 @@
 """The client for threads."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 import grpc
 
 from . import message
-from .reply import Model, Prediction
+from .reply import Model, Prediction, Sequence
+from .servers import Options, Servers, is_elsewhere
 from .settings import Settings
 from .stream import Stream, rpc_error
 from .tensor import Inputs
 from .v1 import tenuto_pb2 as pb
-from .v1.tenuto_pb2_grpc import TenutoStub
 
 
 class Client:
-    """A connection to one server. Safe to share among threads; close it, or use it in a `with`.
+    """Connections to servers. Safe to share among threads; close it, or use it in a `with`.
 
         with Client("127.0.0.1:8001") as client:
             prediction = client.predict("digits", images)
 
-    `timeout_seconds` bounds every unary call and the opening of a stream, `reply_seconds` the wait
-    for an output that a stream owes (None: for ever). Keepalive pings go out every
-    `keepalive_seconds` while a call is open. A message may have `max_message_bytes`, the unread
-    outputs of one stream `buffer_bytes`. With `credentials` (`grpc.ssl_channel_credentials(…)`) the
-    connection is encrypted.
+    `target` is a server, or several behind commas ("a:8001,b:8001"), or a name with several
+    addresses: calls and streams take them in turn. A unary call that finds a server unavailable
+    goes to the next. A stream that is lost is opened again on the next, and its caller notices
+    nothing but the delay; `resume_seconds` bounds the time without a server (0: a lost stream is an
+    error at once). For that the chunks since the last resume token are kept, `replay_bytes` and one
+    chunk at most. A chunk whose stream was lost `poison_losses` times is sent no more
+    (PoisonedChunk).
 
-    The connection is made at the first call. Raises InvalidInput for a setting out of its bounds.
+    `timeout_seconds` bounds every unary call and each opening of a stream, `reply_seconds` the wait
+    for an output that a stream owes (None: for ever) before it is asked of the next server.
+    Keepalive pings go out every `keepalive_seconds` while a call is open. A message may have
+    `max_message_bytes`, the unread outputs of one stream `buffer_bytes`. With `credentials`
+    (`grpc.ssl_channel_credentials(…)`) the connections are encrypted.
+
+    Connections are made at the first call. Raises InvalidInput for a setting out of its bounds.
     """
 
     def __init__(
@@ -39,26 +47,39 @@ class Client:
         keepalive_seconds: float = 30.0,
         max_message_bytes: int = 64 << 20,
         buffer_bytes: int = 64 << 20,
+        resume_seconds: float = 30.0,
+        replay_bytes: int = 16 << 20,
+        poison_losses: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._settings = Settings(
             target,
-            timeout_seconds,
-            reply_seconds,
-            keepalive_seconds,
-            max_message_bytes,
-            buffer_bytes,
+            timeout_seconds=timeout_seconds,
+            reply_seconds=reply_seconds,
+            keepalive_seconds=keepalive_seconds,
+            max_message_bytes=max_message_bytes,
+            buffer_bytes=buffer_bytes,
+            resume_seconds=resume_seconds,
+            replay_bytes=replay_bytes,
+            poison_losses=poison_losses,
         )
-        options = self._settings.channel_options()
-        if credentials is None:
-            self._channel = grpc.insecure_channel(target, options)
-        else:
-            self._channel = grpc.secure_channel(target, credentials, options)
-        self._stub: Any = TenutoStub(self._channel)
+
+        def connect(target: str, options: Options) -> grpc.Channel:
+            if credentials is None:
+                return grpc.insecure_channel(target, options)
+            return grpc.secure_channel(target, credentials, options)
+
+        self._servers = Servers(self._settings, connect)
 
     def close(self) -> None:
-        """Close the connection. Calls that are open, and later ones, are Unavailable."""
-        self._channel.close()
+        """Close the connections. Calls that are open, and later ones, are Unavailable."""
+        for channel in self._servers.close():
+            channel.close()
+
+    @property
+    def resumes(self) -> int:
+        """How often a stream of this client was lost and is open again."""
+        return self._servers.resumes
 
     def __enter__(self) -> "Client":
         return self
@@ -82,18 +103,33 @@ class Client:
         Unavailable, ReplyTimeout after `timeout_seconds`.
         """
         request = message.predict_request(model, inputs, version)
-        return message.prediction(self._unary(self._stub.Predict, request))
+        return message.prediction(self._unary("Predict", request))
 
     def models(self) -> list[Model]:
         """Return every model version that the server knows, without their manifests."""
-        response = self._unary(self._stub.ListModels, pb.ListModelsRequest())
+        response = self._unary("ListModels", pb.ListModelsRequest())
         return [message.model(one) for one in response.models]
 
     def model(self, name: str, version: int = 0) -> Model:
         """Return one model with its manifest; raises NotFound. `version` 0 is the newest."""
         request = message.get_model_request(name, version)
-        response = self._unary(self._stub.GetModel, request)
+        response = self._unary("GetModel", request)
         return message.model(response.model, response.manifest_json)
+
+    def sequences(self, model: str = "") -> list[Sequence]:
+        """Return the live sequences of one server, oldest first; `model` "" is all of them.
+
+        Raises NotFound.
+        """
+        response = self._unary("ListSequences", message.list_sequences_request(model))
+        return [message.sequence(one) for one in response.sequences]
+
+    def end_sequence(self, sequence_id: str) -> None:
+        """End a live sequence, on whichever server of the list it is; raises NotFound.
+
+        Its client may go on with it: it gets a resume token.
+        """
+        self._unary("EndSequence", message.end_sequence_request(sequence_id))
 
     def stream(
         self,
@@ -111,7 +147,7 @@ class Client:
         `period_ms` is how often chunks come, if they come at a steady pace (0: they do not).
         `idle_seconds` is how long it may say nothing (0: the server's limit). `constants` are
         values that the manifest lets a client choose, by input name. `label`, at most 128 bytes, is
-        shown to operators. With the `resume_token` of a sequence that ended, that one goes on.
+        shown to operators. With the `resume_token` of an earlier sequence, that one goes on.
         """
         event = message.open_event(
             model,
@@ -122,13 +158,19 @@ class Client:
             label=label,
             resume_token=resume_token,
         )
-        return Stream(self._stub.Stream, event, self._settings)
+        return Stream(self._servers, event, self._settings)
 
-    def _unary(self, method: Callable[..., Any], request: Any) -> Any:
-        seconds = self._settings.timeout_seconds
-        try:
-            return method(request, timeout=seconds)
-        except ValueError as error:  # what gRPC raises on a closed channel
-            raise message.client_closed(self._settings.target) from error
-        except grpc.RpcError as status:
-            raise rpc_error(status, self._settings.target, seconds) from None
+    def _unary(self, method: str, request: Any) -> Any:
+        """Call the next server, and those behind it while they are unavailable, once round."""
+        seconds, turn = self._settings.timeout_seconds, self._servers.turn()
+        for last in range(turn, turn + self._servers.count):
+            target, stub = self._servers.at(last)
+            try:
+                return getattr(stub, method)(request, timeout=seconds)
+            except ValueError as closed:  # what gRPC raises on a closed channel
+                raise message.client_closed(self._settings.target) from closed
+            except grpc.RpcError as status:
+                error = rpc_error(status, target, seconds)
+            if not is_elsewhere(error):
+                break
+        raise error

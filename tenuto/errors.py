@@ -9,6 +9,7 @@
     │   ├── Unavailable        no server there, or it is leaving, or the connection broke
     │   └── SequenceFailed     the model, or the server, failed under this sequence
     ├── SequenceEnded          the server ended the sequence: reason, last_step, resume_token
+    ├── PoisonedChunk          a chunk whose server died, each time it was sent: step
     ├── ReplyTimeout           an answer is overdue (also a TimeoutError)
     ├── OutputsUnread          too many outputs wait for the caller to read them
     └── ProtocolError          the server's reply does not fit the protocol
@@ -98,7 +99,7 @@ class SequenceFailed(ServerError):
 
 
 class SequenceEnded(TenutoError):
-    """The server ended the sequence although the client did not ask for it.
+    """The server ended the sequence although the client did not ask for it, and it cannot resume.
 
     `reason` is an Ending of the protocol, e.g. "IDLE_EXPIRED"; `last_step` the last step that was
     answered; `resume_token`, if not b"", is for `client.stream(…, resume_token=…)` to go on with.
@@ -113,8 +114,23 @@ class SequenceEnded(TenutoError):
         self.resume_token = resume_token
 
 
+class PoisonedChunk(TenutoError):
+    """Streams were lost again and again at the same step; it is not sent to further servers.
+
+    `step` is the first one unanswered: its chunk, or one of those sent right behind it, is what
+    no server survived.
+    """
+
+    def __init__(self, message: str, *, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class ReplyTimeout(TenutoError, TimeoutError):
-    """An answer did not come within `timeout_seconds` (a call) or `reply_seconds` (an output)."""
+    """An answer did not come within `timeout_seconds` (a call) or `reply_seconds` (an output).
+
+    An output is waited for on other servers as well, for `resume_seconds` more.
+    """
 
 
 class OutputsUnread(TenutoError):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from . import errors
-from .reply import Model, Prediction, Timing
+from .reply import Model, Prediction, Sequence, Timing
 from .tensor import Inputs, pack, unpack
 from .v1 import tenuto_pb2 as pb
 
@@ -31,6 +31,22 @@ def get_model_request(model: str, version: int) -> pb.GetModelRequest:
         return pb.GetModelRequest(model=model, version=version)
     except (TypeError, ValueError) as error:
         raise _wrong_field("model", error) from error
+
+
+def list_sequences_request(model: str) -> pb.ListSequencesRequest:
+    """Return the request of the live sequences; raises InvalidInput."""
+    try:
+        return pb.ListSequencesRequest(model=model)
+    except (TypeError, ValueError) as error:
+        raise _wrong_field("sequences", error) from error
+
+
+def end_sequence_request(sequence_id: str) -> pb.EndSequenceRequest:
+    """Return the request that ends one sequence; raises InvalidInput."""
+    try:
+        return pb.EndSequenceRequest(sequence_id=sequence_id)
+    except (TypeError, ValueError) as error:
+        raise _wrong_field("end_sequence", error) from error
 
 
 def open_event(
@@ -87,6 +103,19 @@ def model(message: pb.Model, manifest_json: str = "") -> Model:
         sequences=message.sequences,
         slots=message.slots,
         manifest=manifest,
+    )
+
+
+def sequence(message: pb.Sequence) -> Sequence:
+    """Return the live sequence."""
+    return Sequence(
+        id=message.sequence_id,
+        model=message.model,
+        version=message.version,
+        label=message.label,
+        last_step=message.last_step,
+        age_seconds=message.age_seconds,
+        idle_seconds=message.idle_seconds,
     )
 
 

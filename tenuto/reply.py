@@ -1,4 +1,4 @@
-"""What the server answers: predictions, outputs of a stream, models."""
+"""What the server answers: predictions, outputs of a stream, models, live sequences."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,3 +72,20 @@ class Model:
     sequences: int
     slots: int
     manifest: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One live sequence, as operators see it.
+
+    `last_step` is the last step that was answered; `age_seconds` counts from its opening,
+    `idle_seconds` from when its client was last heard.
+    """
+
+    id: str
+    model: str
+    version: int
+    label: str
+    last_step: int
+    age_seconds: float
+    idle_seconds: float

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .errors import invalid
 
 _LOOPBACK = ("127.", "localhost:", "[::1]:", "unix:")
+_LISTS = ("ipv4:", "ipv6:")  # gRPC's names with commas of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,29 +17,49 @@ class Settings:
     Raises InvalidInput(reason="WRONG_SETTING") naming the field, what it may be and what it was.
     """
 
-    target: str  # "host:port", or a gRPC name such as "dns:///tenuto:8001" or "unix:/run/tenuto"
+    # "host:port", or a gRPC name such as "dns:///tenuto:8001" or "unix:/run/tenuto"; several behind commas
+    target: str
     timeout_seconds: float = 10.0  # for a unary call, and for a stream to open
     reply_seconds: float | None = 30.0  # for an output that is owed; None: for ever
     keepalive_seconds: float = 30.0  # between pings while a call is open; the server must permit it
     max_message_bytes: int = 64 << 20
     buffer_bytes: int = 64 << 20  # outputs of one stream that may wait unread
+    resume_seconds: float = 30.0  # for a lost stream to be open again; 0: it is an error at once
+    replay_bytes: int = 16 << 20  # chunks of one stream that are kept to be sent again
+    poison_losses: int = 2  # lost streams at one step, after which it is not sent any more
 
     def __post_init__(self) -> None:
-        _check_target(self.target)
+        for target in self.targets:
+            _check_target(target)
         for name in ("timeout_seconds", "reply_seconds", "keepalive_seconds"):
             value = getattr(self, name)
             if name == "reply_seconds" and value is None:
                 continue
-            if not _is_number(value) or not math.isfinite(value) or value <= 0:
+            if not _is_seconds(value) or value == 0:
                 raise _wrong(name, "a number of seconds above 0", value)
-        for name in ("max_message_bytes", "buffer_bytes"):
+        if not _is_seconds(self.resume_seconds):
+            raise _wrong("resume_seconds", "a number of seconds, or 0 for never", self.resume_seconds)
+        for name in ("max_message_bytes", "buffer_bytes", "replay_bytes", "poison_losses"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
                 raise _wrong(name, "an integer from 1 to 2147483647", value)
 
-    def channel_options(self) -> list[tuple[str, int]]:
-        """Return gRPC's channel arguments."""
-        options = [
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Each server, or name of servers, of its own."""
+        if self.target.startswith(_LISTS):
+            return (self.target,)
+        return tuple(target.strip() for target in self.target.split(","))
+
+    def channel_options(self, target: str) -> list[tuple[str, int | str]]:
+        """Return gRPC's channel arguments for one of the targets."""
+        options: list[tuple[str, int | str]] = [
+            # Where a name has several addresses, each gets its share of the calls, and a dead one none.
+            ("grpc.lb_policy_name", "round_robin"),
+            # gRPC's own pause between two attempts to connect grows to 120 s; a server that is back
+            # would not be seen within resume_seconds.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
@@ -47,7 +68,7 @@ class Settings:
             ("grpc.keepalive_permit_without_calls", 0),
             ("grpc.http2.max_pings_without_data", 0),
         ]
-        if self.target.startswith(_LOOPBACK):
+        if target.startswith(_LOOPBACK):
             options.append(("grpc.enable_http_proxy", 0))
         return options
 
@@ -57,11 +78,13 @@ def _check_target(target: str) -> None:
         return
     port = re.fullmatch(r"(?:\[[^\]]+\]|[^:\[\]/\s]+):(\d{1,5})", target)
     if port is None or not 1 <= int(port[1]) <= 65535:
-        raise _wrong("target", "'host:port', e.g. '127.0.0.1:8001' or '[::1]:8001'", target)
+        expected = "'host:port', e.g. '127.0.0.1:8001' or '[::1]:8001', or several behind commas"
+        raise _wrong("target", expected, target)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_seconds(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0  # type: ignore[arg-type,operator]
 
 
 def _wrong(name: str, expected: str, got: object) -> Exception:

@@ -10,8 +10,10 @@ from typing import Any
 import grpc
 
 from . import errors, message
+from .backoff import jitter
 from .conversation import Conversation
 from .reply import Output
+from .servers import Servers
 from .settings import Settings
 from .tensor import Inputs
 from .v1 import tenuto_pb2 as pb
@@ -31,38 +33,33 @@ class Stream:
     Entering opens the sequence and raises what the server says to it (NotFound, Overloaded, …).
     Leaving after `end()` and the last output is clean; leaving earlier cancels the sequence.
 
+    Where the server is lost, or ends the sequence so that it can go on elsewhere, it is opened again
+    on the next server: outputs come late, but each once and in order. `resumes` counts that.
+
     `send` may block, never for this caller's own reading: outputs are kept here as they arrive, up
     to `buffer_bytes`, so one thread may send everything first and iterate afterwards. One thread
     may send while another iterates.
     """
 
-    def __init__(self, call: Callable[..., Any], event: pb.Open, settings: Settings) -> None:
-        self._method = call
-        self._event = event
-        self._target = settings.target
-        self._conversation = Conversation(
-            timeout_seconds=settings.timeout_seconds,
-            reply_seconds=settings.reply_seconds,
-            buffer_bytes=settings.buffer_bytes,
-        )
+    def __init__(self, servers: Servers, event: pb.Open, settings: Settings) -> None:
+        self._servers = servers
+        self._turn = -1
+        self._target = settings.target  # of the present call, once there is one
+        self._conversation = Conversation(event, settings, jitter)
         self._changed = Condition()  # guards the conversation; notified when it changed
-        self._requests: _Requests = SimpleQueue()
+        self._requests: _Requests = SimpleQueue()  # of the present call
         self._call: Any = None
-        self._reader: Thread | None = None
+        self._caller: Thread | None = None
         self._left = False
 
     # -- as a context manager ----------------------------------------------------------------------
 
     def __enter__(self) -> "Stream":
-        if self._call is not None:
+        if self._caller is not None:
             raise errors.invalid("a stream is entered once; call stream() again", "ALREADY_OPEN")
-        try:
-            self._call = self._method(iter(self._requests.get, None))
-        except ValueError as error:  # what gRPC raises on a closed channel
-            raise message.client_closed(self._target) from error
-        self._requests.put(self._conversation.open(self._event, monotonic()))
-        self._reader = Thread(target=self._read, name="tenuto-stream", daemon=True)
-        self._reader.start()
+        self._turn = self._servers.turn()
+        self._caller = Thread(target=self._make_calls, name="tenuto-stream", daemon=True)
+        self._caller.start()
         try:
             with self._changed:
                 self._wait(self._conversation.is_open)
@@ -83,15 +80,14 @@ class Stream:
 
     def _leave(self, clean: bool) -> None:
         with self._changed:
-            self._left = True
+            self._left = True  # from here on no call is made
             self._changed.notify_all()
-        assert self._reader is not None
+        assert self._caller is not None
         if clean:  # the server has only its status left to say
-            self._requests.put(None)
-            self._reader.join(timeout=1)
-        self._call.cancel()
-        self._requests.put(None)  # ends gRPC's thread; after cancel, or it would say half-close
-        self._reader.join()
+            self._caller.join(timeout=1)
+        if self._call is not None:
+            self._hang_up()
+        self._caller.join()
 
     # -- sending -----------------------------------------------------------------------------------
 
@@ -102,24 +98,25 @@ class Stream:
         PCM, [3, 7] for three hours of seven sensors. `generate` feeds the output back that many
         times, for models whose manifest says how.
 
-        Blocks while `window` chunks are unanswered. Raises InvalidInput for what cannot travel,
-        ReplyTimeout after `reply_seconds` without an answer, OutputsUnread, and whatever ended the
-        sequence.
+        Blocks while `window` chunks are unanswered, or `replay_bytes` are kept until the server sends
+        a resume token. Raises InvalidInput for what cannot travel, ReplyTimeout where no server
+        answered for `reply_seconds` and `resume_seconds`, OutputsUnread, PoisonedChunk, and whatever
+        ended the sequence.
         """
         began = monotonic()
         with self._changed:
             self._wait(self._conversation.room)
-            step, request = self._conversation.chunk(inputs, generate, began)
-            self._requests.put(request)
+            now = monotonic()
+            step = self._conversation.chunk(inputs, generate, began, now)
+            self._write(now)
         return step
 
     def end(self) -> None:
         """Say that no more chunks come. Iterating then yields what is left, and stops."""
         with self._changed:
-            request = self._conversation.end(monotonic())
-            if request is not None:
-                self._requests.put(request)
-                self._requests.put(None)  # nothing follows: half-close
+            now = monotonic()
+            self._conversation.end(now)
+            self._write(now)
 
     def run(self, chunks: Iterable[Inputs]) -> Iterator[Output]:
         """Send all `chunks`, end, and yield the outputs as they come, in order.
@@ -141,9 +138,9 @@ class Stream:
     def __next__(self) -> Output:
         """Return the next output. Stops after `end()` and the last one.
 
-        Raises ReplyTimeout after `reply_seconds` if an answer is owed, SequenceEnded, and the
-        errors of the server. While nothing is owed it waits for what another thread sends; the
-        server's own idle limit ends that.
+        Raises ReplyTimeout where no server answered for `reply_seconds` and `resume_seconds`,
+        PoisonedChunk, SequenceEnded, and the errors of the server. While nothing is owed it waits
+        for what another thread sends.
         """
         with self._changed:
             self._wait(self._conversation.readable)
@@ -180,42 +177,102 @@ class Stream:
 
     @property
     def resume_token(self) -> bytes:
-        """The newest sealed snapshot that the server sent; b"" if none yet."""
-        checkpoint = self._conversation.checkpoint
-        return checkpoint.resume_token if checkpoint is not None else b""
+        """The newest sealed snapshot of the sequence; b"" if there is none yet."""
+        return self._conversation.resume_token
 
-    # -- waiting and reading -----------------------------------------------------------------------
+    @property
+    def resumes(self) -> int:
+        """How often the sequence was opened again."""
+        return self._conversation.resumes
+
+    # -- waiting and writing -----------------------------------------------------------------------
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Wait, holding the lock, until `ready()`."""
         while not ready():
-            self._changed.wait(self._conversation.patience(monotonic()))
+            now = monotonic()
+            if self._conversation.overdue(now):
+                self._hang_up()
+                self._changed.notify_all()
+            else:
+                self._changed.wait(self._conversation.patience(now))
 
-    def _read(self) -> None:
-        """Feed the conversation until the call is over; runs in a thread of its own."""
-        error: errors.TenutoError | None = None
+    def _write(self, now: float) -> None:
+        """Hand gRPC what the conversation has to say, holding the lock."""
+        if not self._conversation.on_call:
+            self._changed.notify_all()  # the thread that makes calls may have to make one
+        for request in self._conversation.outgoing(now):
+            self._requests.put(request)
+            if request.events[0].HasField("end"):
+                self._requests.put(None)  # nothing follows: half-close
+
+    def _hang_up(self) -> None:
+        self._call.cancel()  # no effect on a call that is over
+        self._requests.put(None)  # ends gRPC's thread; after cancel, or it would say half-close
+
+    # -- calling and reading, in a thread of its own -----------------------------------------------
+
+    def _make_calls(self) -> None:
+        """Make one call after another, as the conversation wants them, until it is over."""
+        while self._dial():
+            error = self._read()
+            self._hang_up()
+            with self._changed:
+                self._conversation.lost(error, monotonic())  # no effect where it knows
+                self._changed.notify_all()
+
+    def _dial(self) -> bool:
+        """Make the next call when it is due; False if none ever will be."""
+        with self._changed:
+            while not self._left and not self._conversation.over:
+                now, due = monotonic(), self._conversation.call_due()
+                if due is not None and due <= now:
+                    self._call_next(now)
+                    return self._conversation.on_call
+                self._changed.wait(None if due is None else due - now)
+        return False
+
+    def _call_next(self, now: float) -> None:
+        requests: _Requests = SimpleQueue()
+        try:
+            self._target, stub = self._servers.at(self._turn)
+            self._call = stub.Stream(iter(requests.get, None))
+        except errors.TenutoError as closed:
+            self._conversation.stop(closed)
+        except ValueError:  # what gRPC raises on a closed channel
+            self._conversation.stop(message.client_closed(self._target))
+        else:
+            self._turn += 1
+            self._requests = requests
+            self._conversation.called(now)
+            self._write(now)
+        self._changed.notify_all()
+
+    def _read(self) -> errors.TenutoError | None:
+        """Feed the conversation until the call is over, and return why it is."""
         try:
             for response in self._call:
-                self._received(response)
+                if not self._received(response):
+                    break
         except grpc.RpcError as status:
-            error = rpc_error(status, self._target, None)
+            return rpc_error(status, self._target, None)
         except errors.TenutoError as protocol:
-            error = protocol
+            return protocol
         except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
-            error = errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
-        self._call.cancel()  # no effect on a call that is over
-        self._requests.put(None)
-        with self._changed:
-            self._conversation.stop(error)
-            self._changed.notify_all()
+            return errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
+        return None
 
-    def _received(self, response: pb.StreamResponse) -> None:
-        now = monotonic()
+    def _received(self, response: pb.StreamResponse) -> bool:
+        """Take in one message; False if the conversation is done with the call."""
         with self._changed:
+            now, resumes = monotonic(), self._conversation.resumes
             self._conversation.receive(response, now)
+            self._servers.resumed(self._conversation.resumes - resumes)
+            self._write(now)
             self._changed.notify_all()
             while self._conversation.full and not self._left:
                 self._changed.wait()
+            return self._conversation.on_call
 
 
 def rpc_error(status: grpc.RpcError, target: str, seconds: float | None) -> errors.TenutoError:

@@ -103,7 +103,7 @@ async def test_what_is_owed_and_late_is_a_reply_timeout(server: FakeServer) -> N
     server.window = 1
     server.on_step = {1: None}
     async with (
-        Client(server.target, reply_seconds=0.05) as client,
+        Client(server.target, reply_seconds=0.05, resume_seconds=0) as client,
         client.stream("accumulator") as stream,
     ):
         await stream.send(ONE)
@@ -237,7 +237,7 @@ async def test_an_ending_that_nobody_asked_for_is_raised(server: FakeServer) -> 
 @in_loop
 async def test_the_end_of_the_stream_is_not_the_end_of_the_sequence(server: FakeServer) -> None:
     server.hang_up = 1
-    async with Client(server.target) as client, client.stream("accumulator") as stream:
+    async with Client(server.target, resume_seconds=0) as client, client.stream("accumulator") as stream:
         await stream.send(ONE)
         assert isinstance(await raised(anext(stream)), Unavailable)
         assert isinstance(await raised(stream.send(ONE)), Unavailable)
@@ -246,7 +246,7 @@ async def test_the_end_of_the_stream_is_not_the_end_of_the_sequence(server: Fake
 @in_loop
 async def test_a_server_that_dies_is_unavailable(server: FakeServer) -> None:
     server.gate = threading.Semaphore(0)
-    async with Client(server.target) as client, client.stream("accumulator") as stream:
+    async with Client(server.target, resume_seconds=0) as client, client.stream("accumulator") as stream:
         await stream.send(ONE)
         stop = asyncio.create_task(asyncio.to_thread(server.stop))
         assert isinstance(await raised(anext(stream)), Unavailable)

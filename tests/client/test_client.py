@@ -223,6 +223,10 @@ def test_a_wrong_target_is_refused_when_built(target: str) -> None:
         ("keepalive_seconds", float("nan")),
         ("max_message_bytes", 1.5),
         ("buffer_bytes", 0),
+        ("resume_seconds", -1),
+        ("resume_seconds", None),
+        ("replay_bytes", 0),
+        ("poison_losses", 0),
     ],
 )
 def test_a_wrong_setting_is_refused_when_built(name: str, value: Any) -> None:
@@ -232,20 +236,20 @@ def test_a_wrong_setting_is_refused_when_built(name: str, value: Any) -> None:
 
 
 def test_keepalive_pings_only_while_a_call_is_open() -> None:
-    options = dict(Settings("example.org:1", keepalive_seconds=5).channel_options())
+    options = dict(Settings("example.org:1", keepalive_seconds=5).channel_options("example.org:1"))
     assert options["grpc.keepalive_time_ms"] == 5000
     assert options["grpc.keepalive_permit_without_calls"] == 0
     assert "grpc.enable_http_proxy" not in options
 
 
 def test_a_server_on_this_machine_is_not_asked_for_through_a_proxy() -> None:
-    assert dict(Settings("127.0.0.1:1").channel_options())["grpc.enable_http_proxy"] == 0
+    assert dict(Settings("127.0.0.1:1").channel_options("127.0.0.1:1"))["grpc.enable_http_proxy"] == 0
 
 
 def test_every_error_is_in_the_tree_and_survives_pickling() -> None:
     kinds = [getattr(tenuto, name) for name in tenuto.__all__]
     kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception)]
-    assert len(kinds) == 12
+    assert len(kinds) == 13
     for kind in kinds:
         assert issubclass(kind, TenutoError)
         assert kind.__name__ in (errors.__doc__ or "")

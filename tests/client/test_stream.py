@@ -87,7 +87,7 @@ def test_send_waits_while_the_window_is_full(server: FakeServer) -> None:
     server.window = 2
     server.on_step = {1: None, 2: None}
     with (
-        Client(server.target, reply_seconds=0.05) as client,
+        Client(server.target, reply_seconds=0.05, resume_seconds=0) as client,
         client.stream("accumulator") as stream,
     ):
         stream.send(ONE)
@@ -100,7 +100,7 @@ def test_send_waits_while_the_window_is_full(server: FakeServer) -> None:
 def test_an_output_that_does_not_come_is_a_reply_timeout(server: FakeServer) -> None:
     server.on_step = {1: None}
     with (
-        Client(server.target, reply_seconds=0.05) as client,
+        Client(server.target, reply_seconds=0.05, resume_seconds=0) as client,
         client.stream("accumulator") as stream,
     ):
         stream.send(ONE)
@@ -230,11 +230,27 @@ def test_failed_maps_by_reason_and_code(
             stream.send(ONE)
 
 
-@pytest.mark.parametrize("reason", ["IDLE_EXPIRED", "DRAINING", "WINDOW_EXCEEDED", "END"])
-def test_an_ending_that_nobody_asked_for_is_raised(server: FakeServer, client: Client, reason: str) -> None:
+@pytest.mark.parametrize(
+    "reason,resume_seconds",
+    [
+        ("IDLE_EXPIRED", 0),
+        ("DRAINING", 0),
+        ("WINDOW_EXCEEDED", 0),
+        ("END", 0),
+        ("WINDOW_EXCEEDED", 30),
+        ("SUPERSEDED", 30),
+        ("END", 30),
+    ],
+)
+def test_an_ending_that_nobody_asked_for_is_raised(
+    server: FakeServer, reason: str, resume_seconds: float
+) -> None:
     closed = pb.Closed(reason=reason, last_step=1, resume_token=b"token")
     server.on_step = {2: pb.Reply(closed=closed)}
-    with client.stream("accumulator") as stream:
+    with (
+        Client(server.target, resume_seconds=resume_seconds) as client,
+        client.stream("accumulator") as stream,
+    ):
         stream.send(ONE)
         next(stream)
         stream.send(ONE)
@@ -245,9 +261,12 @@ def test_an_ending_that_nobody_asked_for_is_raised(server: FakeServer, client: C
     assert caught.value.resume_token == b"token"
 
 
-def test_the_end_of_the_stream_is_not_the_end_of_the_sequence(server: FakeServer, client: Client) -> None:
+def test_the_end_of_the_stream_is_not_the_end_of_the_sequence(server: FakeServer) -> None:
     server.hang_up = 2
-    with client.stream("accumulator") as stream:
+    with (
+        Client(server.target, resume_seconds=0) as client,
+        client.stream("accumulator") as stream,
+    ):
         stream.send(ONE)
         stream.send(ONE)
         assert next(stream).step == 1
@@ -255,9 +274,12 @@ def test_the_end_of_the_stream_is_not_the_end_of_the_sequence(server: FakeServer
             next(stream)
 
 
-def test_a_server_that_dies_is_unavailable(server: FakeServer, client: Client) -> None:
+def test_a_server_that_dies_is_unavailable(server: FakeServer) -> None:
     server.gate = threading.Semaphore(0)
-    with client.stream("accumulator") as stream:
+    with (
+        Client(server.target, resume_seconds=0) as client,
+        client.stream("accumulator") as stream,
+    ):
         stream.send(ONE)
         stop = threading.Thread(target=server.stop)
         stop.start()

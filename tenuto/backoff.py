@@ -1,0 +1,51 @@
+"""When a lost sequence is opened again, and for how long that is tried."""
+
+import random
+from collections.abc import Callable
+
+_FIRST_SECONDS = 0.05
+_LONGEST_SECONDS = 2.0
+
+
+def jitter() -> float:
+    """Return a factor from 0.5 to 1.5, so that the callers of a lost server do not come as one."""
+    return random.uniform(0.5, 1.5)
+
+
+class Backoff:
+    """At once, then after 50 ms, doubling to 2 s, each times a factor that `jitter` returns.
+
+    `due` is when the next call may be made. `since` is when a call was first missed: None while
+    there is one, or while none is needed. `limit_seconds` later the trying ends.
+    """
+
+    def __init__(self, limit_seconds: float, jitter: Callable[[], float]) -> None:
+        self.due = 0.0
+        self.since: float | None = None
+        self._limit_seconds = limit_seconds
+        self._jitter = jitter
+        self._tries = 0
+
+    def miss(self, now: float) -> None:
+        """A call is needed and there is none."""
+        if self.since is None:
+            self.since = now
+
+    def opened(self) -> None:
+        """There is a call again. The next loss waits as long, until `progress` was made."""
+        self.since = None
+
+    def progress(self) -> None:
+        """A call has brought something new: the next loss is a first one."""
+        self._tries = 0
+
+    def again(self, now: float) -> bool:
+        """Fix when the next call is due; False if that is too late."""
+        delay = 0.0
+        if self._tries:
+            # The exponent is bounded only so that it never overflows.
+            longest = min(_FIRST_SECONDS * 2.0 ** min(self._tries - 1, 30), _LONGEST_SECONDS)
+            delay = longest * self._jitter()
+        self._tries += 1
+        self.due = now + delay
+        return self.since is None or self.due < self.since + self._limit_seconds

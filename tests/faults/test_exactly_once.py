@@ -1,6 +1,6 @@
 """Each output once, in order, each state advanced once: whatever is cut, killed, drained, held or repeated.
 
-The client's own conversation talks to two real servers, without gRPC, over a network of which every message is
+The client's own conversation talks to two real servers, without gRPC, over a network whose every message is
 held here until a rule hands it on. What the caller gets is compared with the sequence alone.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -17,12 +17,13 @@ from tenuto import errors
 from tenuto.conversation import Conversation
 from tenuto.reply import Output
 from tenuto.serving.manifest import Manifest
+from tenuto.serving.sequence import Ending
 from tenuto.settings import Settings
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.integration.wire import opening
 from tests.unit.fakes import accumulator
 
-from .core import Core, FakeCall
+from .core import Core
 
 SERVERS = 2
 CHUNKS = st.lists(st.integers(1, 9), max_size=7)
@@ -70,15 +71,14 @@ class World(RuleBasedStateMachine):
             "a:1,b:1", resume_seconds=1e6, reply_seconds=1e6, timeout_seconds=1e6,
             replay_bytes=replay_bytes, poison_losses=2**30,
         )  # fmt: skip
-        event = pb.Open(model="accumulator", checkpoint_every=every)
-        self.client = Conversation(event, options, jitter=lambda: 1.0)
+        wish = pb.Open(model="accumulator", checkpoint_every=every)
+        self.client = Conversation(wish, options, jitter=lambda: 1.0)
         self.now = 0.0
         self.turn = 0
         self.link: Link | None = None
         self.lingering: list[Link] = []  # lost for the client, and not yet for the server
         self.sent: list[list[int]] = []
         self.got: list[Output] = []
-        self.losses = 0
         self._opens()
 
     def _opens(self) -> None:
@@ -89,27 +89,78 @@ class World(RuleBasedStateMachine):
 
     # -- the caller --------------------------------------------------------------------------------
 
-    @precondition(lambda self: not self.client.ending and self.client.room())
-    @rule(chunk=CHUNKS)
-    def send(self, chunk: list[int]) -> None:
-        self.client.chunk(np.array(chunk, np.float32), 0, self.now, self.now)
-        self.sent.append(chunk)
+    @rule(chunks=st.lists(CHUNKS, min_size=1, max_size=8))
+    def converse(self, chunks: list[list[int]]) -> None:
+        """What happens nearly all the time."""
+        for chunk in chunks:
+            self._send(chunk)
+            self._flow()
 
-    @precondition(lambda self: len(self.sent) > 3)
-    @rule()
-    def end(self) -> None:
-        self.client.end(self.now)
+    @rule(
+        chunks=st.lists(CHUNKS, min_size=1, max_size=4),
+        up=st.integers(0, 5),
+        turns=st.integers(0, 3),
+        down=st.integers(0, 4),
+        twice=st.booleans(),
+    )
+    def begin_to_converse(self, chunks: list[list[int]], up: int, turns: int, down: int, twice: bool) -> None:
+        """And stop somewhere in the middle."""
+        for chunk in chunks:
+            self._send(chunk)
+        self._call()
+        self._write()
+        for _ in range(up):
+            self._deliver_up(twice=twice)
+        for _ in range(turns):
+            for core in self.cores:
+                core.turn()
+        for _ in range(down):
+            self._deliver_down(twice=twice)
 
     @rule()
     def read(self) -> None:
         while self.client.readable() and (output := self.client.take(self.now)) is not None:
             self.got.append(output)
 
-    # -- the network -------------------------------------------------------------------------------
-
+    @precondition(lambda self: len(self.sent) > 15)
     @rule()
-    def call(self) -> None:
-        self._call()
+    def end(self) -> None:
+        self.client.end(self.now)
+
+    def _send(self, chunk: list[int]) -> None:
+        if not self.client.ending and self.client.room():
+            self.client.chunk(np.array(chunk, np.float32), 0, self.now, self.now)
+            self.sent.append(chunk)
+
+    # -- the network and the servers ---------------------------------------------------------------
+
+    @rule(what=st.sampled_from(["cut", "cut unseen", "kill", "drain", "evict"]), which=st.integers(0, 1))
+    def trouble(self, what: str, which: int) -> None:
+        match what:
+            case "cut" | "cut unseen":
+                self._cut(noticed=what == "cut")
+            case "kill":
+                self._kill(which)
+            case "drain":  # it sends its sequences away, and refuses new ones until it is killed
+                self.cores[which].drain()
+            case "evict":
+                for engine in self.cores[which].catalogue.engines:
+                    for sequence in engine.sequences():
+                        engine.close_by_id(sequence.id, Ending.EVICTED)
+
+    @rule(what=st.sampled_from(["notice", "late bytes", "time", "turn"]), seconds=st.floats(0.0, 10.0))
+    def meanwhile(self, what: str, seconds: float) -> None:
+        match what:
+            case "notice":
+                self._servers_notice()
+            case "late bytes":  # were on their way up when the client gave the call up
+                for link in self.lingering:
+                    link.deliver_up()
+            case "time":
+                self.now += seconds
+            case "turn":
+                for core in self.cores:
+                    core.turn()
 
     def _call(self) -> None:
         due = self.client.call_due()
@@ -119,29 +170,25 @@ class World(RuleBasedStateMachine):
             self.turn += 1
             self.client.called(self.now)
 
-    @rule()
-    def write(self) -> None:
+    def _write(self) -> None:
         for request in self.client.outgoing(self.now):
             assert self.link is not None
             self.link.up.append(request.SerializeToString())
 
-    @rule(twice=st.booleans())
-    def deliver_up(self, twice: bool) -> None:
+    def _deliver_up(self, *, twice: bool = False) -> None:
         if self.link is not None and self.link.up:
             first = pb.StreamRequest.FromString(self.link.up[0])
             if twice and first.events[0].HasField("chunk"):
                 self.link.up.appendleft(self.link.up[0])
             self.link.deliver_up()
 
-    @rule(twice=st.booleans())
-    def deliver_down(self, twice: bool) -> None:
+    def _deliver_down(self, *, twice: bool = False) -> None:
         if self.link is None or not self.link.down:
             return
-        message = self.link.down.popleft()
-        response = pb.StreamResponse.FromString(message)
+        response = pb.StreamResponse.FromString(self.link.down.popleft())
         outputs = [r for r in response.replies if r.HasField("output")]
         self._receive(response)
-        if twice and outputs:
+        if twice and outputs and self.link is not None:
             self._receive(pb.StreamResponse(replies=outputs))
 
     def _receive(self, response: pb.StreamResponse) -> None:
@@ -149,29 +196,11 @@ class World(RuleBasedStateMachine):
         if not self.client.on_call and self.link is not None:  # an ending: the client leaves the call
             self._let_go(noticed=True)
 
-    @rule(noticed=st.booleans())
-    def cut(self, noticed: bool) -> None:
+    def _cut(self, *, noticed: bool) -> None:
         """All that is on its way is lost. The server may notice later, and work on meanwhile."""
         if self.link is not None:
             self._let_go(noticed=noticed)
             self.client.lost(LOST, self.now)
-            self.losses += 1
-
-    @rule()
-    def servers_notice(self) -> None:
-        for link in self.lingering:
-            link.break_off()
-        self.lingering.clear()
-
-    @rule()
-    def late_bytes_arrive(self) -> None:
-        """What was on its way up when the client gave the call up."""
-        for link in self.lingering:
-            link.deliver_up()
-
-    @rule(seconds=st.floats(0.0, 10.0))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
 
     def _let_go(self, *, noticed: bool) -> None:
         assert self.link is not None
@@ -181,35 +210,18 @@ class World(RuleBasedStateMachine):
         else:
             self.lingering.append(link)
 
-    # -- the servers -------------------------------------------------------------------------------
+    def _servers_notice(self) -> None:
+        for link in self.lingering:
+            link.break_off()
+        self.lingering.clear()
 
-    @rule(which=st.integers(0, SERVERS - 1))
-    def work(self, which: int) -> None:
-        self.cores[which].turn()
-
-    @rule(which=st.integers(0, SERVERS - 1))
-    def kill(self, which: int) -> None:
+    def _kill(self, which: int) -> None:
         """With all that it held; another one comes up in its place."""
         dead, self.cores[which] = self.cores[which], Core(self.manifest)
         self.lingering = [link for link in self.lingering if link.core is not dead]
         if self.link is not None and self.link.core is dead:
-            self.link.over = True
             self.link = None
             self.client.lost(LOST, self.now)
-            self.losses += 1
-
-    @rule(which=st.integers(0, SERVERS - 1))
-    def drain(self, which: int) -> None:
-        """It sends its sequences away. It is there, and refuses new ones, until it is killed."""
-        self.cores[which].drain()
-
-    @rule(which=st.integers(0, SERVERS - 1))
-    def evict(self, which: int) -> None:
-        from tenuto.serving.sequence import Ending
-
-        for engine in self.cores[which].catalogue.engines:
-            for sequence in engine.sequences():
-                engine.close_by_id(sequence.id, Ending.EVICTED)
 
     # -- what must hold ----------------------------------------------------------------------------
 
@@ -221,19 +233,20 @@ class World(RuleBasedStateMachine):
     def _flow(self) -> None:
         """Everything is handed on once, without faults."""
         self._call()
-        self.write()
+        self._write()
         for _ in range(len(self.link.up) if self.link else 0):
-            self.deliver_up(twice=False)
+            self._deliver_up()
         for core in self.cores:
             core.settle()
         while self.link is not None and self.link.down:
-            self.deliver_down(twice=False)
+            self._deliver_down()
 
     def teardown(self) -> None:
         if not hasattr(self, "client"):
             return
+        event(f"resumed {min(self.client.resumes, 5)} times")
         for which in range(SERVERS):
-            self.kill(which)
+            self._kill(which)
         self.client.end(self.now)
         for _ in range(500):
             if self.client.closed:
@@ -243,7 +256,7 @@ class World(RuleBasedStateMachine):
         self.read()
         assert [(o.step, o.part) for o in self.got] == [(o[0], o[1]) for o in self._alone()]
         assert [self._values(o) for o in self.got] == [o[2] for o in self._alone()]
-        self.servers_notice()
+        self._servers_notice()
         if self.link is not None:
             self.link.break_off()
         for core in self.cores:
@@ -262,8 +275,8 @@ class World(RuleBasedStateMachine):
             data = np.array(values, np.float32)
             tensor = pb.Tensor(dtype="float32", shape=data.shape, data=data.tobytes())
             events.append(pb.Event(chunk=pb.Chunk(step=step, inputs=[tensor])))
-        for event in [*events, pb.Event(end=pb.End())]:
-            stream.received(pb.StreamRequest(events=[event]).SerializeToString())
+        for one in [*events, pb.Event(end=pb.End())]:
+            stream.received(pb.StreamRequest(events=[one]).SerializeToString())
             core.settle()
         outputs = [r.output for r in call.replies if r.HasField("output")]
         return [

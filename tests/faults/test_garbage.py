@@ -22,6 +22,8 @@ from tests.integration.wire import array, checkpoint, chunk, ending, opening, te
 from .core import Core, FakeCall
 
 CORPUS = sorted((Path(__file__).parent / "corpus").glob("*.bin"))
+
+
 def sums(core: Core, stream: Stream, call: FakeCall, step: int) -> list[float]:
     """The neighbour's next answer."""
     stream.received(message(chunk(step, [1.0], sequence=1)))

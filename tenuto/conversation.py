@@ -111,8 +111,6 @@ class Conversation:
     def _owe(self, now: float) -> None:
         if self._owed_since is None:
             self._owed_since = now
-        if self._call is None:
-            self._backoff.miss(now)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -212,8 +210,7 @@ class Conversation:
         elif not self._resuming:
             self.error = error
         else:
-            if call.opened:
-                self._count_loss(call, error)
+            self._count_loss(call, error)
             self._retry(error, now)
 
     def stop(self, error: errors.TenutoError) -> None:
@@ -388,6 +385,11 @@ class Conversation:
 
     def _close(self, call: _Call, message: pb.Closed, now: float) -> None:
         if message.reason == pb.END and call.ended:
+            if self._began:
+                raise errors.ProtocolError(
+                    f"the sequence was closed before {self._missing()} was answered; report this to "
+                    "the server's maintainers"
+                )
             self.closed = True
             return
         names = {number: name for name, number in pb.Ending.items()}

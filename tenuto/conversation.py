@@ -219,6 +219,11 @@ class Conversation:
             self.error = error
             self._call = None
 
+    def leave(self) -> None:
+        """The caller wants no more: no call is made from here on."""
+        text = "its caller has left the sequence; make a new one with stream()"
+        self.stop(errors.Unavailable(text, code="CANCELLED"))
+
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
         if self._untried and _is_loss(error):
             self._untried -= 1
@@ -299,7 +304,7 @@ class Conversation:
                 f"{reply.sequence} where only 0 is open; upgrade the client"
             )
         if kind == "opened":
-            self._open(call, reply.opened, now)
+            self._open(call, reply.opened)
             return
         self._owed_since = now  # something came; Opened alone is no answer
         if kind == "output":
@@ -312,13 +317,12 @@ class Conversation:
         else:
             self._fail(call, reply.failed, now)
 
-    def _open(self, call: _Call, message: pb.Opened, now: float) -> None:
+    def _open(self, call: _Call, message: pb.Opened) -> None:
         step = message.next_step
         if self.opened is None:
             self._next_step = step
             self._answered = step - 1
             self._had = (step - 1, 0)
-            self._owed_since = now
         elif call.opened or not self._replay.first <= step <= self._answered + 1:
             raise errors.ProtocolError(
                 f"the server goes on at step {step}; expected one from {self._replay.first} to "

@@ -280,6 +280,7 @@ def test_a_callers_own_token_says_where_its_sequence_goes_on() -> None:
     assert talk.call().resume_token == b"token 7"
     talk.opened(next_step=8)
     assert talk.send() == ["8"]
+    talk.token(6)
     talk.lose()
     assert talk.call().resume_token == b"token 7"
     assert talk.opened(next_step=8) == ["8"]

@@ -181,7 +181,6 @@ class Stream:
         self._caller: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._left = False
 
     # -- as a context manager ----------------------------------------------------------------------
 
@@ -206,7 +205,7 @@ class Stream:
         await self._leave(self._conversation.closed)
 
     async def _leave(self, clean: bool) -> None:
-        self._left = True  # from here on no call is made
+        self._conversation.leave()
         self._notify()
         assert self._caller is not None
         for task in (self._sender, self._writer):
@@ -267,7 +266,7 @@ class Stream:
                     await self.send(chunk)
             await self.end()
         except BaseException:
-            self._give_up("the source of its chunks failed")
+            self._give_up()
             raise
 
     # -- receiving ---------------------------------------------------------------------------------
@@ -367,7 +366,7 @@ class Stream:
         try:
             await self._write()
         except asyncio.CancelledError:
-            self._give_up("a task was cancelled while it sent")
+            self._give_up()
             raise
 
     def _write_soon(self) -> None:
@@ -375,8 +374,8 @@ class Stream:
         if self._conversation.has_outgoing() and (self._writer is None or self._writer.done()):
             self._writer = asyncio.create_task(self._write(), name="tenuto-write")
 
-    def _give_up(self, why: str) -> None:
-        self._conversation.stop(errors.Unavailable(f"the sequence was ended: {why}", code="CANCELLED"))
+    def _give_up(self) -> None:
+        self._conversation.leave()
         if self._call is not None:
             self._call.cancel()
         self._notify()
@@ -397,7 +396,7 @@ class Stream:
 
     async def _is_due(self) -> bool:
         """Wait until a call is due; False if none ever will be."""
-        while not self._left and not self._conversation.over:
+        while not self._conversation.over:
             now, due = monotonic(), self._conversation.call_due()
             if due is not None and due <= now:
                 return True
@@ -446,7 +445,7 @@ class Stream:
         self._servers.resumed(self._conversation.resumes - resumes)
         self._write_soon()
         self._notify()
-        while self._conversation.full and not self._left and not self._call.done():
+        while not self._conversation.has_slack() and not self._call.done():
             await self._changed.wait()
         return self._conversation.on_call
 

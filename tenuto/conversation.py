@@ -111,8 +111,6 @@ class Conversation:
     def _owe(self, now: float) -> None:
         if self._owed_since is None:
             self._owed_since = now
-        if self._call is None:
-            self._backoff.miss(now)
 
     # -- calls -------------------------------------------------------------------------------------
 
@@ -212,8 +210,7 @@ class Conversation:
         elif not self._resuming:
             self.error = error
         else:
-            if call.opened:
-                self._count_loss(call, error)
+            self._count_loss(call, error)
             self._retry(error, now)
 
     def stop(self, error: errors.TenutoError) -> None:
@@ -221,6 +218,11 @@ class Conversation:
         if not self.over:
             self.error = error
             self._call = None
+
+    def leave(self) -> None:
+        """The caller wants no more: no call is made from here on."""
+        text = "its caller has left the sequence; make a new one with stream()"
+        self.stop(errors.Unavailable(text, code="CANCELLED"))
 
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
         if self._untried and _is_loss(error):
@@ -302,7 +304,7 @@ class Conversation:
                 f"{reply.sequence} where only 0 is open; upgrade the client"
             )
         if kind == "opened":
-            self._open(call, reply.opened, now)
+            self._open(call, reply.opened)
             return
         self._owed_since = now  # something came; Opened alone is no answer
         if kind == "output":
@@ -315,13 +317,12 @@ class Conversation:
         else:
             self._fail(call, reply.failed, now)
 
-    def _open(self, call: _Call, message: pb.Opened, now: float) -> None:
+    def _open(self, call: _Call, message: pb.Opened) -> None:
         step = message.next_step
         if self.opened is None:
             self._next_step = step
             self._answered = step - 1
             self._had = (step - 1, 0)
-            self._owed_since = now
         elif call.opened or not self._replay.first <= step <= self._answered + 1:
             raise errors.ProtocolError(
                 f"the server goes on at step {step}; expected one from {self._replay.first} to "
@@ -388,6 +389,11 @@ class Conversation:
 
     def _close(self, call: _Call, message: pb.Closed, now: float) -> None:
         if message.reason == pb.END and call.ended:
+            if self._began:
+                raise errors.ProtocolError(
+                    f"the sequence was closed before {self._missing()} was answered; report this to "
+                    "the server's maintainers"
+                )
             self.closed = True
             return
         names = {number: name for name, number in pb.Ending.items()}

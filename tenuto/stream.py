@@ -50,7 +50,6 @@ class Stream:
         self._requests: _Requests = SimpleQueue()  # of the present call
         self._call: Any = None
         self._caller: Thread | None = None
-        self._left = False
 
     # -- as a context manager ----------------------------------------------------------------------
 
@@ -80,7 +79,7 @@ class Stream:
 
     def _leave(self, clean: bool) -> None:
         with self._changed:
-            self._left = True  # from here on no call is made
+            self._conversation.leave()
             self._changed.notify_all()
         assert self._caller is not None
         if clean:  # the server has only its status left to say
@@ -224,7 +223,7 @@ class Stream:
     def _dial(self) -> bool:
         """Make the next call when it is due; False if none ever will be."""
         with self._changed:
-            while not self._left and not self._conversation.over:
+            while not self._conversation.over:
                 now, due = monotonic(), self._conversation.call_due()
                 if due is not None and due <= now:
                     self._call_next(now)
@@ -270,7 +269,7 @@ class Stream:
             self._servers.resumed(self._conversation.resumes - resumes)
             self._write(now)
             self._changed.notify_all()
-            while self._conversation.full and not self._left:
+            while not self._conversation.has_slack():
                 self._changed.wait()
             return self._conversation.on_call
 

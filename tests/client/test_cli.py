@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import types
 import wave
 from collections.abc import Iterator
@@ -255,7 +256,7 @@ def test_help_and_version_leave_with_0(words: list[str], capsys: Any) -> None:
 
 
 def test_ctrl_c_leaves_with_130(server: FakeServer, sound: str) -> None:
-    server.on_step = {2: None}  # the command waits for an answer that does not come
+    server.gate = threading.Semaphore(1)  # the command waits for a second answer that does not come
     command = [sys.executable, "-m", "tenuto.cli", "stream", "accumulator", sound]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy()

@@ -57,8 +57,8 @@ COMMAND_BYTES = 2048
 # What the outputs kept for steps that are sent again may take, in a model whose slots are all used.
 REPEATS_BYTES = 64 << 20
 
-# Endings that clients bring about themselves, every day: told in the log at level debug.
-_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED})
+# Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
+_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING})
 
 Array = NDArray[Any]
 Command = tuple[Callable[[Any, Any], None], Any, Any]  # what, of whom, with what

@@ -100,6 +100,10 @@ class Server:
             ),  # a forgotten server on this port would take half of the connections
             ("grpc.max_receive_message_length", config.max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            # Streams that wait for the serve thread to take them: above 1,000 gRPC cancels some by chance,
+            # and when a server is lost another one gets more than that at once.
+            ("grpc.server.max_pending_requests", config.max_streams),
+            ("grpc.server.max_pending_requests_hard_limit", config.max_streams),
             # Clients keep quiet connections alive; the default answers them too_many_pings.
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

@@ -384,14 +384,18 @@ class Stream:
 
     async def _make_calls(self) -> None:
         """Make one call after another, as the conversation wants them, until it is over."""
-        while await self._is_due():
-            status = self._call_next()
-            if status is None:
-                return
-            error = await self._read(self._call)
-            if self._conversation.on_call:
-                error = error or await status.error(self._target)
-            self._conversation.lost(error, monotonic())  # no effect where it knows
+        try:
+            while await self._is_due():
+                status = self._call_next()
+                if status is None:
+                    return
+                error = await self._read(self._call)
+                if self._conversation.on_call:
+                    error = error or await status.error(self._target)
+                self._conversation.lost(error, monotonic())  # no effect where it knows
+                self._notify()
+        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
+            self._conversation.break_down(bug)
             self._notify()
 
     async def _is_due(self) -> bool:
@@ -432,8 +436,6 @@ class Stream:
                 raise
         except errors.TenutoError as protocol:
             return protocol
-        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
-            return errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
         finally:
             call.cancel()  # no effect on a call that is over
         return None

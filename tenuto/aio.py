@@ -173,6 +173,7 @@ class Stream:
         self._servers = servers
         self._turn = -1
         self._target = settings.target  # of the present call, once there is one
+        self._resuming = settings.resume_seconds > 0
         self._conversation = Conversation(event, settings, jitter)
         self._changed = asyncio.Event()  # replaced each time the conversation changed
         self._sending = asyncio.Lock()  # one `send` at a time, in the order in which they were called
@@ -391,7 +392,9 @@ class Stream:
                     return
                 error = await self._read(self._call)
                 if self._conversation.on_call:
-                    error = error or await status.error(self._target)
+                    # Of a stream that goes on, the status is worth no second.
+                    seconds = 0.05 if self._resuming else 1.0
+                    error = error or await status.error(self._target, seconds)
                 self._conversation.lost(error, monotonic())  # no effect where it knows
                 self._notify()
         except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
@@ -462,8 +465,8 @@ class _Status:
     """The status that a streaming call ended with.
 
     When a write fails because the call is over, grpc.aio replaces the server's status by an INTERNAL
-    of its own (github.com/grpc/grpc/issues/36066), before or after the server's. So each status is
-    noted as it is set, and gRPC's own one passed over.
+    of its own (github.com/grpc/grpc/issues/36066), before or after the server's, or for good. So
+    each status is noted as it is set, and gRPC's own one passed over.
     """
 
     def __init__(self, call: Any) -> None:
@@ -481,10 +484,13 @@ class _Status:
         self._metadata = message.plain(_at_once(call.trailing_metadata()))
         self._set.set()
 
-    async def error(self, target: str) -> errors.TenutoError | None:
-        """Return the error of the call, which is over; None if its status is OK."""
+    async def error(self, target: str, seconds: float) -> errors.TenutoError | None:
+        """Return the error of the call, which is over; None if its status is OK.
+
+        The server's status is waited for that long: it comes at once, or never.
+        """
         with suppress(TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(seconds):
                 await self._set.wait()
         if self._code is grpc.StatusCode.OK:
             return None

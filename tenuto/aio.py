@@ -173,6 +173,7 @@ class Stream:
         self._servers = servers
         self._turn = -1
         self._target = settings.target  # of the present call, once there is one
+        self._resuming = settings.resume_seconds > 0
         self._conversation = Conversation(event, settings, jitter)
         self._changed = asyncio.Event()  # replaced each time the conversation changed
         self._sending = asyncio.Lock()  # one `send` at a time, in the order in which they were called
@@ -384,14 +385,20 @@ class Stream:
 
     async def _make_calls(self) -> None:
         """Make one call after another, as the conversation wants them, until it is over."""
-        while await self._is_due():
-            status = self._call_next()
-            if status is None:
-                return
-            error = await self._read(self._call)
-            if self._conversation.on_call:
-                error = error or await status.error(self._target)
-            self._conversation.lost(error, monotonic())  # no effect where it knows
+        try:
+            while await self._is_due():
+                status = self._call_next()
+                if status is None:
+                    return
+                error = await self._read(self._call)
+                if self._conversation.on_call:
+                    # Of a stream that goes on, the status is worth no second.
+                    seconds = 0.05 if self._resuming else 1.0
+                    error = error or await status.error(self._target, seconds)
+                self._conversation.lost(error, monotonic())  # no effect where it knows
+                self._notify()
+        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
+            self._conversation.break_down(bug)
             self._notify()
 
     async def _is_due(self) -> bool:
@@ -432,8 +439,6 @@ class Stream:
                 raise
         except errors.TenutoError as protocol:
             return protocol
-        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
-            return errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
         finally:
             call.cancel()  # no effect on a call that is over
         return None
@@ -460,8 +465,8 @@ class _Status:
     """The status that a streaming call ended with.
 
     When a write fails because the call is over, grpc.aio replaces the server's status by an INTERNAL
-    of its own (github.com/grpc/grpc/issues/36066), before or after the server's. So each status is
-    noted as it is set, and gRPC's own one passed over.
+    of its own (github.com/grpc/grpc/issues/36066), before or after the server's, or for good. So
+    each status is noted as it is set, and gRPC's own one passed over.
     """
 
     def __init__(self, call: Any) -> None:
@@ -479,10 +484,13 @@ class _Status:
         self._metadata = message.plain(_at_once(call.trailing_metadata()))
         self._set.set()
 
-    async def error(self, target: str) -> errors.TenutoError | None:
-        """Return the error of the call, which is over; None if its status is OK."""
+    async def error(self, target: str, seconds: float) -> errors.TenutoError | None:
+        """Return the error of the call, which is over; None if its status is OK.
+
+        The server's status is waited for that long: it comes at once, or never.
+        """
         with suppress(TimeoutError):
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(seconds):
                 await self._set.wait()
         if self._code is grpc.StatusCode.OK:
             return None

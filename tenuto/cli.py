@@ -1,4 +1,4 @@
-"""The command `tenuto`: `models`, `predict` and `stream` here, the others in their extras.
+"""The command `tenuto`: what a client does is here, `serve`, `train` and `evaluate` in their extras.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage or a missing extra, 130 Ctrl-C.
 The client commands read TENUTO_SERVER, TENUTO_TIMEOUT_SECONDS and TENUTO_REPLY_SECONDS; an option
@@ -90,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     models = _client_command(commands, "models", _models, "list the models of a server")
     models.add_argument("--json", action="store_true", help="print a JSON list")
 
+    sequences = _client_command(commands, "sequences", _sequences, "list the live sequences of a server")
+    sequences.add_argument("--model", default="", metavar="MODEL", help="of this model alone")
+    sequences.add_argument("--json", action="store_true", help="print a JSON list")
+
+    end = _client_command(commands, "end", _end, "end a live sequence; its client may go on with it")
+    end.add_argument("sequence_id", metavar="SEQUENCE_ID", help="as tenuto sequences prints it")
+
     predict = _client_command(commands, "predict", _predict, "send files as one batch")
     predict.add_argument("model", metavar="MODEL")
     predict.add_argument("files", metavar="FILE", nargs="+", help=".png, .jpg or .npy")
@@ -112,7 +119,7 @@ def _client_command(commands: Any, name: str, run: Any, text: str) -> argparse.A
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     options: dict[str, tuple[Callable[[str], Any], str, str]] = {
-        "server": (str, "127.0.0.1:8001", "host:port of the server"),
+        "server": (str, "127.0.0.1:8001", "the server, or several behind commas, taken in turn"),
         "timeout_seconds": (_seconds, "10", "for each call"),
         "reply_seconds": (_seconds, "30", "for each output of a stream"),
     }
@@ -122,7 +129,7 @@ def _client_command(commands: Any, name: str, run: Any, text: str) -> argparse.A
             f"--{option.replace('_', '-')}",
             type=kind,
             default=os.environ.get(variable, default),
-            metavar="HOST:PORT" if option == "server" else "SECONDS",
+            metavar="HOST:PORT[,…]" if option == "server" else "SECONDS",
             help=f"{help_text} (default: {variable}, else {default})",
         )
     return parser
@@ -186,6 +193,29 @@ def _models(arguments: argparse.Namespace) -> None:
         live = f"{model.sequences}/{model.slots} sequences" if model.stateful else "stateless"
         first = model.description.partition(". ")[0]
         print(f"{model.name}/{model.version}  {state}  {live}  {model.provider}  {first}")
+
+
+# -- tenuto sequences, tenuto end ------------------------------------------------------------------
+
+
+def _sequences(arguments: argparse.Namespace) -> None:
+    from dataclasses import asdict
+
+    with _client(arguments) as client:
+        sequences = client.sequences(arguments.model)
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in sequences]))
+        return
+    for one in sequences:
+        print(
+            f"{one.id}  {one.model}/{one.version}  step {one.last_step}  {one.age_seconds:.1f} s old  "
+            f"{one.idle_seconds:.1f} s idle  {one.label}".rstrip()
+        )
+
+
+def _end(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        client.end_sequence(arguments.sequence_id)
 
 
 # -- tenuto predict --------------------------------------------------------------------------------

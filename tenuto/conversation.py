@@ -224,6 +224,10 @@ class Conversation:
         text = "its caller has left the sequence; make a new one with stream()"
         self.stop(errors.Unavailable(text, code="CANCELLED"))
 
+    def break_down(self, bug: Exception) -> None:
+        """What makes the calls cannot go on."""
+        self.stop(errors.ProtocolError(f"the stream stopped working: {bug!r}. This is a bug."))
+
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
         if self._untried and _is_loss(error):
             self._untried -= 1

@@ -213,12 +213,19 @@ class Stream:
 
     def _make_calls(self) -> None:
         """Make one call after another, as the conversation wants them, until it is over."""
-        while self._dial():
-            error = self._read()
-            self._hang_up()
+        try:
+            while self._dial():
+                error = self._read()
+                self._hang_up()
+                with self._changed:
+                    self._conversation.lost(error, monotonic())  # no effect where it knows
+                    self._changed.notify_all()
+        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
             with self._changed:
-                self._conversation.lost(error, monotonic())  # no effect where it knows
+                self._conversation.break_down(bug)
                 self._changed.notify_all()
+            if self._call is not None:
+                self._hang_up()
 
     def _dial(self) -> bool:
         """Make the next call when it is due; False if none ever will be."""
@@ -257,8 +264,6 @@ class Stream:
             return rpc_error(status, self._target, None)
         except errors.TenutoError as protocol:
             return protocol
-        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
-            return errors.ProtocolError(f"a reply could not be read: {bug!r}. This is a bug.")
         return None
 
     def _received(self, response: pb.StreamResponse) -> bool:

@@ -80,6 +80,11 @@ class FakeServer(TenutoServicer):
         self.gate: threading.Semaphore | None = None  # one permit for each answered chunk
         self.hang_up = 0  # the stream ends, status OK, before it answers this step
         self.tail = False  # whether End gives a further part of the last step
+        self.checkpoint_every = 0  # a token after that many steps
+        self.refusals: list[grpc.StatusCode | pb.Failed] = []  # of the next openings; a code ends the call
+        # Instead of the step's Output, each once: a code ends the call.
+        self.accidents: dict[int, list[grpc.StatusCode | pb.Reply]] = {}
+        self.tokens_asked = 0  # CheckpointNow
         self.hang = False  # unary calls are never answered
         self.opens: list[pb.Open] = []
         self.requests: list[pb.PredictRequest] = []
@@ -89,6 +94,8 @@ class FakeServer(TenutoServicer):
         self.left = threading.Event()  # a stream's call is over
         self.cancelled = False  # and was so although the client had not sent End
         self.called = threading.Event()  # a call came in
+        self.sequences: list[pb.Sequence] = []  # the live ones, as operators see them
+        self.asked_model = ""  # by ListSequences
         self._release = threading.Event()
         # Pings every 10 s are welcome: gRPC's default answers them with too_many_pings.
         options = [("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
@@ -145,6 +152,20 @@ class FakeServer(TenutoServicer):
         text = json.dumps(MANIFESTS[request.model])
         return pb.GetModelResponse(model=_model(request.model), manifest_json=text)
 
+    def ListSequences(self, request: pb.ListSequencesRequest, context: Any) -> pb.ListSequencesResponse:
+        self._refuse(context)
+        self.asked_model = request.model
+        return pb.ListSequencesResponse(sequences=self.sequences)
+
+    def EndSequence(self, request: pb.EndSequenceRequest, context: Any) -> pb.EndSequenceResponse:
+        self._refuse(context)
+        left = [one for one in self.sequences if one.sequence_id != request.sequence_id]
+        if len(left) == len(self.sequences):
+            context.set_trailing_metadata((("tenuto-reason", "UNKNOWN_SEQUENCE"),))
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no live sequence {request.sequence_id!r} here")
+        self.sequences = left
+        return pb.EndSequenceResponse()
+
     def _refuse(self, context: Any) -> None:
         self.called.set()
         if self.hang:
@@ -167,7 +188,11 @@ class FakeServer(TenutoServicer):
             kind = event.WhichOneof("event")
             if kind == "open":
                 self.opens.append(event.open)
-                yield _response(self.on_open or _opened(self.window))
+                if self.refusals:
+                    yield _refused(self.refusals.pop(0), context)
+                    continue
+                step, total = _unsealed(event.open.resume_token)
+                yield _response(self.on_open or _opened(self.window, step + 1))
                 if self.on_open is not None and self.on_open.HasField("failed"):
                     continue
             elif kind == "chunk":
@@ -175,6 +200,9 @@ class FakeServer(TenutoServicer):
                 if step == self.hang_up:
                     call.finished = True
                     break
+                if self.accidents.get(step):
+                    yield _happened(self.accidents[step].pop(0), context)
+                    continue
                 if self.gate is not None:
                     self.gate.acquire()
                 tensor = event.chunk.inputs[0]
@@ -185,6 +213,11 @@ class FakeServer(TenutoServicer):
                 reply = self.on_step.get(step, _output(step, totals, total))
                 if reply is not None:
                     yield _response(reply)
+                if self.checkpoint_every and step % self.checkpoint_every == 0:
+                    yield _response(checkpoint(step, total))
+            elif kind == "checkpoint":
+                self.tokens_asked += 1
+                yield _response(checkpoint(step, total))
             elif kind == "end":
                 call.finished = True
                 if self.tail:
@@ -225,9 +258,42 @@ def _response(reply: pb.Reply) -> pb.StreamResponse:
     return pb.StreamResponse(replies=[reply])
 
 
-def _opened(window: int) -> pb.Reply:
-    opened = pb.Opened(sequence_id="s-1", version=3, next_step=1, window=window)
+def _opened(window: int, next_step: int) -> pb.Reply:
+    opened = pb.Opened(sequence_id="s-1", version=3, next_step=next_step, window=window)
     return pb.Reply(opened=opened)
+
+
+def _refused(how: grpc.StatusCode | pb.Failed, context: Any) -> pb.StreamResponse:
+    if isinstance(how, grpc.StatusCode):
+        context.abort(how, "refused")
+        raise AssertionError  # abort raises
+    return _response(pb.Reply(failed=how))
+
+
+def _happened(what: grpc.StatusCode | pb.Reply, context: Any) -> pb.StreamResponse:
+    if isinstance(what, grpc.StatusCode):
+        context.abort(what, "an accident")
+        raise AssertionError  # abort raises
+    return _response(what)
+
+
+def token(step: int, total: Any) -> bytes:
+    """A sealed snapshot, good on every fake server."""
+    return b"%d:%d" % (step, total)
+
+
+def _unsealed(sealed: bytes) -> tuple[int, np.float32]:
+    step, _, total = sealed.partition(b":")
+    return (int(step), np.float32(int(total))) if total else (0, np.float32(0))
+
+
+def checkpoint(step: int, total: Any) -> pb.Reply:
+    return pb.Reply(checkpoint=pb.Checkpoint(step=step, resume_token=token(step, total)))
+
+
+def closed(reason: str, step: int, total: float) -> pb.Reply:
+    """An ending with the token of the state after `step`."""
+    return pb.Reply(closed=pb.Closed(reason=reason, last_step=step, resume_token=token(step, total)))
 
 
 def _output(step: int, totals: Any, total: Any, part: int = 0) -> pb.Reply:

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 
 from tenuto.cli import main
+from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import MANIFESTS, FakeServer
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -54,6 +56,58 @@ def test_models_prints_a_line_for_each(server: FakeServer, capsys: Any) -> None:
 def test_models_as_json(server: FakeServer, capsys: Any) -> None:
     assert main(["models", "--json"]) == 0
     assert next(model["name"] for model in json.loads(capsys.readouterr().out)) == "accumulator"
+
+
+def test_sequences_prints_a_line_for_each(server: FakeServer, capsys: Any) -> None:
+    server.sequences = [
+        pb.Sequence(
+            sequence_id="s-1",
+            model="accumulator",
+            version=3,
+            label="kitchen",
+            last_step=7,
+            age_seconds=61.25,
+            idle_seconds=0.5,
+        ),
+        pb.Sequence(sequence_id="s-2", model="accumulator", version=2),
+    ]
+    assert main(["sequences", "--model", "accumulator"]) == 0
+    assert server.asked_model == "accumulator"
+    assert capsys.readouterr().out.splitlines() == [
+        "s-1  accumulator/3  step 7  61.2 s old  0.5 s idle  kitchen",
+        "s-2  accumulator/2  step 0  0.0 s old  0.0 s idle",
+    ]
+    assert main(["sequences", "--json"]) == 0
+    first, _ = json.loads(capsys.readouterr().out)
+    assert first == {
+        "id": "s-1",
+        "model": "accumulator",
+        "version": 3,
+        "label": "kitchen",
+        "last_step": 7,
+        "age_seconds": 61.25,
+        "idle_seconds": 0.5,
+    }
+
+
+def test_end_ends_one_sequence(server: FakeServer, capsys: Any) -> None:
+    server.sequences = [pb.Sequence(sequence_id="s-1"), pb.Sequence(sequence_id="s-2")]
+    assert main(["end", "s-1"]) == 0
+    assert [one.sequence_id for one in server.sequences] == ["s-2"]
+    assert main(["end", "s-1"]) == 1
+    assert "tenuto end: UNKNOWN_SEQUENCE: no live sequence 's-1'" in capsys.readouterr().err
+
+
+def test_a_stream_may_be_given_several_servers(
+    server: FakeServer, capsys: Any, sound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeServer() as second:
+        server.accidents = {2: [grpc.StatusCode.UNAVAILABLE]}
+        words = ["stream", "accumulator", sound, "--json", "--server", f"{second.target},{server.target}"]
+        assert main(words) == 0  # the model is asked of the first, the stream begins at the second
+        assert (len(server.opens), len(second.opens)) == (1, 1)
+    *outputs, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [output["outputs"]["total"][-1] for output in outputs] == [160, 320, 400]
 
 
 def test_predict_sends_images_as_one_batch(server: FakeServer, capsys: Any, tmp_path: Path) -> None:
@@ -248,7 +302,7 @@ def test_a_missing_extra_is_named(
     assert f"pip install 'tenuto[{extra}]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--help"], ["stream", "--help"], ["--version"]])
+@pytest.mark.parametrize("words", [["--help"], ["stream", "--help"], ["sequences", "--help"], ["--version"]])
 def test_help_and_version_leave_with_0(words: list[str], capsys: Any) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(words)

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
@@ -19,21 +18,17 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
 from .call import Call
-from .catalogue import Catalogue, Refused, Served
 from .config import ServerConfig
-from .engine import Engine
-from .errors import ModelInvalid, PlatformError, TenutoError
-from .metrics import ModelMetrics, ServerMetrics, TenutoCollector
-from .model_runner import ModelRunner, choose_provider
+from .errors import PlatformError
+from .loader import Loader
+from .metrics import ServerMetrics, TenutoCollector
+from .model_runner import choose_provider
 from .pending import PendingBytes
-from .reply import OutputWriter
-from .repository import ModelFolder, ModelRepository
+from .repository import ModelRepository
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import Stream, StreamLimits
-from .tensor import Reader
 from .transport import StreamMethod
-from .vetting import Limits, Verdict, vet
 
 log = logging.getLogger("tenuto.server")
 
@@ -73,7 +68,8 @@ class Server:
             self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
-        self.catalogue = load_models(config, self.provider, self._pending, self.metrics, self._streams.flush)
+        loader = Loader(config, self.provider, self._pending, self.metrics, self._streams.flush)
+        self.catalogue = loader.load_newest(ModelRepository(config.repository))
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -191,85 +187,6 @@ class Server:
                         engine.manifest.name, engine.version, self.config.run_seconds, HUNG,
                     )  # fmt: skip
                     os._exit(HUNG)
-
-
-def load_models(
-    config: ServerConfig,
-    provider: str,
-    pending: PendingBytes,
-    metrics: ServerMetrics,
-    flush: Callable[[], None] = lambda: None,
-) -> Catalogue:
-    """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
-
-    Raises: ModelInvalid if none serves.
-    """
-    waiting = ModelRepository(config.repository).folders()
-    served: list[Served] = []
-    refused: list[Refused] = []
-    while waiting:
-        candidates = [folders.pop(0) for folders in waiting.values()]
-        limits = Limits(config.vet_seconds, config.vet_memory_bytes)
-        verdicts = vet(candidates, provider=provider, threads=config.threads, limits=limits)
-        for folder in candidates:
-            try:
-                served.append(_load(folder, verdicts[folder], config, provider, pending, metrics, flush))
-                del waiting[folder.model]
-            except TenutoError as error:
-                log.error("%s is not served: %s", folder.where, error)
-                refused.append(Refused(folder.model, folder.version, str(error)))
-        waiting = {model: folders for model, folders in waiting.items() if folders}
-    if not served:
-        why = (
-            "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused)
-            or "it holds no <model>/<version>/ folder"
-        )
-        raise ModelInvalid(f"no model of {config.repository} serves: {why}")
-    return Catalogue(served, refused)
-
-
-def _load(
-    folder: ModelFolder,
-    verdict: Verdict,
-    config: ServerConfig,
-    provider: str,
-    pending: PendingBytes,
-    metrics: ServerMetrics,
-    flush: Callable[[], None],
-) -> Served:
-    if verdict.why:
-        raise ModelInvalid(verdict.why)
-    started = time.monotonic()
-    files = folder.read()
-    if files.fingerprint != verdict.fingerprint:
-        raise ModelInvalid(
-            f"{folder.where}: its files changed while they were checked; leave versions as they are"
-        )
-    runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=config.threads)
-    manifest = runner.manifest
-    numbers = ModelMetrics(manifest.name, folder.version, provider, load_seconds=time.monotonic() - started)
-    engine = Engine(
-        manifest,
-        runner,
-        version=folder.version,
-        max_sequences=config.max_sequences,
-        max_state_bytes=config.max_state_bytes,
-        pending=pending,
-        metrics=numbers,
-        flush=flush,
-    )
-    metrics.models.append(numbers)
-    golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
-    log.info(
-        "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
-        folder.where,
-        provider,
-        engine.max_sequences,
-        engine.state_bytes / 2**20,
-        golden,
-    )
-    reader = Reader(manifest, config.max_message_bytes)
-    return Served(engine, reader, OutputWriter(manifest), provider, files.sha256)
 
 
 def _check_port(host: str, port: int) -> None:

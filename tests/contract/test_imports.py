@@ -18,6 +18,7 @@ SERVING = [
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],
+    ["loader"],
     ["server"],
     ["cli"],
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tenuto.serving import server as server_module
+from tenuto.serving import loader
 from tenuto.serving.config import ServerConfig
 from tenuto.serving.engine import Engine
 from tenuto.serving.errors import TenutoError
@@ -67,7 +67,7 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:
-            patch.setattr(server_module, "vet", _unvetted)
+            patch.setattr(loader, "vet", _unvetted)
         return Server(config, "0")
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from tenuto.serving import server
+from tenuto.serving import loader
 from tenuto.serving.catalogue import Catalogue
 from tenuto.serving.config import ServerConfig
 from tenuto.serving.errors import ModelInvalid
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.pending import PendingBytes
-from tenuto.serving.repository import ModelFolder
+from tenuto.serving.repository import ModelFolder, ModelRepository
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
@@ -40,10 +40,11 @@ class FakeVetting:
 def load(
     root: Path, monkeypatch: pytest.MonkeyPatch, vetting: FakeVetting, **settings: int
 ) -> tuple[Catalogue, ServerMetrics]:
-    monkeypatch.setattr(server, "vet", vetting)
+    monkeypatch.setattr(loader, "vet", vetting)
     metrics = ServerMetrics("1")
     config = ServerConfig.build({"repository": root, "max_sequences": 5} | settings, {})
-    return server.load_models(config, CPU, PendingBytes(1 << 20), metrics), metrics
+    made = loader.Loader(config, CPU, PendingBytes(1 << 20), metrics)
+    return made.load_newest(ModelRepository(root)), metrics
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
     ["errors", "metrics"],
-    ["call", "config", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
+    ["call", "config", "inbox", "layout", "manifest", "pending", "sequence", "status", "reply", "tensor"],
     ["admission", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
-from .catalogue import Catalogue, Refused, Served
+from .catalogue import Served
 from .config import ServerConfig
 from .engine import Engine
-from .errors import ModelInvalid, TenutoError
-from .metrics import ModelMetrics, ServerMetrics
+from .errors import ModelInvalid
+from .metrics import ModelMetrics
 from .model_runner import ModelRunner
 from .pending import PendingBytes
 from .reply import OutputWriter
-from .repository import ModelFolder, ModelRepository
+from .repository import ModelFolder
 from .tensor import Reader
 from .vetting import Limits, Verdict, vet
 
@@ -29,47 +30,20 @@ class Loader:
         config: ServerConfig,
         provider: str,
         pending: PendingBytes,
-        metrics: ServerMetrics,
         flush: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._provider = provider
         self._pending = pending
-        self._metrics = metrics
         self._flush = flush
 
-    def load_newest(self, repository: ModelRepository) -> Catalogue:
-        """Each model's newest version; if it fails its checks, the next newest.
-
-        Raises: ModelInvalid if none serves.
-        """
-        waiting = repository.folders()
-        served: list[Served] = []
-        refused: list[Refused] = []
-        while waiting:
-            candidates = [folders.pop(0) for folders in waiting.values()]
-            verdicts = self.check(candidates)
-            for folder in candidates:
-                try:
-                    served.append(self.load(folder, verdicts[folder]))
-                    del waiting[folder.model]
-                except TenutoError as error:
-                    log.error("%s is not served: %s", folder.where, error)
-                    refused.append(Refused(folder.model, folder.version, str(error)))
-            waiting = {model: folders for model, folders in waiting.items() if folders}
-        if not served:
-            why = (
-                "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused)
-                or "it holds no <model>/<version>/ folder"
-            )
-            raise ModelInvalid(f"no model of {repository.root} serves: {why}")
-        return Catalogue(served, refused)
-
-    def check(self, folders: list[ModelFolder]) -> dict[ModelFolder, Verdict]:
-        """What a child process makes of them."""
+    def check(
+        self, folders: list[ModelFolder], stopping: threading.Event | None = None
+    ) -> dict[ModelFolder, Verdict]:
+        """What a child process makes of them. It ends when `stopping` is set."""
         config = self._config
         limits = Limits(config.vet_seconds, config.vet_memory_bytes)
-        return vet(folders, provider=self._provider, threads=config.threads, limits=limits)
+        return vet(folders, provider=self._provider, threads=config.threads, limits=limits, stopping=stopping)
 
     def load(self, folder: ModelFolder, verdict: Verdict) -> Served:
         """Raises: TenutoError, with why it is not served."""
@@ -85,6 +59,7 @@ class Loader:
         runner = ModelRunner(
             files.model, files.manifest, folder.where, provider=provider, threads=config.threads
         )
+        runner.run(runner.zero_feeds())  # the first run takes memory and time that no client should wait for
         manifest = runner.manifest
         seconds = time.monotonic() - started
         engine = Engine(
@@ -97,7 +72,6 @@ class Loader:
             metrics=ModelMetrics(manifest.name, folder.version, provider, load_seconds=seconds),
             flush=self._flush,
         )
-        self._metrics.models.append(engine.metrics)
         golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
         log.info(
             "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
@@ -108,4 +82,4 @@ class Loader:
             golden,
         )
         reader = Reader(manifest, config.max_message_bytes)
-        return Served(engine, reader, OutputWriter(manifest), provider, files.sha256)
+        return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)

@@ -25,6 +25,7 @@ from .metrics import ServerMetrics, TenutoCollector
 from .model_runner import choose_provider
 from .pending import PendingBytes
 from .repository import ModelRepository
+from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import Stream, StreamLimits
@@ -68,8 +69,11 @@ class Server:
             self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
-        loader = Loader(config, self.provider, self._pending, self.metrics, self._streams.flush)
-        self.catalogue = loader.load_newest(ModelRepository(config.repository))
+        loader = Loader(config, self.provider, self._pending, self._streams.flush)
+        repository = ModelRepository(config.repository)
+        self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
+        self.rollout.load_newest()
+        self.catalogue = self.rollout.catalogue
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -125,8 +129,7 @@ class Server:
         )
 
     def start(self) -> None:
-        for engine in self.catalogue.engines:
-            engine.start()
+        self.rollout.start(self.config.poll_seconds)
         self._grpc.start()
         threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
         for name in ("", SERVICE, LIVENESS, READINESS):
@@ -138,6 +141,7 @@ class Server:
         self.metrics.draining = True
         for name in ("", SERVICE, READINESS):
             self.health.set(name, _NOT_SERVING)
+        self.rollout.stop()  # from here on there are no other engines than these
         for engine in self.catalogue.engines:
             engine.drain()
         deadline = time.monotonic() + grace
@@ -147,6 +151,7 @@ class Server:
                     break
         for engine in self.catalogue.engines:
             engine.stop(Ending.DRAINING)
+        self.rollout.join()
         self._stopped.set()
         # The replies of the last batch, and Closed(DRAINING), are still on their way.
         self._grpc.stop(grace=1.0).wait()

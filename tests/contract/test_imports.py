@@ -19,6 +19,7 @@ SERVING = [
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],
     ["loader"],
+    ["rollout"],
     ["server"],
     ["cli"],
 ]

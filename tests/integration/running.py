@@ -63,7 +63,14 @@ def _unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict
 
 def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
     """A server that is not started. `vetted`: with the child process that checks models, as in real life."""
-    flags = {"repository": repository, "port": 0, "metrics_port": 0, "device": "cpu", "threads": 1}
+    flags = {
+        "repository": repository,
+        "port": 0,
+        "metrics_port": 0,
+        "device": "cpu",
+        "threads": 1,
+        "poll_seconds": 0,
+    }
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:

@@ -18,7 +18,7 @@ OTHER: dict[str, Any] = {
     "max_sequences": 4, "max_state_bytes": 15, "max_streams": 5, "max_predicts": 6, "max_pending_bytes": 7,
     "max_message_bytes": 8, "window": 9, "idle_seconds": 10.5, "run_seconds": 11.5, "drain_seconds": 12.5,
     "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "grpc_experiments": "",
-    "log_level": "debug",
+    "log_level": "debug", "poll_seconds": 16.5, "max_age_seconds": 17.5,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
 SECONDS = [name for name in FIELDS if name.endswith("_seconds")]
@@ -101,7 +101,7 @@ def test_seconds_are_numbers_that_a_timer_can_wait(name: str, value: str) -> Non
         ServerConfig.build({name: value}, {})
 
 
-@pytest.mark.parametrize("name", ["idle_seconds", "drain_seconds"])
+@pytest.mark.parametrize("name", ["idle_seconds", "drain_seconds", "poll_seconds", "max_age_seconds"])
 def test_zero_seconds_are_allowed_where_they_mean_something(name: str) -> None:
     assert getattr(ServerConfig.build({name: "0"}, {}), name) == 0
 

@@ -14,6 +14,7 @@ from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.repository import ModelFolder, ModelRepository
+from tenuto.serving.rollout import Rollout
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
@@ -43,8 +44,10 @@ def load(
     monkeypatch.setattr(loader, "vet", vetting)
     metrics = ServerMetrics("1")
     config = ServerConfig.build({"repository": root, "max_sequences": 5} | settings, {})
-    made = loader.Loader(config, CPU, PendingBytes(1 << 20), metrics)
-    return made.load_newest(ModelRepository(root)), metrics
+    made = loader.Loader(config, CPU, PendingBytes(1 << 20))
+    rollout = Rollout(ModelRepository(root), made, metrics, max_age_seconds=0)
+    rollout.load_newest()
+    return rollout.catalogue, metrics
 
 
 @pytest.fixture

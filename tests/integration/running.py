@@ -51,7 +51,7 @@ def write_toys(root: Path) -> Path:
     return root
 
 
-def _unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]:
+def unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]:
     verdicts = {}
     for folder in folders:
         try:
@@ -74,7 +74,7 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:
-            patch.setattr(loader, "vet", _unvetted)
+            patch.setattr(loader, "vet", unvetted)
         return Server(config, "0")
 
 

@@ -28,6 +28,8 @@ log = logging.getLogger("tenuto.rollout")
 
 # A client that lost its connection comes back within that (its own default); its version waits for it.
 _RESUME_SECONDS = 30.0
+# So many times the memory of a version that was unloaded is given back, until it is gone.
+_LOOKS = 5
 
 
 class Rollout:
@@ -55,7 +57,7 @@ class Rollout:
         self._seen: dict[ModelFolder, Signature | None] = {}  # at the last poll
         self._tried: dict[ModelFolder, Signature | None] = {}  # when it was checked
         self._empty: dict[str, tuple[int, float]] = {}  # version -> sequences lost, since when it is empty
-        self._unloaded: list[weakref.ref[Engine]] = []  # at the last poll
+        self._unloaded: list[tuple[weakref.ref[Engine], int]] = []  # still in memory; looks that are left
         self._trouble = ""  # the last one that was logged
         self._running = False
         self._stopping = threading.Event()
@@ -179,12 +181,12 @@ class Rollout:
 
     def _unload(self) -> None:
         """Lets go of the versions that retired and to which nobody comes back."""
-        unloaded = [self._let_go(one) for one in self.catalogue.retiring if self._is_deserted(one.engine)]
-        unloaded += self._unloaded
+        gone = [self._let_go(one) for one in self.catalogue.retiring if self._is_deserted(one.engine)]
+        unloaded = self._unloaded + [(engine, _LOOKS) for engine in gone]
         if unloaded:
             _give_back_memory()
-        # What a thread held just then is gone at the next look.
-        self._unloaded = [ref for ref in unloaded if ref() is not None and ref not in self._unloaded]
+        # What another thread holds for a moment is gone at one of the next looks.
+        self._unloaded = [(engine, looks - 1) for engine, looks in unloaded if looks and engine() is not None]
 
     def _let_go(self, old: Served) -> weakref.ref[Engine]:
         self.catalogue.remove(old)

@@ -29,6 +29,10 @@ class ServerProcess:
         self.port, self.metrics_port = int(match[1]), int(match[2])
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return self._log.read_text()
 

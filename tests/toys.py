@@ -228,5 +228,6 @@ def heavy(weights_bytes: int, state_bytes: int) -> tuple[bytes, Manifest]:
         "inputs": [{"name": "index", "dtype": "int64", "shape": ["batch", 1]}],
         "states": [state],
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
+        "max_batch": 8,
     }
     return model(nodes, inputs, outputs, {"table": table, **cuts}), manifest

@@ -20,10 +20,10 @@ from tests.integration.wire import Conversation, chunk, connect, ending, opening
 from .process import ServerProcess, server_process
 
 MIB = 1 << 20
-WEIGHTS_BYTES, STATE_BYTES = 128 * MIB, MIB // 4
+WEIGHTS_BYTES, STATE_BYTES = 100 * MIB, MIB // 4
 SEQUENCES, SWAPS = 64, 10  # 16 MiB of state in use
-# A tenth of what one version more would take.
-SLACK_BYTES = (WEIGHTS_BYTES + SEQUENCES * STATE_BYTES) // 10
+# What the allocator may keep. A version that stayed would take 116 MiB, ten states 160.
+SLACK_BYTES = 64 * MIB
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory and processes are read from /proc")
 
@@ -64,7 +64,7 @@ def use(channel: grpc.Channel) -> None:
         assert {r.closed.reason for r in replies if r.WhichOneof("reply") == "closed"} == {pb.END}
 
 
-@pytest.mark.timeout(240)  # eleven times 128 MiB are written, checked and loaded
+@pytest.mark.timeout(240)  # eleven times 100 MiB are written, checked and loaded
 def test_ten_swaps_of_a_large_model_leave_no_memory_behind(tmp_path: Path) -> None:
     repository, made = tmp_path / "models", toys.heavy(WEIGHTS_BYTES, STATE_BYTES)
     publish(repository, "heavy", made, 1)
@@ -81,7 +81,6 @@ def test_ten_swaps_of_a_large_model_leave_no_memory_behind(tmp_path: Path) -> No
             wait_for(lambda: resident_bytes(server) < limit, f"less than {limit:.0f} bytes")  # noqa: B023
             sizes.append(resident_bytes(server))
         assert sizes[0] > WEIGHTS_BYTES + SEQUENCES * STATE_BYTES  # what is swapped is as large as it says
-        print([f"{size / MIB:.0f}" for size in sizes])
 
 
 def children_of(pid: int) -> list[int]:

@@ -81,6 +81,12 @@ class ServerConfig(BaseModel):
     resume_reserve: Annotated[
         float, Field(ge=0, le=0.9, description="share of the sequences that only those that resume may take")
     ] = 0.1
+    poll_seconds: Annotated[
+        SecondsOrZero, Field(description="how often to look for new model versions; 0: at start alone")
+    ] = 2.0
+    max_age_seconds: Annotated[
+        SecondsOrZero, Field(description="sequences stay that long on a version that was replaced; 0: no end")
+    ] = 3600.0
     vet_seconds: Annotated[Seconds, Field(description="the check of one model may take that long")] = 120.0
     vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (
         8 << 30

@@ -37,6 +37,11 @@ class Delivery:
         sink = sequence.sink
         self._settled[sink] = self._settled.get(sink, 0) + nbytes
 
+    def flush_nothing(self) -> Callable[[], None]:
+        """From here on replies are handed over by threads that hold nothing back. What flushed until now."""
+        flush, self._flush = self._flush, lambda: None
+        return flush
+
     def hand_over(self) -> None:
         """Everything collected goes out. The replies first: once its bytes are settled a stream is read on,
         and that should find its outbox as full as it is."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import logging
+import math
 import queue
 import threading
 import time
@@ -23,6 +24,7 @@ from .admission import Admission
 from .delivery import Delivery
 from .errors import (
     AlreadyOpen,
+    ModelNotReady,
     PoolFull,
     RunFailed,
     ServerDraining,
@@ -30,6 +32,7 @@ from .errors import (
     StepGap,
     TenutoError,
 )
+from .inbox import Command, Inbox
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
@@ -61,7 +64,6 @@ REPEATS_BYTES = 64 << 20
 _ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING})
 
 Array = NDArray[Any]
-Command = tuple[Callable[[Any, Any], None], Any, Any]  # what, of whom, with what
 
 
 class Runner(Protocol):
@@ -83,8 +85,8 @@ class Runner(Protocol):
 class Engine:
     """Turns one model version.
 
-    Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `stop`, `sequences`. Engine thread:
-    all else. A test may call `turn` itself instead of `start`.
+    Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `retire`, `stop`, `sequences`. Engine
+    thread: all else. A test may call `turn` itself instead of `start`.
     """
 
     def __init__(
@@ -114,13 +116,14 @@ class Engine:
         self.metrics.slots = self.max_sequences
         self.running_since = 0.0  # when the run in progress began; 0: none. Read by the watchdog.
         self.broken = ""  # why no run will succeed any more. Read by the watchdog.
-        self.emptied = threading.Event()  # set when draining and no sequence is left
+        self.emptied = threading.Event()  # set when draining or retiring, and no sequence is left
+        self.past_max_age = False  # its time is over: what was live ends, nothing resumes on it
         self._runner = runner
         self._pending = pending
         self._clock = clock
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
-        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self._live: dict[str, Sequence] = {}
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._delivery = Delivery(pending, flush, self.where)
@@ -133,6 +136,8 @@ class Engine:
         self._turn_seconds = 0.0  # the last turn that ran a batch
         self.metrics.busy_ratio = lambda: self._admission.busy_ratio(self._clock())
         self._draining = False
+        self._retiring = False
+        self._max_age_at = math.inf  # when a retiring version's live sequences end
         self._stopped = False
         self._thread = threading.Thread(
             target=self._loop, name=f"engine-{manifest.name}-{version}", daemon=True
@@ -193,6 +198,11 @@ class Engine:
         answered; `emptied` is set when none is left."""
         self._inbox.put((self._drain, None, None))
 
+    def retire(self, max_age_seconds: float) -> None:
+        """A newer version takes the new sequences. Those that are here, and those that were on their way, go
+        on for `max_age_seconds` (0: until they end); `emptied` is set while there is none."""
+        self._inbox.put((self._retire, max_age_seconds, None))
+
     def stop(self, reason: Ending, join_seconds: float = 5.0) -> None:
         """Ends every sequence and then the thread."""
         self._inbox.put((self._stop, reason, None))
@@ -208,6 +218,18 @@ class Engine:
                 self.turn(wait=True)
             except Exception:  # the loop must live on: its callers have no other
                 log.exception("%s: the engine met a bug and goes on", self.where)
+        flush = self._delivery.flush_nothing()  # whoever comes late sends its own replies
+        self._inbox.close(self._carry_out_late)
+        flush()
+
+    def _carry_out_late(self, command: Command) -> None:
+        """What came after the end, on the thread of whoever brought it."""
+        what, subject, value = command
+        try:
+            what(subject, value)
+            self._deliver()
+        except Exception:  # it may be gRPC's serve thread, which must live on
+            log.exception("%s: a command after the end met a bug", self.where)
 
     def turn(self, *, wait: bool = False) -> bool:
         """Takes all commands, then runs one batch. Returns whether there was a batch."""
@@ -223,6 +245,7 @@ class Engine:
                 command, subject, value = self._inbox.get_nowait()
                 command(subject, value)
             self._expire(now)
+            self._come_of_age(now)
             self._deliver()  # what needs no batch does not wait for one
             ran = self.step()
             self._deliver()
@@ -233,8 +256,9 @@ class Engine:
             self._admission.end(self._clock(), self._paced, self._late)
 
     def _wait(self) -> Command | None:
-        """The next command, or nothing once a sequence may have been silent for too long."""
-        timeout = max(0.0, self._idle[0][0] - self._clock()) + 0.01 if self._idle else None
+        """The next command, or nothing once a sequence may have been silent, or is here, for too long."""
+        due = min(self._idle[0][0] if self._idle else math.inf, self._max_age_at)
+        timeout = max(0.0, due - self._clock()) + 0.01 if due < math.inf else None
         with contextlib.suppress(queue.Empty):
             return self._inbox.get(timeout=timeout)
         return None
@@ -421,6 +445,8 @@ class Engine:
             sequence.checkpoint_every = self._checkpoints.interval(sequence.checkpoint_every)
         if snapshot is not None:
             self.metrics.resumed += 1
+        if self._retiring:
+            self.emptied.clear()
         if sequence.idle_seconds:
             self._watch_idle(self._clock() + sequence.idle_seconds, sequence)
         self.metrics.sequences_started += 1
@@ -432,11 +458,13 @@ class Engine:
     def _admit(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
         """Finds the sequence a slot and sets its state.
 
-        Raises: ServerDraining, Overloaded, PoolFull. A sequence that resumes is no new load on the whole, and
-        is not refused for OVERLOADED.
+        Raises: ServerDraining, ModelNotReady, Overloaded, PoolFull. A sequence that resumes is no new load on
+        the whole, and is not refused for OVERLOADED.
         """
         if self._draining:
             raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
+        if self.past_max_age or self._stopped:
+            raise ModelNotReady(f"{self.where} was replaced and is unloaded; open a newer version")
         if snapshot is None:
             self._admission.check(self._clock(), self.where)
         else:
@@ -484,6 +512,8 @@ class Engine:
         self._end_after_pending(sequence, StepGap(text))
 
     def _request(self, sequence: Sequence, chunk: Chunk) -> None:
+        if self._stopped:  # nothing will run it
+            self._close(sequence, Ending.DRAINING)
         if sequence.ended:
             self._drop(sequence, chunk)
             return
@@ -616,8 +646,7 @@ class Engine:
         self._delivery.send(
             sequence, Failed(error, token) if error else Closed(reason, sequence.answered, token)
         )
-        if self._draining and not self._live:
-            self.emptied.set()
+        self._look_if_empty()
 
     def _drop(self, sequence: Sequence, chunk: Chunk, outcome: str = "dropped") -> None:
         self.metrics.chunks[outcome] += 1
@@ -645,7 +674,25 @@ class Engine:
         self._draining = True
         for sequence in list(self._live.values()):
             self._end_after_pending(sequence, Ending.DRAINING)
-        if not self._live:
+        self._look_if_empty()
+
+    def _retire(self, max_age_seconds: float, _: None) -> None:
+        self._retiring = True
+        if max_age_seconds:
+            self._max_age_at = self._clock() + max_age_seconds
+        self._look_if_empty()
+
+    def _come_of_age(self, now: float) -> None:
+        """Once a retiring version's time is over, each sequence ends behind its accepted chunks."""
+        if now < self._max_age_at:
+            return
+        self._max_age_at = math.inf
+        self.past_max_age = True
+        for sequence in list(self._live.values()):
+            self._end_after_pending(sequence, Ending.MAX_AGE)
+
+    def _look_if_empty(self) -> None:
+        if (self._draining or self._retiring) and not self._live:
             self.emptied.set()
 
     def _stop(self, reason: Ending, _: None) -> None:

@@ -6,6 +6,7 @@ with the graph. docs/manifest.md is the reference for people.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -399,6 +400,17 @@ class Manifest(_Frozen):
         names = {i.name for i in self.inputs} | {i.lengths for i in self.inputs if i.lengths}
         names |= {s.input for s in self.states} | {c.name for c in self.constants}
         return frozenset(names | {k.name for k in self.controls})
+
+
+def state_schema(manifest: Manifest) -> str:
+    """A hash of what one sequence's snapshot holds: two versions of a model of which it is the same can read
+    each other's. Names of axes, first values and all that concerns outputs are left out."""
+    states = [[s.input, s.dtype, list(s.slot_shape), s.batch_axis] for s in manifest.states]
+    inputs = [
+        [i.name, i.dtype, list(i.sample_shape), i.time_axis is None, i.multiple, i.left_context]
+        for i in manifest.inputs
+    ]
+    return hashlib.sha256(json.dumps([states, inputs]).encode()).hexdigest()
 
 
 def _compare(

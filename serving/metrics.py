@@ -87,6 +87,7 @@ class ModelMetrics:
     deadline_misses: int = 0
     late_arrivals: int = 0
     rows_rerun: int = 0
+    retiring: bool = False  # the rollout's
     busy_ratio: Callable[[], float] = lambda: 0.0
     load_seconds: float = 0.0
     stages: dict[str, Distribution] = field(default_factory=lambda: {s: _seconds() for s in STAGES})
@@ -110,6 +111,7 @@ class ServerMetrics:
     streams_refused: Callable[[], int] = lambda: 0
     messages_refused: int = 0
     resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
+    loads: Counter[tuple[str, str]] = field(default_factory=Counter)  # by model and result; the rollout's
     draining: bool = False
 
 
@@ -156,6 +158,11 @@ _MODEL_GAUGES = (
         "tenuto_engine_busy_ratio",
         "Share of the last full second that the engine spent in turns.",
         lambda m: m.busy_ratio(),
+    ),
+    _Series(
+        "tenuto_model_retiring",
+        "1 for a version that was replaced and still has sequences.",
+        lambda m: float(m.retiring),
     ),
     _Series("tenuto_model_load_seconds", "Time to check and load the model.", lambda m: m.load_seconds),
 )
@@ -246,12 +253,18 @@ class TenutoCollector(Collector):
         build = GaugeMetricFamily("tenuto_build_info", "The server's version.", labels=["version"])
         build.add_metric([s.version], 1)
         yield build
+        loads = CounterMetricFamily(
+            "tenuto_model_loads", "Versions that were tried: loaded, failed.", labels=["model", "result"]
+        )
+        for (model, result), count in list(s.loads.items()):
+            loads.add_metric([model, result], count)
+        yield loads
         info = GaugeMetricFamily(
             "tenuto_model_info",
-            "A model version that serves.",
+            "A model version that serves or retires.",
             labels=["model", "version", "provider"],
         )
-        for m in s.models:
+        for m in list(s.models):
             info.add_metric([m.model, str(m.version), m.provider], 1)
         yield info
 

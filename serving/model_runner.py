@@ -182,6 +182,8 @@ def _session(model: bytes, where: str, provider: str, threads: int) -> onnxrunti
             session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # a class of its own for each status
         raise ModelInvalid(f"{where}: ONNX Runtime does not load it: {str(error).splitlines()[0]}") from error
+    # It keeps the file's bytes for a change of providers, as much again as the weights: 128 MiB of 128.
+    session._model_bytes = None
     if session.get_providers()[0] != provider:
         raise PlatformError(f"{where}: {provider} was chosen, ONNX Runtime took {session.get_providers()[0]}")
     return session

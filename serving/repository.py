@@ -14,8 +14,10 @@ from .errors import ConfigInvalid, ModelInvalid
 from .manifest import Manifest
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
-
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+# Per file of a version's folder: name, bytes, last change in nanoseconds, inode, device.
+Signature = tuple[tuple[str, int, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,17 @@ class ModelFolder:
     @property
     def where(self) -> str:
         return f"{self.model}/{self.version}"
+
+    def signature(self) -> Signature | None:
+        """Changes when a file does; None while there is no model.onnx. Links are followed, so that a link
+        turned to other files is a change."""
+        try:
+            files = [(p.name, p.stat()) for p in self.path.iterdir() if p.is_file()]
+        except OSError:  # it went, or changed, while we looked: the next look will tell
+            return None
+        if not any(name == "model.onnx" for name, _ in files):
+            return None
+        return tuple(sorted((n, s.st_size, s.st_mtime_ns, s.st_ino, s.st_dev) for n, s in files))
 
     def read(self) -> ModelFiles:
         """The bytes that are checked are the bytes that are loaded.

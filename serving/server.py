@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
@@ -19,24 +18,19 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import CollectorRegistry
 
 from .call import Call
-from .catalogue import Catalogue, Refused, Served
 from .config import ServerConfig
-from .engine import Engine
-from .errors import ModelInvalid, PlatformError, TenutoError
-from .manifest import Manifest
-from .metrics import ModelMetrics, ServerMetrics, TenutoCollector
-from .model_runner import ModelRunner, choose_provider
+from .errors import PlatformError
+from .loader import Loader
+from .metrics import ServerMetrics, TenutoCollector
+from .model_runner import choose_provider
 from .pending import PendingBytes
-from .reply import OutputWriter
-from .repository import ModelFolder, ModelRepository
+from .repository import ModelRepository
 from .resume_token import TokenSealer
+from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
-from .snapshot import Checkpoints, state_schema, token_bytes
 from .stream import Stream, StreamLimits
-from .tensor import Reader
 from .transport import StreamMethod
-from .vetting import Limits, Verdict, vet
 
 log = logging.getLogger("tenuto.server")
 
@@ -77,9 +71,11 @@ class Server:
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
         self._sealer = TokenSealer(config.token_key_file, lifetime_seconds=config.token_seconds)
-        self.catalogue = load_models(
-            config, self.provider, self._pending, self.metrics, self._sealer, self._streams.flush
-        )
+        loader = Loader(config, self.provider, self._pending, self._sealer, self._streams.flush)
+        repository = ModelRepository(config.repository)
+        self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
+        self.rollout.load_newest()
+        self.catalogue = self.rollout.catalogue
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -139,8 +135,7 @@ class Server:
         )
 
     def start(self) -> None:
-        for engine in self.catalogue.engines:
-            engine.start()
+        self.rollout.start(self.config.poll_seconds)
         self._grpc.start()
         threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
         for name in ("", SERVICE, LIVENESS, READINESS):
@@ -152,6 +147,7 @@ class Server:
         self.metrics.draining = True
         for name in ("", SERVICE, READINESS):
             self.health.set(name, _NOT_SERVING)
+        self.rollout.stop()  # from here on there are no other engines than these
         for engine in self.catalogue.engines:
             engine.drain()
         deadline = time.monotonic() + grace
@@ -161,6 +157,7 @@ class Server:
                     break
         for engine in self.catalogue.engines:
             engine.stop(Ending.DRAINING)
+        self.rollout.join()
         self._stopped.set()
         # The replies of the last batch, and Closed(DRAINING), are still on their way.
         self._grpc.stop(grace=1.0).wait()
@@ -193,121 +190,22 @@ class Server:
         """A run that does not return holds its whole model: better to leave, and let clients go elsewhere."""
         while not self._stopped.wait(min(1.0, self.config.run_seconds / 4)):
             self._sealer.reload()
-            for engine in self.catalogue.engines:
-                since = engine.running_since
-                if since and time.monotonic() - since > self.config.run_seconds:
-                    seconds = self.config.run_seconds
-                    self._leave(f"a run of {engine.where} takes more than {seconds:g} s", HUNG)
-                if engine.broken:
-                    self._leave(f"{engine.where} is broken: {engine.broken}", BROKEN)
+            self._look_at_runs()  # by a method: what waits here must not keep an engine in memory
+
+    def _look_at_runs(self) -> None:
+        for engine in self.catalogue.engines:
+            since = engine.running_since
+            if since and time.monotonic() - since > self.config.run_seconds:
+                seconds = self.config.run_seconds
+                self._leave(f"a run of {engine.where} takes more than {seconds:g} s", HUNG)
+            if engine.broken:
+                self._leave(f"{engine.where} is broken: {engine.broken}", BROKEN)
 
     def _leave(self, why: str, status: int) -> None:
         """At once: whoever has sequences here goes on elsewhere, as after a crash."""
         self.health.set(LIVENESS, _NOT_SERVING)
         log.critical("%s; leaving with status %d", why, status)
         os._exit(status)
-
-
-def load_models(
-    config: ServerConfig,
-    provider: str,
-    pending: PendingBytes,
-    metrics: ServerMetrics,
-    sealer: TokenSealer,
-    flush: Callable[[], None] = lambda: None,
-) -> Catalogue:
-    """Checks each model's newest version in a child process and loads it here; if it fails, the next newest.
-
-    Raises: ModelInvalid if none serves.
-    """
-    waiting = ModelRepository(config.repository).folders()
-    served: list[Served] = []
-    refused: list[Refused] = []
-    while waiting:
-        candidates = [folders.pop(0) for folders in waiting.values()]
-        limits = Limits(config.vet_seconds, config.vet_memory_bytes)
-        verdicts = vet(candidates, provider=provider, threads=config.threads, limits=limits)
-        for folder in candidates:
-            try:
-                served.append(
-                    _load(folder, verdicts[folder], config, provider, pending, metrics, sealer, flush)
-                )
-                del waiting[folder.model]
-            except TenutoError as error:
-                log.error("%s is not served: %s", folder.where, error)
-                refused.append(Refused(folder.model, folder.version, str(error)))
-        waiting = {model: folders for model, folders in waiting.items() if folders}
-    if not served:
-        why = (
-            "; ".join(f"{r.model}/{r.version}: {r.why}" for r in refused)
-            or "it holds no <model>/<version>/ folder"
-        )
-        raise ModelInvalid(f"no model of {config.repository} serves: {why}")
-    return Catalogue(served, refused)
-
-
-def _load(
-    folder: ModelFolder,
-    verdict: Verdict,
-    config: ServerConfig,
-    provider: str,
-    pending: PendingBytes,
-    metrics: ServerMetrics,
-    sealer: TokenSealer,
-    flush: Callable[[], None],
-) -> Served:
-    if verdict.why:
-        raise ModelInvalid(verdict.why)
-    started = time.monotonic()
-    files = folder.read()
-    if files.fingerprint != verdict.fingerprint:
-        raise ModelInvalid(
-            f"{folder.where}: its files changed while they were checked; leave versions as they are"
-        )
-    runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=config.threads)
-    manifest = runner.manifest
-    numbers = ModelMetrics(manifest.name, folder.version, provider, load_seconds=time.monotonic() - started)
-    engine = Engine(
-        manifest,
-        runner,
-        version=folder.version,
-        max_sequences=config.max_sequences,
-        max_state_bytes=config.max_state_bytes,
-        reserved_sequences=int(config.max_sequences * config.resume_reserve),
-        checkpoints=_checkpoints(manifest, files.fingerprint, folder.where, config, sealer),
-        pending=pending,
-        metrics=numbers,
-        flush=flush,
-    )
-    metrics.models.append(numbers)
-    golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
-    log.info(
-        "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
-        folder.where,
-        provider,
-        engine.max_sequences,
-        engine.state_bytes / 2**20,
-        golden,
-    )
-    reader = Reader(manifest, config.max_message_bytes)
-    return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)
-
-
-def _checkpoints(
-    manifest: Manifest, fingerprint: str, where: str, config: ServerConfig, sealer: TokenSealer
-) -> Checkpoints:
-    """How its sequences are sealed.
-
-    Raises: ModelInvalid if its tokens would be too large.
-    """
-    size = token_bytes(manifest)
-    rarer = -(-size // config.max_token_bytes)
-    if rarer > 1 and config.large_states == "refuse":
-        raise ModelInvalid(
-            f"{where}: a resume token of it takes up to {size} bytes, --max-token-bytes is "
-            f"{config.max_token_bytes}; raise that, or set --large-states rarer"
-        )
-    return Checkpoints(sealer.seal, fingerprint, state_schema(manifest), config.checkpoint_every, rarer)
 
 
 def _check_port(host: str, port: int) -> None:

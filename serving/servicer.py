@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from tenuto.v1 import tenuto_pb2 as pb
 
-from .catalogue import Catalogue, Served
+from .catalogue import Catalogue, Refused, Served
 from .errors import (
     DeadlinePassed,
     ModelNotReady,
@@ -152,28 +152,23 @@ class Servicer:
     def list_models(
         self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext
     ) -> pb.ListModelsResponse:
-        models = [_model(one) for one in self._catalogue.served]
-        models += [
-            pb.Model(name=r.model, version=r.version, state=pb.Model.FAILED, why=r.why)
-            for r in self._catalogue.refused
-        ]
+        models = [_model(one, pb.Model.READY) for one in self._catalogue.served]
+        models += [_model(one, pb.Model.RETIRING) for one in self._catalogue.retiring]
+        models += [_failed(refused) for refused in self._catalogue.refused]
         models.sort(key=lambda m: (m.name, m.version))
         return pb.ListModelsResponse(models=models)
 
     def get_model(self, request: pb.GetModelRequest, _context: grpc.ServicerContext) -> pb.GetModelResponse:
+        retiring = self._catalogue.retired(request.model, request.version)
+        if retiring is not None:
+            return _described(retiring, pb.Model.RETIRING)
         try:
-            served = self._catalogue.find(request.model, request.version)
+            return _described(self._catalogue.find(request.model, request.version), pb.Model.READY)
         except ModelNotReady:
-            refused = next(
-                r
-                for r in self._catalogue.refused
-                if r.model == request.model and request.version in (0, r.version)
-            )
-            model = pb.Model(
-                name=refused.model, version=refused.version, state=pb.Model.FAILED, why=refused.why
-            )
-            return pb.GetModelResponse(model=model)
-        return pb.GetModelResponse(model=_model(served), manifest_json=served.manifest.to_json())
+            refused = self._catalogue.refusal(request.model, request.version)
+            if refused is None:  # it began to serve just now
+                raise
+            return pb.GetModelResponse(model=_failed(refused))
 
     def list_sequences(
         self, request: pb.ListSequencesRequest, _context: grpc.ServicerContext
@@ -205,15 +200,24 @@ class Servicer:
         return pb.EndSequenceResponse()
 
 
-def _model(served: Served) -> pb.Model:
+def _described(served: Served, state: pb.Model.State) -> pb.GetModelResponse:
+    return pb.GetModelResponse(model=_model(served, state), manifest_json=served.manifest.to_json())
+
+
+def _failed(refused: Refused) -> pb.Model:
+    return pb.Model(name=refused.model, version=refused.version, state=pb.Model.FAILED, why=refused.why)
+
+
+def _model(served: Served, state: pb.Model.State) -> pb.Model:
     engine = served.engine
     return pb.Model(
         name=engine.manifest.name,
         version=engine.version,
-        state=pb.Model.READY,
+        state=state,
         stateful=engine.manifest.stateful,
         provider=served.provider,
         sha256=served.sha256,
+        fingerprint=served.fingerprint,
         description=engine.manifest.description,
         sequences=engine.metrics.active_sequences,
         slots=engine.max_sequences,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -24,7 +23,7 @@ class Snapshot:
     model: str
     version: int
     fingerprint: str  # sha256 of model.onnx and manifest.json
-    schema: str  # of the states and what waits before them: `state_schema`
+    schema: str  # of the states and what waits before them: `manifest.state_schema`
     sequence_id: str
     step: int
     constants: tuple[tuple[str, float], ...]
@@ -81,17 +80,6 @@ class Checkpoints:
     def interval(self, wished: int) -> int:
         """Chunks between two checkpoints of a sequence whose client wishes that many; 0: none by itself."""
         return (wished or self.every_chunks) * self.rarer
-
-
-def state_schema(manifest: Manifest) -> str:
-    """A digest of all that must agree where one version takes over another's sequences."""
-    inputs = [
-        (i.name, i.dtype, i.sample_shape, i.multiple, i.left_context)
-        for i in manifest.inputs
-        if manifest.stateful
-    ]
-    states = [(s.input, s.dtype, s.slot_shape) for s in manifest.states]
-    return hashlib.sha256(repr((inputs, states)).encode()).hexdigest()
 
 
 def token_bytes(manifest: Manifest) -> int:

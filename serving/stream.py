@@ -218,7 +218,7 @@ class Stream:
         try:
             if wish.resume_token:
                 snapshot = self._unsealed(wish)
-                served = self._catalogue.resume(snapshot)
+                served = self._catalogue.resume(snapshot.model, snapshot.fingerprint, snapshot.schema)
             else:
                 served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)

@@ -8,12 +8,15 @@ time and memory, and starts another child after one that died.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import selectors
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +32,8 @@ from .repository import ModelFolder
 log = logging.getLogger("tenuto.vetting")
 
 _POLL_SECONDS = 0.2
+_STOPPING = "the server stops"
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,34 @@ class Limits:
 
 
 def vet(
-    folders: list[ModelFolder], *, provider: str, threads: int, limits: Limits
+    folders: list[ModelFolder],
+    *,
+    provider: str,
+    threads: int,
+    limits: Limits,
+    stopping: threading.Event | None = None,
 ) -> dict[ModelFolder, Verdict]:
-    """A verdict for each folder, whatever the files do to the process that reads them."""
+    """A verdict for each folder, whatever the files do to the process that reads them. Once `stopping` is
+    set, the child ends and none passes."""
+    stopping = stopping or threading.Event()
     verdicts: dict[ModelFolder, Verdict] = {}
     while rest := [f for f in folders if f not in verdicts]:
-        verdicts.update(_one_child(rest, provider, threads, limits))  # at least one: where it died
+        # at least one: where it died
+        verdicts.update(_one_child(rest, provider, threads, limits, stopping))
     return verdicts
 
 
 def _one_child(
-    folders: list[ModelFolder], provider: str, threads: int, limits: Limits
+    folders: list[ModelFolder],
+    provider: str,
+    threads: int,
+    limits: Limits,
+    stopping: threading.Event,
 ) -> dict[ModelFolder, Verdict]:
     """Verdicts until all are there or the child is gone; the folder that it was at has one then."""
     command = [sys.executable, "-m", "tenuto.serving.vetting", provider, str(threads)]
+    if stopping.is_set():
+        return {folder: Verdict(why=_STOPPING) for folder in folders}
     # By exec, never fork: this process may have gRPC and ONNX Runtime threads.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin and child.stdout
@@ -74,7 +93,7 @@ def _one_child(
             child.stdin.close()
         lines = _Lines(child.stdout)
         for folder in folders:
-            why = _watch(child, lines, folder, limits, verdicts)
+            why = _watch(child, lines, folder, limits, stopping, verdicts)
             if why:
                 verdicts[folder] = Verdict(why=why)
                 break
@@ -91,6 +110,7 @@ def _watch(
     lines: _Lines,
     folder: ModelFolder,
     limits: Limits,
+    stopping: threading.Event,
     verdicts: dict[ModelFolder, Verdict],
 ) -> str:
     """Waits for the folder's verdict. Why there is none, or nothing."""
@@ -104,6 +124,8 @@ def _watch(
             code = child.wait()
             died = f"signal {-code}" if code < 0 else f"exit status {code}"
             return f"loading it ends the process that checks it ({died})"
+        if stopping.is_set():
+            return _STOPPING
         if time.monotonic() > deadline:
             return f"its check took more than {limits.seconds:g} s"
         if _resident_bytes(child.pid) > limits.memory_bytes:
@@ -168,7 +190,14 @@ def check(folder: ModelFolder, provider: str, threads: int) -> Verdict:
     return Verdict(files.fingerprint, golden_steps=steps)
 
 
+def _end_with_parent() -> None:
+    """A server that is killed leaves no child behind; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(arguments: list[str]) -> None:
+    _end_with_parent()
     provider, threads = arguments[0], int(arguments[1])
     with contextlib.suppress(OSError):  # if memory runs out, this process goes first
         Path("/proc/self/oom_score_adj").write_text("1000")

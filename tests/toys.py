@@ -46,16 +46,18 @@ def write(root: Path, name: str, made: tuple[bytes, Manifest], version: int = 1)
     return folder
 
 
-def accumulator(*, ragged: bool = True, **changes: Any) -> tuple[bytes, Manifest]:
-    """x [batch, time] -> y [batch, time], the running sum; the state is the sum so far."""
+def accumulator(*, ragged: bool = True, scale: float = 1.0, **changes: Any) -> tuple[bytes, Manifest]:
+    """x [batch, time] -> y [batch, time], the running sum; the state is the sum so far. Another `scale`, of
+    the outputs alone, makes another version."""
     nodes = [
         helper.make_node("Concat", ["total", "x"], ["all"], axis=1),
         helper.make_node("CumSum", ["all", "one"], ["sums"]),
-        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["y"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["running"]),
+        helper.make_node("Mul", ["running", "scale"], ["y"]),
         helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
     ]
     # Padding is zeros, so the last column is each row's own total whatever its length.
-    constants = {"one": np.int64(1), **_CUTS}
+    constants = {"one": np.int64(1), "scale": np.float32(scale), **_CUTS}
     inputs = [value("x", FLOAT, "batch", "time"), value("total", FLOAT, "batch", 1)]
     if ragged:
         inputs.append(value("lengths", INT32, "batch"))
@@ -195,3 +197,37 @@ def spinner() -> tuple[bytes, Manifest]:
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
     }
     return model(nodes, inputs, outputs, {"one": np.float32(1)}), manifest
+
+
+def endless() -> tuple[bytes, Manifest]:
+    """Loads well, and its first run takes years."""
+    made, manifest = spinner()
+    proto = onnx.load_model_from_string(made)
+    proto.graph.node[0].CopyFrom(helper.make_node("Identity", ["years"], ["most"]))
+    proto.graph.initializer.append(numpy_helper.from_array(np.array(10**15, np.int64), "years"))
+    proto.graph.node.append(helper.make_node("Identity", ["turns"], ["unused"]))
+    return bytes(proto.SerializeToString()), manifest | {"name": "endless"}
+
+
+def heavy(weights_bytes: int, state_bytes: int) -> tuple[bytes, Manifest]:
+    """Stateful: adds the entry `index` of a large table to every number of a large state; y is the first."""
+    width = state_bytes // 4
+    nodes = [
+        helper.make_node("Gather", ["table", "index"], ["x"], axis=0),
+        helper.make_node("Add", ["state", "x"], ["state_next"]),
+        helper.make_node("Slice", ["state_next", "first", "second", "axes"], ["y"]),
+    ]
+    table = np.arange(weights_bytes // 4, dtype=np.float32)
+    cuts = {name: np.array([at], np.int64) for name, at in (("first", 0), ("second", 1), ("axes", 1))}
+    inputs = [value("index", INT64, "batch", 1), value("state", FLOAT, "batch", width)]
+    outputs = [value("y", FLOAT, "batch", 1), value("state_next", FLOAT, "batch", width)]
+    state = {"input": "state", "output": "state_next", "dtype": "float32", "shape": ["batch", width]}
+    manifest = {
+        "format": 1,
+        "name": "heavy",
+        "inputs": [{"name": "index", "dtype": "int64", "shape": ["batch", 1]}],
+        "states": [state],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
+        "max_batch": 8,
+    }
+    return model(nodes, inputs, outputs, {"table": table, **cuts}), manifest

@@ -250,15 +250,17 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., manifest_json: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "why", "stateful", "provider", "sha256", "description", "sequences", "slots")
+    __slots__ = ("name", "version", "state", "why", "stateful", "provider", "sha256", "description", "sequences", "slots", "fingerprint")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
         READY: _ClassVar[Model.State]
         FAILED: _ClassVar[Model.State]
+        RETIRING: _ClassVar[Model.State]
     STATE_UNSPECIFIED: Model.State
     READY: Model.State
     FAILED: Model.State
+    RETIRING: Model.State
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -269,6 +271,7 @@ class Model(_message.Message):
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: Model.State
@@ -279,7 +282,8 @@ class Model(_message.Message):
     description: str
     sequences: int
     slots: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[Model.State, str]] = ..., why: _Optional[str] = ..., stateful: bool = ..., provider: _Optional[str] = ..., sha256: _Optional[str] = ..., description: _Optional[str] = ..., sequences: _Optional[int] = ..., slots: _Optional[int] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[Model.State, str]] = ..., why: _Optional[str] = ..., stateful: bool = ..., provider: _Optional[str] = ..., sha256: _Optional[str] = ..., description: _Optional[str] = ..., sequences: _Optional[int] = ..., slots: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class ListSequencesRequest(_message.Message):
     __slots__ = ("model",)

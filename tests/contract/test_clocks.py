@@ -9,7 +9,13 @@ ROOT = Path(__file__).parents[2]
 # The one place that needs the wall's clock: a token's expiry goes from machine to machine.
 WALL = {"serving/resume_token.py"}
 SOURCES = sorted(p for folder in ("serving", "tenuto") for p in (ROOT / folder).glob("*.py"))
-NAMES = {("time", "time"), ("time", "time_ns"), ("datetime", "now"), ("datetime", "utcnow"), ("date", "today")}
+NAMES = {
+    ("time", "time"),
+    ("time", "time_ns"),
+    ("datetime", "now"),
+    ("datetime", "utcnow"),
+    ("date", "today"),
+}
 
 
 def wall_clocks(source: str) -> list[str]:

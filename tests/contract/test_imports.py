@@ -13,11 +13,14 @@ ROOT = Path(__file__).parents[2]
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
     ["errors", "metrics"],
-    ["call", "config", "layout", "manifest", "pending", "snapshot", "sequence", "status", "reply", "tensor"],
+    ["call", "config", "inbox", "layout", "manifest", "pending", "status"],
+    ["snapshot", "sequence", "reply", "tensor"],
     ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],
+    ["loader"],
+    ["rollout"],
     ["server"],
     ["cli"],
 ]

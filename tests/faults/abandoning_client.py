@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from typing import Any
 
 import grpc.aio
 
@@ -15,7 +16,7 @@ async def abandon(port: int, streams: int) -> None:
     first = pb.StreamRequest(events=[opening("accumulator"), chunk(1, [1.0])]).SerializeToString()
     options = [("grpc.use_local_subchannel_pool", 1)]
     channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options) for _ in range(CHANNELS)]
-    methods = [channel.stream_stream(STREAM) for channel in channels]
+    methods: list[Any] = [channel.stream_stream(STREAM) for channel in channels]
     calls = [methods[n % CHANNELS]() for n in range(streams)]
     await asyncio.gather(*(call.write(first) for call in calls))
     await asyncio.gather(*(call.read() for call in calls))

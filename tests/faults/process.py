@@ -31,16 +31,16 @@ class ServerProcess:
         self.port, self.metrics_port = int(match[1]), int(match[2])
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def log(self) -> str:
         return self._log.read_text()
 
     @property
     def ended(self) -> bool:
         return self._process.poll() is not None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def open_files(self) -> int:

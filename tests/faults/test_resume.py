@@ -8,6 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -139,7 +140,7 @@ def test_servers_that_are_drained_one_after_another_lose_nothing(
     with proxies[0], proxies[1]:
         crowd = Crowd(
             targets(*(p.port for p in proxies)), 500, 200,
-            at={0.02 + turn * 0.045: lambda turn=turn: replace(turn) for turn in range(20)},
+            at={0.02 + turn * 0.045: partial(replace, turn) for turn in range(20)},
             timeout_seconds=40,
         )  # fmt: skip
         with told(capsys, "20 drains", crowd) as figures:

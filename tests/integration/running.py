@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tenuto.serving import server as server_module
+from tenuto.serving import loader
 from tenuto.serving.config import ServerConfig
 from tenuto.serving.engine import Engine
 from tenuto.serving.errors import TenutoError
@@ -51,7 +51,7 @@ def write_toys(root: Path) -> Path:
     return root
 
 
-def _unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]:
+def unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]:
     verdicts = {}
     for folder in folders:
         try:
@@ -63,11 +63,18 @@ def _unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict
 
 def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
     """A server that is not started. `vetted`: with the child process that checks models, as in real life."""
-    flags = {"repository": repository, "port": 0, "metrics_port": 0, "device": "cpu", "threads": 1}
+    flags = {
+        "repository": repository,
+        "port": 0,
+        "metrics_port": 0,
+        "device": "cpu",
+        "threads": 1,
+        "poll_seconds": 0,
+    }
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:
-            patch.setattr(server_module, "vet", _unvetted)
+            patch.setattr(loader, "vet", unvetted)
         return Server(config, "0")
 
 

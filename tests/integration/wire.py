@@ -120,6 +120,12 @@ class Conversation:
             self._unread.extend(pb.StreamResponse.FromString(next(self.call)).replies)
         return self._unread.popleft()
 
+    def _read_past_checkpoints(self) -> pb.Reply:
+        """Tokens that the server sends by itself are skipped."""
+        while (reply := self.read()).HasField("checkpoint"):
+            pass
+        return reply
+
     def rest(self) -> list[pb.Reply]:
         """All replies up to the stream's end.
 
@@ -140,7 +146,7 @@ class Conversation:
         return reply.opened
 
     def output(self, step: int | None = None) -> pb.Output:
-        reply = self.read()
+        reply = self._read_past_checkpoints()
         assert reply.WhichOneof("reply") == "output", reply
         assert step is None or reply.output.step == step
         return reply.output
@@ -151,7 +157,7 @@ class Conversation:
         return [float(v) for v in array(only)]
 
     def closed(self) -> pb.Closed:
-        reply = self.read()
+        reply = self._read_past_checkpoints()
         assert reply.WhichOneof("reply") == "closed", reply
         return reply.closed
 

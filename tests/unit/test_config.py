@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "grpc_experiments": "",
     "log_level": "debug", "token_key_file": Path("/keys"), "token_seconds": 16.5, "max_token_bytes": 17,
     "large_states": "rarer", "checkpoint_every": 18, "resume_reserve": 0.25,
+    "poll_seconds": 19.5, "max_age_seconds": 20.5,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
 SECONDS = [name for name in FIELDS if name.endswith("_seconds")]
@@ -102,7 +103,7 @@ def test_seconds_are_numbers_that_a_timer_can_wait(name: str, value: str) -> Non
         ServerConfig.build({name: value}, {})
 
 
-@pytest.mark.parametrize("name", ["idle_seconds", "drain_seconds"])
+@pytest.mark.parametrize("name", ["idle_seconds", "drain_seconds", "poll_seconds", "max_age_seconds"])
 def test_zero_seconds_are_allowed_where_they_mean_something(name: str) -> None:
     assert getattr(ServerConfig.build({name: "0"}, {}), name) == 0
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tenuto.serving.errors import ManifestInvalid
-from tenuto.serving.manifest import GraphTensor, Manifest
+from tenuto.serving.manifest import GraphTensor, Manifest, state_schema
 
 EXPORTED = Path(__file__).parents[2] / "exported"
 
@@ -286,3 +286,57 @@ def test_a_graph_of_fixed_batch_agrees_if_the_manifest_says_so() -> None:
     inputs = [graph_tensor("x", 8, "T", 3), graph_tensor("n", 8, dtype="int32"), graph_tensor("h", 2, 8, 4)]
     outputs = [graph_tensor("y", 8, "T"), graph_tensor("h_next", 2, 8, 4)]
     assert disagreements(manifest, inputs, outputs) == []
+
+
+STATEFUL: dict[str, Any] = {
+    "name": "m",
+    "inputs": [
+        {"name": "x", "dtype": "float32", "shape": ["batch", "time", 2], "time_axis": 1, "left_context": 3}
+    ],
+    "states": [
+        {"input": "h", "output": "h_next", "dtype": "float32", "shape": [1, "batch", 4], "batch_axis": 1}
+    ],
+    "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch"]}],
+}
+
+
+def schema(part: str = "", **changes: Any) -> str:
+    whole = STATEFUL | ({part: [STATEFUL[part][0] | changes]} if part else changes)
+    return state_schema(Manifest.model_validate(whole))
+
+
+@pytest.mark.parametrize(
+    "part, changes",
+    [
+        ("states", {"input": "c"}),
+        ("states", {"dtype": "float64"}),
+        ("states", {"shape": [1, "batch", 5]}),
+        ("states", {"shape": ["batch", 1, 4], "batch_axis": 0}),
+        ("inputs", {"name": "z"}),
+        ("inputs", {"dtype": "float64"}),
+        ("inputs", {"shape": ["batch", "time", 3]}),
+        ("inputs", {"left_context": 2}),
+        ("inputs", {"chunk": {"multiple": 2}}),
+    ],
+)
+def test_a_snapshot_of_other_content_has_another_schema(part: str, changes: dict[str, Any]) -> None:
+    assert schema(part, **changes) != schema()
+
+
+@pytest.mark.parametrize(
+    "part, changes",
+    [
+        ("", {"description": "better", "max_batch": 7, "resumes_from": ["abc"]}),
+        ("states", {"shape": [1, "N", 4], "init": {"value": 1.0}, "output": "h2"}),
+        ("inputs", {"shape": ["N", "T", 2], "finite": False}),
+        ("outputs", {"name": "z"}),
+    ],
+)
+def test_what_no_snapshot_holds_leaves_the_schema_as_it_is(part: str, changes: dict[str, Any]) -> None:
+    assert schema(part, **changes) == schema()
+
+
+def test_two_states_in_another_order_are_another_schema() -> None:
+    h = STATEFUL["states"][0]
+    c = h | {"input": "c", "output": "c_next"}
+    assert schema(states=[h, c]) != schema(states=[c, h])

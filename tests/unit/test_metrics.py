@@ -27,6 +27,8 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_messages_refused": set(),
     "tenuto_model_info": MODEL | {"provider"},
     "tenuto_model_load_seconds": MODEL,
+    "tenuto_model_loads": {"model", "result"},
+    "tenuto_model_retiring": MODEL,
     "tenuto_open_streams": set(),
     "tenuto_padding_ratio": MODEL,
     "tenuto_pending_bytes": set(),
@@ -53,6 +55,7 @@ def create_metrics() -> ServerMetrics:
     model.rejected["POOL_FULL"] += 1
     model.batch_size.add(3)
     server.models.append(model)
+    server.loads["digits", "failed"] += 7
     return server
 
 
@@ -102,6 +105,10 @@ def test_values_arrive_under_their_names() -> None:
     assert value(server, "tenuto_engine_busy_ratio") == 0
     server.models[0].busy_ratio = lambda: 0.75
     assert value(server, "tenuto_engine_busy_ratio") == 0.75
+    assert value(server, "tenuto_model_loads_total", model="digits", result="failed") == 7
+    assert value(server, "tenuto_model_retiring") == 0
+    server.models[0].retiring = True
+    assert value(server, "tenuto_model_retiring") == 1
     server.draining = True
     assert value(server, "tenuto_draining") == 1
 

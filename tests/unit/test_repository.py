@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,57 @@ def test_a_sidecar_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (folder / "manifest.json").mkdir()
     with pytest.raises(ModelInvalid, match="digits/1: manifest.json cannot be read"):
         read(folder).read()
+
+
+def test_a_version_without_a_model_has_no_signature(tmp_path: Path) -> None:
+    folder = create_version(tmp_path, "digits", "1", manifest="{}")
+    (folder / "model.onnx").rename(folder / "model.onnx.part")
+    assert read(folder).signature() is None
+    assert read(tmp_path / "digits" / "2").signature() is None
+
+
+def test_the_signature_stays_while_nothing_is_written(tmp_path: Path) -> None:
+    folder = create_version(tmp_path, "digits", "1", manifest="{}")
+    signature = read(folder).signature()
+    assert signature
+    assert read(folder).signature() == signature
+    folder.rename(folder.with_name("moved"))
+    (folder.with_name("moved")).rename(folder)
+    assert read(folder).signature() == signature  # moving a folder into place changes no file
+
+
+def test_the_signature_changes_with_any_file(tmp_path: Path) -> None:
+    folder = create_version(tmp_path, "digits", "1")
+    signatures = [read(folder).signature()]
+    with (folder / "model.onnx").open("ab") as file:
+        file.write(b"more")
+    signatures.append(read(folder).signature())
+    (folder / "golden.npz").write_bytes(b"")
+    signatures.append(read(folder).signature())
+    os.utime(folder / "golden.npz", ns=(1, 1))  # as many bytes, written again
+    signatures.append(read(folder).signature())
+    (folder / "golden.npz").unlink()
+    (folder / "model.onnx").rename(folder / "old")
+    (folder / "model.onnx").write_bytes((folder / "old").read_bytes())
+    (folder / "old").unlink()
+    signatures.append(read(folder).signature())
+    assert len(set(signatures)) == 5
+    assert None not in signatures
+
+
+def test_a_link_turned_to_other_files_is_a_change(tmp_path: Path) -> None:
+    """As Kubernetes does with its volumes."""
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(b"the model")
+        os.utime(folder / "model.onnx", ns=(1, 1))
+    (tmp_path / "digits").mkdir()
+    link = tmp_path / "digits" / "1"
+    link.symlink_to(tmp_path / "first")
+    signature = read(link).signature()
+    assert versions(tmp_path) == {"digits": [1]}
+    link.unlink()
+    link.symlink_to(tmp_path / "second")
+    assert signature
+    assert read(link).signature() not in (None, signature)

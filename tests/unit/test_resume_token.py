@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenuto.serving.errors import ConfigInvalid, TokenInvalid
+from tenuto.serving.manifest import state_schema
 from tenuto.serving.resume_token import TokenSealer, parse_keys
-from tenuto.serving.snapshot import Checkpoints, Snapshot, state_schema, token_bytes
+from tenuto.serving.snapshot import Checkpoints, Snapshot, token_bytes
 
 from .fakes import accumulator, doubler
 

@@ -63,7 +63,12 @@ class Bench:
             clock=lambda: NOW,
         )
         served = Served(
-            self.engine, Reader(manifest, 1 << 20), OutputWriter(manifest), "CPUExecutionProvider", "hash"
+            self.engine,
+            Reader(manifest, 1 << 20),
+            OutputWriter(manifest),
+            "CPUExecutionProvider",
+            "hash",
+            "print",
         )
         self.servicer = Servicer(
             Catalogue([served], []), self.pending, max_predicts=1, is_draining=lambda: self.draining

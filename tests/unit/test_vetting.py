@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +137,51 @@ def test_no_child_is_left_behind(log: Path, monkeypatch: pytest.MonkeyPatch) -> 
     verdicts("a")
     assert len(children) == 2
     assert all(child.returncode is not None for child in children)
+
+
+def test_a_server_that_stops_ends_the_child_and_starts_no_other(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[subprocess.Popen[bytes]] = []
+    start, stopping = subprocess.Popen, threading.Event()
+
+    def spy(*arguments: object, **keywords: object) -> subprocess.Popen[bytes]:
+        children.append(start(*arguments, **keywords))  # type: ignore[call-overload]
+        stopping.set()
+        return children[-1]
+
+    monkeypatch.setattr(vetting, "subprocess", SimpleNamespace(Popen=spy, PIPE=subprocess.PIPE))
+    found = vet(folders("hang", "b"), provider=CPU, threads=1, limits=NEVER, stopping=stopping)
+    assert {v.why for v in found.values()} == {"the server stops"}
+    assert [child.returncode for child in children] == [-signal.SIGKILL]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parents")
+def test_a_server_that_is_killed_leaves_no_child() -> None:
+    """The child of a child: it tells its process id, and waits for a job that never comes."""
+    parent = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE)\n"
+        "child.wait()\n"
+    )
+    child = (
+        "import os, signal, sys\n"
+        "from tenuto.serving import vetting\n"
+        "vetting._end_with_parent()\n"
+        "print(os.getpid(), flush=True)\n"
+        "signal.pause()\n"
+    )
+    command = [sys.executable, "-c", parent, child]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        pid = int(process.stdout.readline())
+        process.kill()
+        try:
+            # Standard output, which it shares with its parent, ends only with the last of them.
+            assert process.communicate(timeout=30)[0] == ""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_nothing_to_check_starts_no_child(log: Path) -> None:

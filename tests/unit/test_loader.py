@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tenuto.serving import server
+from tenuto.serving import loader
 from tenuto.serving.catalogue import Catalogue
 from tenuto.serving.config import ServerConfig
 from tenuto.serving.errors import ModelInvalid
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.pending import PendingBytes
-from tenuto.serving.repository import ModelFolder
+from tenuto.serving.repository import ModelFolder, ModelRepository
 from tenuto.serving.resume_token import TokenSealer
+from tenuto.serving.rollout import Rollout
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
@@ -41,10 +42,13 @@ class FakeVetting:
 def load(
     root: Path, monkeypatch: pytest.MonkeyPatch, vetting: FakeVetting, **settings: int
 ) -> tuple[Catalogue, ServerMetrics]:
-    monkeypatch.setattr(server, "vet", vetting)
+    monkeypatch.setattr(loader, "vet", vetting)
     metrics = ServerMetrics("1")
     config = ServerConfig.build({"repository": root, "max_sequences": 5} | settings, {})
-    return server.load_models(config, CPU, PendingBytes(1 << 20), metrics, TokenSealer()), metrics
+    made = loader.Loader(config, CPU, PendingBytes(1 << 20), TokenSealer())
+    rollout = Rollout(ModelRepository(root), made, metrics, max_age_seconds=0)
+    rollout.load_newest()
+    return rollout.catalogue, metrics
 
 
 @pytest.fixture

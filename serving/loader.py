@@ -1,0 +1,107 @@
+"""From a model folder to an engine: checked in a child process, loaded here from the bytes that passed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from .catalogue import Served
+from .config import ServerConfig
+from .engine import Engine
+from .errors import ModelInvalid
+from .manifest import Manifest, state_schema
+from .metrics import ModelMetrics
+from .model_runner import ModelRunner
+from .pending import PendingBytes
+from .reply import OutputWriter
+from .repository import ModelFiles, ModelFolder
+from .resume_token import TokenSealer
+from .snapshot import Checkpoints, token_bytes
+from .tensor import Reader
+from .vetting import Limits, Verdict, vet
+
+log = logging.getLogger("tenuto.loader")
+
+
+class Loader:
+    """Makes engines of folders; it starts none."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        provider: str,
+        pending: PendingBytes,
+        sealer: TokenSealer,
+        flush: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._config = config
+        self._provider = provider
+        self._pending = pending
+        self._sealer = sealer
+        self._flush = flush
+
+    def check(
+        self, folders: list[ModelFolder], stopping: threading.Event | None = None
+    ) -> dict[ModelFolder, Verdict]:
+        """What a child process makes of them. It ends when `stopping` is set."""
+        config = self._config
+        limits = Limits(config.vet_seconds, config.vet_memory_bytes)
+        return vet(folders, provider=self._provider, threads=config.threads, limits=limits, stopping=stopping)
+
+    def load(self, folder: ModelFolder, verdict: Verdict) -> Served:
+        """Raises: TenutoError, with why it is not served."""
+        if verdict.why:
+            raise ModelInvalid(verdict.why)
+        started = time.monotonic()
+        files = folder.read()
+        if files.fingerprint != verdict.fingerprint:
+            raise ModelInvalid(
+                f"{folder.where}: its files changed while they were checked; leave versions as they are"
+            )
+        config, provider = self._config, self._provider
+        runner = ModelRunner(
+            files.model, files.manifest, folder.where, provider=provider, threads=config.threads
+        )
+        runner.run(runner.zero_feeds())  # the first run takes memory and time that no client should wait for
+        manifest = runner.manifest
+        seconds = time.monotonic() - started
+        engine = Engine(
+            manifest,
+            runner,
+            version=folder.version,
+            max_sequences=config.max_sequences,
+            max_state_bytes=config.max_state_bytes,
+            reserved_sequences=int(config.max_sequences * config.resume_reserve),
+            checkpoints=self._checkpoints(manifest, files),
+            pending=self._pending,
+            metrics=ModelMetrics(manifest.name, folder.version, provider, load_seconds=seconds),
+            flush=self._flush,
+        )
+        golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
+        log.info(
+            "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
+            folder.where,
+            provider,
+            engine.max_sequences,
+            engine.state_bytes / 2**20,
+            golden,
+        )
+        reader = Reader(manifest, config.max_message_bytes)
+        return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)
+
+    def _checkpoints(self, manifest: Manifest, files: ModelFiles) -> Checkpoints:
+        """How its sequences are sealed.
+
+        Raises: ModelInvalid if its tokens would be too large.
+        """
+        config, size = self._config, token_bytes(manifest)
+        rarer = -(-size // config.max_token_bytes)
+        if rarer > 1 and config.large_states == "refuse":
+            raise ModelInvalid(
+                f"{files.folder.where}: a resume token of it takes up to {size} bytes, --max-token-bytes is "
+                f"{config.max_token_bytes}; raise that, or set --large-states rarer"
+            )
+        every, schema = config.checkpoint_every, state_schema(manifest)
+        return Checkpoints(self._sealer.seal, files.fingerprint, schema, every, rarer)

@@ -1,0 +1,217 @@
+"""Which versions serve: the newest that passes its checks, at start and whenever a newer one appears.
+
+A new version is checked in the child process, loaded and warmed up while the old one serves; then it takes
+the new sequences, and the old one keeps those it has until they end or are past their time. A version that
+fails leaves everything as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import platform
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+from .catalogue import Catalogue, Refused, Served
+from .engine import Engine
+from .errors import ModelInvalid, TenutoError
+from .loader import Loader
+from .metrics import ServerMetrics
+from .repository import ModelFolder, ModelRepository, Signature
+from .sequence import Ending
+
+log = logging.getLogger("tenuto.rollout")
+
+# A client that lost its connection comes back within that (its own default); its version waits for it.
+_RESUME_SECONDS = 30.0
+# So many times the memory of a version that was unloaded is given back, until it is gone.
+_LOOKS = 5
+
+
+class Rollout:
+    """Keeps the catalogue as the repository wants it.
+
+    `load_newest` once, then `start`: from there on a thread of its own polls, until `stop`. A test may call
+    `poll` itself. Polling, since what a volume in a cluster does to its files is not always an event.
+    """
+
+    def __init__(
+        self,
+        repository: ModelRepository,
+        loader: Loader,
+        metrics: ServerMetrics,
+        *,
+        max_age_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.catalogue = Catalogue([], [])
+        self._repository = repository
+        self._loader = loader
+        self._metrics = metrics
+        self._max_age_seconds = max_age_seconds
+        self._clock = clock
+        self._seen: dict[ModelFolder, Signature | None] = {}  # at the last poll
+        self._tried: dict[ModelFolder, Signature | None] = {}  # when it was checked
+        self._empty: dict[str, tuple[int, float]] = {}  # version -> sequences lost, since when it is empty
+        self._unloaded: list[tuple[weakref.ref[Engine], int]] = []  # still in memory; looks that are left
+        self._trouble = ""  # the last one that was logged
+        self._running = False
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()  # nothing begins to serve once `stop` has returned
+        self._thread: threading.Thread | None = None
+
+    def load_newest(self) -> None:
+        """Each model's newest version; if it fails its checks, the next newest.
+
+        Raises: ModelInvalid if none serves.
+        """
+        waiting = self._repository.folders()
+        while waiting:
+            self._try([folders.pop(0) for folders in waiting.values()])
+            waiting = {m: f for m, f in waiting.items() if f and not self.catalogue.newest_version(m)}
+        if not self.catalogue.served:
+            why = (
+                "; ".join(f"{r.model}/{r.version}: {r.why}" for r in self.catalogue.refused)
+                or "it holds no <model>/<version>/ folder"
+            )
+            raise ModelInvalid(f"no model of {self._repository.root} serves: {why}")
+
+    def start(self, poll_seconds: float) -> None:
+        """Starts the engines, and polls from now on; 0: never."""
+        for engine in self.catalogue.engines:
+            engine.start()
+        self._running = True
+        if poll_seconds:
+            self._thread = threading.Thread(
+                target=self._loop, args=(poll_seconds,), name="rollout", daemon=True
+            )
+            self._thread.start()
+
+    def stop(self) -> None:
+        """No version begins to serve from here on. A check in progress ends soon; see `join`."""
+        with self._lock:
+            self._stopping.set()
+
+    def join(self, seconds: float = 5.0) -> None:
+        """Waits until the thread has ended, and with it its child process."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+
+    def _loop(self, poll_seconds: float) -> None:
+        while not self._stopping.wait(poll_seconds):
+            try:
+                self.poll()
+                self._trouble = ""
+            except OSError as error:  # a network volume, perhaps; it is said once
+                if self._trouble != str(error):
+                    self._trouble = str(error)
+                    log.warning("the model repository cannot be read, and is tried again: %s", error)
+            except Exception:  # the next look may go well, and nobody else takes this one
+                log.exception("a look for new versions met a bug")
+
+    def poll(self) -> None:
+        """Looks once: what has retired and is empty goes, what is new and stood still since the last look is
+        tried.
+
+        Raises: OSError where the repository cannot be read.
+        """
+        self._unload()
+        folders = self._repository.folders()
+        self._forget_deleted(folders)
+        before, self._seen = self._seen, {}
+        candidates = []
+        for model, versions in folders.items():
+            newer = [f for f in versions if f.version > self.catalogue.newest_version(model)]
+            self._seen.update({folder: folder.signature() for folder in newer})
+            candidates += [f for f in newer if self._stood_still(f, before)][:1]
+        self._tried = {f: s for f, s in self._tried.items() if f in self._seen}
+        if candidates:
+            self._try(candidates)
+
+    def _stood_still(self, folder: ModelFolder, before: dict[ModelFolder, Signature | None]) -> bool:
+        """Whether it is whole, as far as can be told, and was not tried as it is now."""
+        signature = self._seen[folder]
+        return bool(signature) and before.get(folder) == signature != self._tried.get(folder)
+
+    def _forget_deleted(self, folders: dict[str, list[ModelFolder]]) -> None:
+        there = {(f.model, f.version) for versions in folders.values() for f in versions}
+        for refused in self.catalogue.refused:
+            if (refused.model, refused.version) not in there:
+                self.catalogue.forget(refused.model, refused.version)
+
+    def _try(self, folders: list[ModelFolder]) -> None:
+        """One folder a model: each takes over, or is refused."""
+        self._tried.update({folder: folder.signature() for folder in folders})
+        verdicts = self._loader.check(folders, self._stopping)
+        for folder in folders:
+            if self._stopping.is_set():
+                return
+            try:
+                served = self._loader.load(folder, verdicts[folder])
+            except (TenutoError, MemoryError) as error:
+                log.error("%s is not served: %s", folder.where, error)
+                self._metrics.loads[folder.model, "failed"] += 1
+                self.catalogue.refuse(Refused(folder.model, folder.version, str(error)))
+            else:
+                self._take_over(served)
+
+    def _take_over(self, new: Served) -> None:
+        with self._lock:
+            if self._stopping.is_set():
+                return
+            if self._running:
+                new.engine.start()
+            self._metrics.models.append(new.engine.metrics)
+            self._metrics.loads[new.manifest.name, "loaded"] += 1
+            replaced = self.catalogue.add(new)
+        for old in replaced:
+            old.engine.metrics.retiring = True
+            old.engine.retire(self._max_age_seconds)
+            log.info(
+                "%s takes over from %s, whose %d live sequences have up to %g s (0: no end)",
+                new.engine.where,
+                old.engine.where,
+                old.engine.metrics.active_sequences,
+                self._max_age_seconds,
+            )
+
+    def _unload(self) -> None:
+        """Lets go of the versions that retired and to which nobody comes back."""
+        gone = [self._let_go(one) for one in self.catalogue.retiring if self._is_deserted(one.engine)]
+        unloaded = self._unloaded + [(engine, _LOOKS) for engine in gone]
+        if unloaded:
+            _give_back_memory()
+        # What another thread holds for a moment is gone at one of the next looks.
+        self._unloaded = [(engine, looks - 1) for engine, looks in unloaded if looks and engine() is not None]
+
+    def _let_go(self, old: Served) -> weakref.ref[Engine]:
+        self.catalogue.remove(old)
+        self._metrics.models.remove(old.engine.metrics)
+        del self._empty[old.engine.where]
+        old.engine.stop(Ending.MAX_AGE)
+        log.info("%s is unloaded", old.engine.where)
+        return weakref.ref(old.engine)
+
+    def _is_deserted(self, engine: Engine) -> bool:
+        """Whether it was empty at the last look as well: somebody may just be on the way. After a broken
+        connection it takes longer."""
+        if not engine.emptied.is_set():
+            self._empty.pop(engine.where, None)
+            return False
+        lost = engine.metrics.ended[Ending.CANCELLED.name]
+        lost_before, since = self._empty.get(engine.where, (-1, 0.0))
+        if lost != lost_before:
+            self._empty[engine.where] = (lost, self._clock())
+            return False
+        return not lost or engine.past_max_age or self._clock() - since >= _RESUME_SECONDS
+
+
+def _give_back_memory() -> None:
+    """An engine and its metrics refer to each other, and glibc keeps what was freed for the next one."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

@@ -250,6 +250,10 @@ def test_a_version_that_retires_is_shown_and_takes_nobody(own_server: Server) ->
         retiring = api.GetModel(pb.GetModelRequest(model="accumulator", version=1))
         assert (retiring.model.state, retiring.model.sequences) == (RETIRING, 1)
         assert retiring.manifest_json
+        old = own_server.catalogue.retired("accumulator", 1)
+        assert old is not None
+        assert retiring.model.fingerprint == old.fingerprint != ""
+        del old
         assert api.GetModel(pb.GetModelRequest(model="accumulator")).model.version == 2
         model = {"model": "accumulator"}
         text = metrics_text(own_server)

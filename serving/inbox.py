@@ -10,6 +10,8 @@ from typing import Any
 
 Command = tuple[Callable[[Any, Any], None], Any, Any]  # what, of whom, with what
 
+_put = queue.SimpleQueue.put  # without super(): 0.1 µs less a chunk
+
 
 class Inbox(queue.SimpleQueue[Command]):
     """Once closed, whoever puts a command carries it out: nobody else is there to do so.
@@ -23,7 +25,7 @@ class Inbox(queue.SimpleQueue[Command]):
         self._one_at_a_time = threading.RLock()  # a reply may make its stream put another command
 
     def put(self, command: Command, block: bool = True, timeout: float | None = None) -> None:
-        super().put(command)
+        _put(self, command)
         if self._late:
             self._carry_out(self._late)
 

@@ -143,7 +143,7 @@ class Servicer:
             write_timing(response.timing, reply)
             return response
         if isinstance(reply, Closed):
-            raise ServerDraining("the server stopped before the answer was there; call another one")
+            raise ServerDraining("this version, or the server, left before the answer was there; call again")
         served.engine.close(sequence, Ending.CANCELLED)
         raise DeadlinePassed(
             f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less"

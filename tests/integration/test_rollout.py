@@ -31,6 +31,7 @@ from .wire import (
     PATIENCE_SECONDS,
     Conversation,
     array,
+    checkpoint,
     chunk,
     connect,
     ending,
@@ -64,7 +65,7 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own_server(repository: Path, transport: str) -> Iterator[Server]:
-    with serving(repository, transport=transport) as server:
+    with serving(repository, transport=transport, checkpoint_every=0) as server:
         yield server
         assert_nothing_is_left(server)
 
@@ -114,7 +115,7 @@ def alone(root: Path, scale: float, sent: list[list[Any]]) -> list[list[bytes]]:
     """What each sequence gets when it is the only one, on a server that never had another version."""
     toys.write(root, "accumulator", toys.accumulator(scale=scale))
     got: list[list[bytes]] = []
-    with serving(root) as server, connect(server.port) as channel:
+    with serving(root, checkpoint_every=0) as server, connect(server.port) as channel:
         for chunks in sent:
             with Conversation(channel) as conversation:
                 conversation.send(opening("accumulator"))
@@ -250,6 +251,10 @@ def test_a_version_that_retires_is_shown_and_takes_nobody(own_server: Server) ->
         retiring = api.GetModel(pb.GetModelRequest(model="accumulator", version=1))
         assert (retiring.model.state, retiring.model.sequences) == (RETIRING, 1)
         assert retiring.manifest_json
+        old = own_server.catalogue.retired("accumulator", 1)
+        assert old is not None
+        assert retiring.model.fingerprint == old.fingerprint != ""
+        del old
         assert api.GetModel(pb.GetModelRequest(model="accumulator")).model.version == 2
         model = {"model": "accumulator"}
         text = metrics_text(own_server)
@@ -294,6 +299,57 @@ def test_at_max_age_accepted_chunks_are_answered_and_the_sequence_is_told(
         assert conversation.closed().reason == pb.END
         poll(server)
         assert states(stub(channel), "accumulator") == {2: READY}
+
+
+@pytest.mark.parametrize("allowed", [True, False], ids=["resumes_from", "not named"])
+def test_past_max_age_a_sequence_goes_on_where_the_manifest_of_the_new_version_allows_it(
+    repository: Path, allowed: bool
+) -> None:
+    with (
+        serving(repository, max_age_seconds=0.05) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        conversation.send(opening("accumulator"), chunk(1, [1.0, 2.0]))
+        conversation.opened()
+        assert conversation.values(1) == [1.0, 3.0]
+        old = server.catalogue.find("accumulator").fingerprint
+        add_version(server, 2, toys.accumulator(scale=10, resumes_from=[old] if allowed else []))
+        closed = conversation.closed()
+        assert (closed.reason, closed.last_step) == (pb.MAX_AGE, 1)
+        assert closed.resume_token
+        conversation.send(opening("accumulator", 1, resume_token=closed.resume_token))
+        if allowed:
+            opened = conversation.opened()
+            assert (opened.version, opened.next_step) == (2, 2)
+            conversation.send(chunk(2, [4.0], sequence=1), ending(1))
+            assert conversation.values(2) == [70.0]  # the sum of all, on the new version
+            assert conversation.closed().reason == pb.END
+        else:
+            message = conversation.failed("TOKEN_INVALID").message
+            assert "version 2 does not take it over (manifest: resumes_from)" in message
+
+
+def test_a_sequence_whose_connection_broke_comes_back_to_the_version_that_retires(
+    own_server: Server,
+) -> None:
+    with connect(own_server.port) as channel:
+        api = stub(channel)
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"), chunk(1, [1.0]), checkpoint())
+            conversation.opened()
+            assert conversation.values(1) == [1.0]
+            token = conversation.read().checkpoint.resume_token
+            add_version(own_server, 2, toys.accumulator(scale=10))
+        wait_for(lambda: own_server.catalogue.retiring[0].engine.emptied.is_set(), "the end of the call")
+        poll(own_server, 5)
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator", resume_token=token), chunk(2, [1.0]), ending())
+            opened = conversation.opened()
+            assert (opened.version, opened.next_step) == (1, 2)
+            assert conversation.values(2) == [2.0]
+            assert conversation.closed().reason == pb.END
+        assert states(api, "accumulator") == {1: RETIRING, 2: READY}
 
 
 @pytest.mark.usefixtures("with_child")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tenuto.serving import loader
 from tenuto.serving.catalogue import Catalogue
 from tenuto.serving.config import ServerConfig
-from tenuto.serving.errors import ModelInvalid
+from tenuto.serving.errors import ModelInvalid, RunFailed
 from tenuto.serving.metrics import ServerMetrics
-from tenuto.serving.model_runner import CPU
+from tenuto.serving.model_runner import CPU, ModelRunner
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.repository import ModelFolder, ModelRepository
 from tenuto.serving.resume_token import TokenSealer
@@ -137,3 +138,30 @@ def test_a_model_whose_state_is_over_the_budget_does_not_serve(
 def test_an_empty_repository_says_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelInvalid, match="it holds no <model>/<version>/ folder"):
         load(tmp_path, monkeypatch, FakeVetting())
+
+
+def test_a_version_makes_its_first_run_before_it_serves(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passed in the child, and here it fails: on zeros, and not on a client's chunk."""
+    runs: list[str] = []
+
+    def run(runner: ModelRunner, feeds: dict[str, Any]) -> list[Any]:
+        runs.append(runner.where)
+        assert not any(array.any() for name, array in feeds.items() if name != "lengths")
+        if runner.where == "doubler/3":
+            raise RunFailed("no memory for its first run")
+        return []
+
+    monkeypatch.setattr(ModelRunner, "run", run)
+    catalogue, metrics = load(root, monkeypatch, FakeVetting())
+    assert runs == ["accumulator/1", "doubler/3", "doubler/2"]
+    assert catalogue.find("doubler").engine.version == 2
+    assert [r.why for r in catalogue.refused] == ["no memory for its first run"]
+    assert metrics.loads == {("accumulator", "loaded"): 1, ("doubler", "failed"): 1, ("doubler", "loaded"): 1}
+
+
+def test_a_served_version_tells_the_fingerprint_that_a_newer_one_may_name(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue, _ = load(root, monkeypatch, FakeVetting())
+    (folder,) = [f for f in ModelRepository(root).folders()["doubler"] if f.version == 3]
+    assert catalogue.find("doubler").fingerprint == folder.read().fingerprint

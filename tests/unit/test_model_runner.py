@@ -54,6 +54,15 @@ def create_runner(made: tuple[bytes, dict[str, Any]], *, own: bool = False, **ch
 # Loading.
 
 
+def test_the_bytes_of_the_file_are_not_kept() -> None:
+    """As much memory again as the weights."""
+    model, fields = toys.doubler()
+    references = sys.getrefcount(model)
+    runner = ModelRunner(model, Manifest.model_validate(fields), "toy/1", provider=CPU, threads=1)
+    assert sys.getrefcount(model) == references
+    assert runner.run({"x": f32([[1, 2]])})[0].tolist() == [[2, 4]]
+
+
 @pytest.mark.parametrize("own", [False, True], ids=["beside", "inside"])
 def test_a_model_runs_by_the_names_of_its_manifest(own: bool) -> None:
     runner = create_runner(toys.accumulator(), own=own)

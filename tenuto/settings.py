@@ -74,7 +74,8 @@ class Settings:
 
 
 def _check_target(target: str) -> None:
-    if re.match(r"[a-z0-9-]+:(//|/|[^0-9])", target):  # a gRPC name with its scheme
+    # A gRPC name with its scheme.
+    if target.startswith(_LISTS) or re.match(r"[a-z0-9-]+:(//|/|[^0-9])", target):
         return
     port = re.fullmatch(r"(?:\[[^\]]+\]|[^:\[\]/\s]+):(\d{1,5})", target)
     if port is None or not 1 <= int(port[1]) <= 65535:

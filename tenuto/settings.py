@@ -59,7 +59,7 @@ class Settings:
             # gRPC's own pause between two attempts to connect grows to 120 s; a server that is back
             # would not be seen within resume_seconds.
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
@@ -74,7 +74,8 @@ class Settings:
 
 
 def _check_target(target: str) -> None:
-    if re.match(r"[a-z0-9-]+:(//|/|[^0-9])", target):  # a gRPC name with its scheme
+    # A gRPC name with its scheme.
+    if target.startswith(_LISTS) or re.match(r"[a-z0-9-]+:(//|/|[^0-9])", target):
         return
     port = re.fullmatch(r"(?:\[[^\]]+\]|[^:\[\]/\s]+):(\d{1,5})", target)
     if port is None or not 1 <= int(port[1]) <= 65535:

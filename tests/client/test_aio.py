@@ -90,6 +90,36 @@ async def test_outputs_come_in_the_order_of_steps_and_stop_after_end(server: Fak
 
 
 @in_loop
+async def test_end_half_closes(server: FakeServer) -> None:
+    async with Client(server.target) as client, client.stream("accumulator") as stream:
+        await stream.end()
+        assert await asyncio.to_thread(server.half_closed.wait, 10)
+
+
+@in_loop
+async def test_a_call_that_cannot_be_made_is_an_error(server: FakeServer) -> None:
+    async with Client(server.target, credentials="none") as client:  # type: ignore[arg-type]
+        error = await raised(client.stream("accumulator").__aenter__())
+    assert isinstance(error, ProtocolError)
+    assert "the stream stopped working" in str(error)
+
+
+@in_loop
+async def test_a_send_that_is_cancelled_while_it_writes_ends_the_sequence(server: FakeServer) -> None:
+    server.gate = threading.Semaphore(0)
+    async with Client(server.target) as client, client.stream("accumulator") as stream:
+        async with stream._writing:  # so that it waits there
+            sending = asyncio.create_task(stream.send(ONE))
+            while not stream._conversation.has_outgoing():
+                await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.wait([sending])
+        error = await raised(stream.send(ONE))
+    assert isinstance(error, Unavailable)
+    assert "its caller has left" in str(error)
+
+
+@in_loop
 async def test_leaving_without_end_cancels(server: FakeServer) -> None:
     async with Client(server.target) as client, client.stream("accumulator") as stream:
         await stream.send(ONE)

@@ -208,9 +208,32 @@ def test_a_target_is_a_host_and_port_or_a_grpc_name(target: str) -> None:
     assert Settings(target).target == target
 
 
-@pytest.mark.parametrize("target", ["", "localhost", "localhost:0", "localhost:99999", ":8001"])
+@pytest.mark.parametrize(
+    "target,targets",
+    [
+        ("a:1", ("a:1",)),
+        ("a:1,b:2, c:3", ("a:1", "b:2", "c:3")),
+        ("dns:///a:1,unix:/b", ("dns:///a:1", "unix:/b")),
+        ("ipv6:[::1]:1,[::2]:1", ("ipv6:[::1]:1,[::2]:1",)),  # one name of gRPC's own
+    ],
+)
+def test_several_targets_stand_behind_commas(target: str, targets: tuple[str, ...]) -> None:
+    assert Settings(target).targets == targets
+
+
+def test_a_name_with_several_addresses_is_spread_and_found_again() -> None:
+    options = dict(Settings("a:1,127.0.0.1:1").channel_options("a:1"))
+    assert options["grpc.lb_policy_name"] == "round_robin"
+    assert options["grpc.max_reconnect_backoff_ms"] == 1000
+    assert "grpc.enable_http_proxy" not in options
+    assert dict(Settings("a:1,127.0.0.1:1").channel_options("127.0.0.1:1"))["grpc.enable_http_proxy"] == 0
+
+
+@pytest.mark.parametrize(
+    "target", ["", "localhost", "a:1,", "a:1,b", "localhost:0", "localhost:99999", ":8001"]
+)
 def test_a_wrong_target_is_refused_when_built(target: str) -> None:
-    with pytest.raises(InvalidInput, match=r"target: expected 'host:port'.* got "):
+    with pytest.raises(InvalidInput, match=r"target: expected 'host:port'.* behind commas, got "):
         Client(target)
 
 

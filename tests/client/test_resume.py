@@ -322,6 +322,21 @@ def test_streams_begin_at_the_servers_in_turn(first: FakeServer, second: FakeSer
         assert (len(first.opens), len(second.opens)) == (2, 2)
 
 
+def test_a_name_with_several_addresses_is_several_servers(first: FakeServer, second: FakeServer) -> None:
+    with (
+        Client(f"ipv4:{first.target},{second.target}") as client,
+        client.stream("accumulator") as stream,
+    ):
+        stream.send(ONE)
+        next(stream)
+        chosen, other = (first, second) if first.opens else (second, first)
+        assert other.opens == []
+        chosen.stop()
+        stream.send(ONE)
+        assert next(stream)["total"].tolist() == [2]
+        assert len(other.opens) == 1
+
+
 @pytest.mark.parametrize("how", [DEATH, grpc.StatusCode.RESOURCE_EXHAUSTED, FULL], ids=["14", "8", "full"])
 def test_a_stream_opens_where_there_is_room(
     first: FakeServer, second: FakeServer, pair: Client, how: Any
@@ -359,10 +374,11 @@ def test_unary_calls_go_to_the_next_server_once_round(
 def test_a_sequence_is_ended_on_whichever_server_it_is(
     first: FakeServer, second: FakeServer, pair: Client
 ) -> None:
+    assert pair._servers.at(0) == pair._servers.at(2)  # a channel each, and no more
     first.sequences = [pb.Sequence(sequence_id="a", label="kitchen")]
     second.sequences = [pb.Sequence(sequence_id="b", age_seconds=2.5)]
     assert [one.id for one in pair.sequences()] == ["a"]
-    for name in ("b", "a"):
+    for name in ("a", "b"):  # each time the other one is asked first
         pair.end_sequence(name)
     assert first.sequences == second.sequences == []
     with pytest.raises(NotFound, match="UNKNOWN_SEQUENCE"):

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 
+import grpc
 import numpy as np
 import pytest
 
@@ -135,6 +136,12 @@ def test_end_is_answered_with_what_is_left(server: FakeServer, client: Client) -
     assert [(output.step, output.part) for output in outputs] == [(1, 0), (1, 1)]
     assert server.left.wait(10)
     assert not server.cancelled
+
+
+def test_end_half_closes(server: FakeServer, client: Client) -> None:
+    with client.stream("accumulator") as stream:
+        stream.end()
+        assert server.half_closed.wait(10)
 
 
 def test_leaving_without_end_cancels(server: FakeServer, client: Client) -> None:
@@ -361,7 +368,22 @@ def test_a_server_that_does_not_open_is_a_reply_timeout(server: FakeServer) -> N
         client.stream("accumulator").__enter__()
 
 
-def test_no_thread_is_left(client: Client) -> None:
+def test_no_thread_is_left(server: FakeServer, client: Client) -> None:
+    server.accidents = {1: [grpc.StatusCode.UNAVAILABLE]}
     with client.stream("accumulator") as stream:
         list(stream.run([ONE]))
+    with client.stream("accumulator") as stream:
+        stream.send(ONE)
     assert not [t for t in threading.enumerate() if t.name == "tenuto-stream"]
+    for thread in threading.enumerate():
+        if thread.name.endswith("(_run)"):  # gRPC's: one a call, one a channel in use
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_a_call_that_cannot_be_made_is_an_error(server: FakeServer) -> None:
+    with (
+        Client(server.target, credentials="none") as client,  # type: ignore[arg-type]
+        pytest.raises(ProtocolError, match="the stream stopped working: .*This is a bug"),
+    ):
+        client.stream("accumulator").__enter__()

@@ -219,6 +219,7 @@ class Stream:
             if wish.resume_token:
                 snapshot = self._unsealed(wish)
                 served = self._catalogue.resume(snapshot.model, snapshot.fingerprint, snapshot.schema)
+                _constants(dict(snapshot.constants), served.manifest)  # a newer version may offer others
             else:
                 served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)

@@ -97,7 +97,7 @@ class Engine:
         version: int,
         max_sequences: int,
         max_state_bytes: int = 0,
-        reserved_sequences: int = 0,
+        resume_reserve: float = 0.0,
         checkpoints: Checkpoints | None = None,
         pending: PendingBytes,
         metrics: ModelMetrics | None = None,
@@ -110,7 +110,7 @@ class Engine:
         self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0, max_state_bytes)
         self.max_sequences = self._pool.capacity if manifest.stateful else max_sequences
         self.state_bytes = self._pool.nbytes
-        self._reserved = min(reserved_sequences, self.max_sequences - 1)  # places that only a resume takes
+        self._reserved = int(self.max_sequences * resume_reserve)  # places that only a resume takes
         self._checkpoints = checkpoints  # none: no sequence can resume
         self.metrics = metrics or ModelMetrics(manifest.name, version)
         self.metrics.slots = self.max_sequences

@@ -73,7 +73,7 @@ class Loader:
             version=folder.version,
             max_sequences=config.max_sequences,
             max_state_bytes=config.max_state_bytes,
-            reserved_sequences=int(config.max_sequences * config.resume_reserve),
+            resume_reserve=config.resume_reserve,
             checkpoints=self._checkpoints(manifest, files),
             pending=self._pending,
             metrics=ModelMetrics(manifest.name, folder.version, provider, load_seconds=seconds),

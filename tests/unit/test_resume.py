@@ -205,7 +205,7 @@ def test_a_token_opened_where_its_sequence_lives_takes_its_slot_over() -> None:
 
 
 def test_a_part_of_the_slots_is_kept_for_those_that_resume() -> None:
-    one = bench(max_sequences=4, reserved_sequences=2)
+    one = bench(max_sequences=4, resume_reserve=0.5)
     first, second = one.open(), one.open()
     one.settle()
     third = one.open()

@@ -142,6 +142,9 @@ def test_a_sequence_that_idled_goes_on_with_end(first: FakeServer, second: FakeS
     with pair.stream("accumulator") as stream:
         stream.send(ONE)
         next(stream)
+        with stream._changed:
+            while not stream.resume_token:  # it comes behind the output
+                stream._changed.wait()
         first.stop()
         stream.end()
         assert [(output.step, output.part) for output in stream] == [(1, 1)]

@@ -38,6 +38,10 @@ _OUTPUT_BYTES = 512
 _RESUMABLE = {pb.STREAM_ENDED, pb.IDLE_EXPIRED, pb.EVICTED, pb.DRAINING, pb.REBALANCE, pb.MAX_AGE}
 
 
+# Refusals of a resume that hold for one server alone.
+_ELSEWHERE = {"TOKEN_INVALID", "UNKNOWN_MODEL"}
+
+
 @dataclass(slots=True)
 class _Call:
     """What was said and heard on the present call."""
@@ -67,6 +71,7 @@ class Conversation:
         self._resuming = settings.resume_seconds > 0
         self._backoff = Backoff(settings.resume_seconds, jitter)
         self._untried = len(settings.targets) - 1  # targets, for the first opening
+        self._refusals = 0  # of this resume, by servers that cannot take it
         self._call: _Call | None = None
         self._replay = Replay()
         self._token_step = 0  # the step that the newest token covers, at least
@@ -205,7 +210,7 @@ class Conversation:
         )
         if self.opened is None:
             self._go_on_to_untried(error, now)
-        elif not _is_loss(error):
+        elif not _is_loss(error) and not self._may_resume_elsewhere(call, error):
             self.error = error if call.opened else self._unresumed(error, "")
         elif not self._resuming:
             self.error = error
@@ -227,6 +232,15 @@ class Conversation:
     def break_down(self, bug: Exception) -> None:
         """What makes the calls cannot go on."""
         self.stop(errors.ProtocolError(f"the stream stopped working: {bug!r}. This is a bug."))
+
+    def _may_resume_elsewhere(self, call: _Call, error: errors.TenutoError) -> bool:
+        """Whether a server refused the sequence for what another one may have: in the middle of a rollout not
+        all have the same versions, or keys. Each other server is asked once."""
+        refused = isinstance(error, errors.ServerError) and error.reason in _ELSEWHERE
+        if call.opened or not refused or self._refusals + 1 >= len(self._settings.targets):
+            return False
+        self._refusals += 1
+        return True
 
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
         if self._untried and _is_loss(error):
@@ -338,6 +352,7 @@ class Conversation:
         self._token_step = step - 1
         self._replay.drop_through(step - 1)
         self._backoff.opened()
+        self._refusals = 0
         self.opened = message
         call.opened = True
         call.next_step = step

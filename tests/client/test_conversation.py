@@ -595,6 +595,26 @@ def test_where_resuming_is_impossible_the_error_says_why(
     assert str(error) == f"{reason}: step 1 could not be resumed: text"
 
 
+def test_a_token_that_one_server_does_not_take_is_shown_to_each_other_once() -> None:
+    """In the middle of a rollout."""
+    talk = Talk(targets=3).start()
+    talk.send()
+    talk.lose()
+    for reason in ("TOKEN_INVALID", "UNKNOWN_MODEL"):
+        talk.now = talk.one.call_due() or 0.0
+        talk.call()
+        talk.failed(9, reason)
+    assert talk.resume(1) == ["1"]
+    talk.answer(1)
+    talk.send()
+    talk.lose()
+    for _ in range(3):  # the next loss asks all of them again
+        talk.now = talk.one.call_due() or 0.0
+        talk.call()
+        talk.failed(9, "TOKEN_INVALID")
+    assert str(talk.error()) == "TOKEN_INVALID: step 2 could not be resumed: text"
+
+
 def test_a_failed_run_with_a_token_is_a_lost_stream() -> None:
     talk = Talk().start()
     for _ in range(3):

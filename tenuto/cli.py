@@ -189,7 +189,7 @@ def _models(arguments: argparse.Namespace) -> None:
         print(json.dumps(listed))
         return
     for model in models:
-        state = model.state if model.state == "READY" else f"{model.state}: {model.why}"
+        state = f"{model.state}: {model.why}" if model.why else model.state
         live = f"{model.sequences}/{model.slots} sequences" if model.stateful else "stateless"
         first = model.description.partition(". ")[0]
         print(f"{model.name}/{model.version}  {state}  {live}  {model.provider}  {first}")

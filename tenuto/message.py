@@ -99,6 +99,7 @@ def model(message: pb.Model, manifest_json: str = "") -> Model:
         stateful=message.stateful,
         provider=message.provider,
         sha256=message.sha256,
+        fingerprint=message.fingerprint,
         description=message.description,
         sequences=message.sequences,
         slots=message.slots,

@@ -57,7 +57,9 @@ class Output:
 class Model:
     """One version of a model, as the server knows it.
 
-    `state` is "READY" or "FAILED", and then `why` says so. `sequences` of `slots` are live.
+    `state` is "READY", "RETIRING" (replaced, and still with sequences) or "FAILED", and then `why` says
+    so. `sequences` of `slots` are live. `sha256` is of model.onnx, `fingerprint` of it and manifest.json:
+    what a newer version's `resumes_from` names.
     `manifest` is the model's own description (docs/manifest.md); empty in a listing.
     """
 
@@ -72,6 +74,7 @@ class Model:
     sequences: int
     slots: int
     manifest: dict[str, Any] = field(default_factory=dict)
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True, slots=True)

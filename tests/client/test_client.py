@@ -116,6 +116,7 @@ def test_models_are_listed_with_their_state(client: Client) -> None:
     assert (accumulator.name, accumulator.version, accumulator.state) == ("accumulator", 3, "READY")
     assert (accumulator.stateful, brightness.stateful) == (True, False)
     assert (broken.state, broken.why) == ("FAILED", "no such operator")
+    assert (accumulator.sha256, accumulator.fingerprint) == ("0" * 64, "f" * 64)
     assert accumulator.manifest == {}
 
 

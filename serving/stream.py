@@ -20,7 +20,6 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import reply as wire
 from .call import Call
 from .catalogue import Catalogue, Served
-from .engine import COMMAND_BYTES
 from .errors import (
     AlreadyOpen,
     NotOpen,
@@ -33,6 +32,7 @@ from .errors import (
 from .manifest import Manifest
 from .metrics import ServerMetrics
 from .pending import PendingBytes
+from .population import COMMAND_BYTES
 from .sequence import (
     CHUNK_BYTES,
     Checkpoint,

@@ -16,6 +16,7 @@ SERVING = [
     ["call", "config", "inbox", "layout", "manifest", "pending", "status"],
     ["snapshot", "sequence", "reply", "tensor"],
     ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
+    ["population"],
     ["engine"],
     ["catalogue", "golden"],
     ["vetting", "thread_call", "transport", "stream", "servicer"],

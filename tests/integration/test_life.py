@@ -398,7 +398,7 @@ def test_a_server_that_answers_too_late_refuses_newcomers_alone(tmp_path: Path, 
     ):
         counting, engine = Counting(server), engine_of(server, "accumulator")
         now = time.monotonic() + 100.0
-        engine._clock = lambda: now
+        engine._clock = engine._population._clock = lambda: now
         conversation.send(opening("accumulator", 1, period_ms=100))
         conversation.opened()
         with Gate(engine) as gate:

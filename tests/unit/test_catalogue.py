@@ -141,7 +141,7 @@ def test_a_token_that_the_newer_one_does_not_take_goes_to_its_own_while_that_has
     old = served("a", 1)
     catalogue = of(old, newer)
     assert catalogue.resume("a", "print-1", SCHEMA) is old
-    old.engine.past_max_age = True
+    old.engine._population.past_max_age = True
     with pytest.raises(TokenInvalid):
         catalogue.resume("a", "print-1", SCHEMA)
 

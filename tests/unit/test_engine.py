@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tenuto.serving.engine import COMMAND_BYTES, REPEATS_BYTES, Engine
+from tenuto.serving.engine import Engine
 from tenuto.serving.errors import (
     AlreadyOpen,
     NotFinite,
@@ -26,6 +26,7 @@ from tenuto.serving.errors import (
     TenutoError,
 )
 from tenuto.serving.pending import PendingBytes
+from tenuto.serving.population import COMMAND_BYTES, REPEATS_BYTES
 from tenuto.serving.sequence import Closed, Ending, Failed, Opened, Output, Reply, Sequence
 
 from .fakes import (
@@ -846,12 +847,12 @@ def test_a_late_chunk_counts_once() -> None:
     bench = create_slow(0.25)
     run_for(bench, bench.open(), 1)
     four = overload(bench)
-    assert bench.engine._late == 2
+    assert bench.engine._population.late == 2
     bench.now += 0.4
     for sequence in four:
         bench.send(sequence, 2, [1])
     bench.settle()
-    assert (bench.engine._paced, bench.engine._late) == (8, 6)
+    assert (bench.engine._population.paced, bench.engine._population.late) == (8, 6)
     assert bench.engine.metrics.late_arrivals == 4
 
 
@@ -1079,7 +1080,7 @@ def test_check_finds_slots_without_sequences() -> None:
     bench = Bench()
     bench.open()
     bench.settle()
-    bench.engine._live.clear()
+    bench.engine._population.live.clear()
     with pytest.raises(TenutoError, match="1 slots used, 0 sequences live. This is a bug"):
         bench.engine.check()
 
@@ -1112,7 +1113,7 @@ def test_many_repeats_of_a_step_are_answered_once_a_delivery() -> None:
 def test_only_small_outputs_are_kept_for_a_step_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others' step, sent again, is counted and not answered."""
     bench = Bench()
-    monkeypatch.setattr(bench.engine, "_kept_bytes", 2 * 4)
+    monkeypatch.setattr(bench.engine._population, "_kept_bytes", 2 * 4)
     small, large = bench.open(), bench.open()
     for _ in range(2):
         bench.send(small, 1, [7, 7])
@@ -1127,7 +1128,7 @@ def test_only_small_outputs_are_kept_for_a_step_sent_again(monkeypatch: pytest.M
 
 
 def test_the_outputs_kept_have_a_budget() -> None:
-    assert Bench(max_sequences=4).engine._kept_bytes == REPEATS_BYTES // 4
+    assert Bench(max_sequences=4).engine._population._kept_bytes == REPEATS_BYTES // 4
 
 
 def test_a_single_request_is_not_kept() -> None:
@@ -1144,7 +1145,7 @@ def test_sequences_that_ended_do_not_stay_until_they_are_due() -> None:
         one = bench.open(idle_seconds=300.0)
         bench.engine.finish(one, Ending.END)
         bench.settle()
-    assert len(bench.engine._idle) <= 2 + 64
+    assert len(bench.engine._population._idle) <= 2 + 64
 
 
 def test_opening_again_before_closed_came_is_told() -> None:

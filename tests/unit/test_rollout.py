@@ -130,7 +130,7 @@ def test_the_old_one_is_told_how_long_it_has(bench: Bench) -> None:
     bench.write(2)
     bench.poll()
     old.turn()
-    assert old._max_age_at == 50.0 + MAX_AGE_SECONDS
+    assert old._population._max_age_at == 50.0 + MAX_AGE_SECONDS
     assert [(m.version, m.retiring) for m in bench.metrics.models] == [(1, True), (2, False)]
 
 
@@ -239,7 +239,7 @@ def test_an_old_version_goes_when_it_is_empty_at_two_looks(bench: Bench) -> None
     assert bench.states == {"ready": [2], "retiring": [], "failed": []}
     assert [m.version for m in bench.metrics.models] == [2]
     old.turn()
-    assert old._stopped
+    assert old._population.stopped
 
 
 def test_a_client_that_lost_its_connection_has_time_to_come_back(bench: Bench) -> None:

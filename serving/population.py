@@ -1,0 +1,411 @@
+"""The live sequences of one model version: how they come, what they bring next, and how they end.
+
+Everything here runs on the engine thread, between two batches or right behind one, and in the order in which
+it was asked for: no batch holds a slot that is reset, restored or handed on, and no lock is needed to say so.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import math
+import threading
+from collections.abc import Callable
+
+from .admission import Admission
+from .delivery import Delivery
+from .errors import AlreadyOpen, ModelNotReady, PoolFull, ServerDraining, StepGap, TenutoError
+from .layout import Layout
+from .manifest import Manifest
+from .metrics import ModelMetrics
+from .scheduler import Scheduler
+from .sequence import (
+    RESUMABLE,
+    Checkpoint,
+    Chunk,
+    Closed,
+    Ending,
+    Failed,
+    Opened,
+    Output,
+    Sequence,
+    Wish,
+)
+from .snapshot import Checkpoints, Snapshot
+from .state_pool import StatePool
+
+log = logging.getLogger("tenuto.population")
+
+# What a command other than a chunk takes in memory until it is carried out, an Open's sequence included.
+COMMAND_BYTES = 2048
+# What the outputs kept for steps that are sent again may take, in a model whose slots are all used.
+REPEATS_BYTES = 64 << 20
+# Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
+_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING})
+
+
+class Population:
+    """The sequences of one engine, owned by its thread. Other threads read `live` and the plain attributes.
+
+    `resume_reserve` is the share of `max_sequences` that only sequences that resume may take; without
+    `checkpoints` none can.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        version: int,
+        *,
+        pool: StatePool,
+        max_sequences: int,
+        resume_reserve: float,
+        checkpoints: Checkpoints | None,
+        layout: Layout,
+        scheduler: Scheduler,
+        delivery: Delivery,
+        metrics: ModelMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self.live: dict[str, Sequence] = {}
+        self.emptied = threading.Event()  # set when draining or retiring, and no sequence is left
+        self.past_max_age = False  # its time is over: what was live ends, nothing resumes on it
+        self.stopped = False  # nothing is run any more
+        self.admission = Admission(clock())
+        self.turn_seconds = 0.0  # the engine's last turn that ran a batch
+        self.paced = self.late = 0  # chunks answered that have a declared period; and later than that
+        self._manifest = manifest
+        self._version = version
+        self._where = f"{manifest.name}/{version}"
+        self._pool = pool
+        self._max_sequences = max_sequences
+        self._reserved = int(max_sequences * resume_reserve)  # places that only a resume takes
+        self._checkpoints = checkpoints
+        self._layout = layout
+        self._scheduler = scheduler
+        self._delivery = delivery
+        self._metrics = metrics
+        self._clock = clock
+        self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
+        self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
+        self._repeated: set[int] = set()  # numbers of sequences that got their last output again
+        self._resealed: set[int] = set()  # numbers of sequences that got a token
+        self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
+        self._draining = False
+        self._retiring = False
+        self._max_age_at = math.inf  # when a retiring version's live sequences end
+
+    def next_look(self) -> float:
+        """When somebody may have been silent, or here, for too long; infinity: nobody."""
+        return min(self._idle[0][0] if self._idle else math.inf, self._max_age_at)
+
+    def look(self, now: float) -> None:
+        """Ends those that were silent, or here, for too long."""
+        self._expire(now)
+        self._come_of_age(now)
+
+    def hand_over(self) -> None:
+        """All replies go out, and what was answered is counted."""
+        self._account()
+        self._repeated.clear()
+        self._resealed.clear()
+        self._delivery.hand_over()
+
+    def answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int, now: float) -> None:
+        """The first pending chunk is done: its Output goes out."""
+        tensors = self._layout.join(chunk.parts)
+        output = Output(chunk.step, chunk.part, True, tensors, queued, chunk.compute, rows)
+        sequence.pending.popleft()
+        if not sequence.answered:
+            self._metrics.first_output.add(now - sequence.begun)
+        sequence.answered = chunk.step
+        self._delivery.send(sequence, output, chunk.nbytes)
+        if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
+            small = sum([len(data) for _, data in tensors]) <= self._kept_bytes
+            sequence.last_output = output if small else None
+            if sequence.checkpoint_every and chunk.step - sequence.sealed >= sequence.checkpoint_every:
+                self._checkpoint(sequence)
+        self._latencies.append(now - chunk.arrived)
+        if sequence.period_seconds:
+            lag = now - chunk.arrived - sequence.period_seconds
+            # No answer comes sooner than the turn in progress and its own, whatever period was declared.
+            waited = lag > 0 and now - chunk.arrived > 2 * self.turn_seconds
+            self.paced += 1
+            self.late += waited or chunk.came_late
+            self._metrics.chunk_lag.add(max(lag, 0.0))
+            self._metrics.deadline_misses += lag > 0
+
+    def _account(self) -> None:
+        """What was answered since the last time, at once: a lock and a histogram cost as much as a row."""
+        if self._latencies:
+            latencies, self._latencies = self._latencies, []
+            self._metrics.chunks["answered"] += len(latencies)
+            self._metrics.pending_chunks -= len(latencies)
+            self._metrics.chunk_latency.add_all(latencies)
+
+    def open(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
+        self._delivery.settle(sequence, COMMAND_BYTES)
+        try:
+            self._admit(sequence, snapshot)
+        except TenutoError as error:
+            sequence.ended = True
+            self._metrics.rejected[error.reason] += 1
+            self._delivery.send(sequence, Failed(error))
+            return
+        self.live[sequence.id] = sequence
+        if self._checkpoints is not None:
+            sequence.checkpoint_every = self._checkpoints.interval(sequence.checkpoint_every)
+        if snapshot is not None:
+            self._metrics.resumed += 1
+        if self._retiring:
+            self.emptied.clear()
+        if sequence.idle_seconds:
+            self._watch_idle(self._clock() + sequence.idle_seconds, sequence)
+        self._metrics.sequences_started += 1
+        self._count_live()
+        self._delivery.send(
+            sequence, Opened(sequence.id, self._version, sequence.accepted + 1, sequence.window)
+        )
+
+    def _admit(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
+        """Finds the sequence a slot and sets its state.
+
+        Raises: ServerDraining, ModelNotReady, Overloaded, PoolFull. A sequence that resumes is no new load on
+        the whole, and is not refused for OVERLOADED.
+        """
+        if self._draining:
+            raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
+        if self.past_max_age or self.stopped:
+            raise ModelNotReady(f"{self._where} was replaced and is unloaded; open a newer version")
+        if snapshot is None:
+            self.admission.check(self._clock(), self._where)
+        else:
+            sequence.restore(snapshot)
+            old = self.live.get(sequence.id)
+            if old is not None:
+                self.close(old, Ending.SUPERSEDED)
+        spare = 0 if snapshot else self._reserved
+        if self._manifest.stateful:
+            sequence.slot = self._pool.allocate(sequence.id, spare)
+            if snapshot is not None:
+                self._pool.write(sequence.slot, snapshot.states)
+        elif len(self.live) >= self._max_sequences - spare:
+            raise PoolFull(f"{self._max_sequences} sequences are open; retry, or raise --max-sequences")
+
+    def accept(self, sequence: Sequence, chunk: Chunk) -> None:
+        if sequence.ended or sequence.closing:
+            self._drop(sequence, chunk)
+            return
+        sequence.heard = chunk.arrived
+        if chunk.step != sequence.accepted + 1:
+            self._out_of_step(sequence, chunk)
+        elif len(sequence.pending) >= sequence.window and sequence.unanswered >= sequence.window:
+            self._drop(sequence, chunk)
+            sequence.pending.append(Ending.WINDOW_EXCEEDED)
+        else:
+            sequence.accepted = chunk.step
+            if sequence.period_seconds and sequence.falls_behind(chunk.arrived):
+                chunk.came_late = True
+                self._metrics.late_arrivals += 1
+            self._enqueue(sequence, chunk)
+
+    def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:
+        """A repeated step is answered again or ignored; a skipped one ends the sequence."""
+        self._delivery.settle(sequence, chunk.nbytes)
+        if 0 < chunk.step <= sequence.accepted:
+            self._metrics.steps_repeated += 1
+            again = sequence.last_output if chunk.step == sequence.answered else None
+            # Once a delivery: a message of many small repeats must not become as many large outputs.
+            if again is not None and sequence.number not in self._repeated:
+                self._repeated.add(sequence.number)
+                self._delivery.send(sequence, again)
+            return
+        text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number chunks without gaps"
+        self.end_after_pending(sequence, StepGap(text))
+
+    def request(self, sequence: Sequence, chunk: Chunk) -> None:
+        if self.stopped:  # nothing will run it
+            self.close(sequence, Ending.DRAINING)
+        if sequence.ended:
+            self._drop(sequence, chunk)
+            return
+        self._enqueue(sequence, chunk)
+
+    def _enqueue(self, sequence: Sequence, chunk: Chunk) -> None:
+        self._metrics.pending_chunks += 1
+        sequence.pending.append(chunk)
+        if len(sequence.pending) == 1:
+            self.advance(sequence)
+
+    def wish_checkpoint(self, sequence: Sequence, _: None) -> None:
+        self._delivery.settle(sequence, COMMAND_BYTES)
+        if sequence.ended or sequence.closing:
+            return
+        if sequence.pending and sequence.pending[-1] is Wish.CHECKPOINT:
+            return
+        sequence.pending.append(Wish.CHECKPOINT)
+        if len(sequence.pending) == 1:
+            self.advance(sequence)
+
+    def _checkpoint(self, sequence: Sequence) -> None:
+        """Seals the sequence, which is between two chunks. Once a step and delivery: a message of many wishes
+        must not become as many large tokens."""
+        if sequence.sealed == sequence.answered and sequence.number in self._resealed:
+            return
+        token = self._token(sequence)
+        if token:
+            sequence.sealed = sequence.answered
+            self._resealed.add(sequence.number)
+            self._delivery.send(sequence, Checkpoint(sequence.answered, token))
+
+    def _token(self, sequence: Sequence) -> bytes:
+        """A resume token of the sequence after its last answered step."""
+        sealing = self._checkpoints
+        if sealing is None or not sequence.at_rest or sequence.id not in self.live:
+            return b""
+        snapshot = Snapshot(
+            self._manifest.name,
+            self._version,
+            sealing.fingerprint,
+            sealing.schema,
+            sequence.id,
+            sequence.answered,
+            sequence.constants,
+            tuple([feed.rest() for feed in sequence.feeds]),
+            self._pool.read(sequence.slot) if self._manifest.stateful else (),
+        )
+        token = sealing.seal(snapshot)
+        self._metrics.token_bytes.add(len(token))
+        return token
+
+    def finish(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
+        self._delivery.settle(sequence, COMMAND_BYTES)
+        if sequence.closing and isinstance(ending, AlreadyOpen):
+            sequence.pending[-1] = ending  # whoever opened a number too early must hear of it
+        else:
+            self.end_after_pending(sequence, ending)
+
+    def end_after_pending(self, sequence: Sequence, ending: Ending | TenutoError) -> None:
+        if not sequence.ended and not sequence.closing:
+            sequence.pending.append(ending)
+            if len(sequence.pending) == 1:
+                self.advance(sequence)
+
+    def advance(self, sequence: Sequence) -> None:
+        """Looks at what the sequence brings next: a chunk that can run goes to the scheduler, one that
+        completes no frame is answered, an ending is carried out."""
+        while sequence.pending:
+            head = sequence.pending[0]
+            if isinstance(head, Chunk):
+                if head.frames < 0:
+                    sequence.begin(head)
+                if head.frames:
+                    self._scheduler.add(sequence)
+                    return
+                now = self._clock()
+                self.answer(sequence, head, now - head.arrived, 0, now)
+            elif isinstance(head, Wish):
+                sequence.pending.popleft()
+                self._checkpoint(sequence)
+            elif isinstance(head, TenutoError):
+                self.close(sequence, Ending.FAILED, head)
+                return
+            elif head is Ending.END and self._tail(sequence):
+                continue
+            else:
+                self.close(sequence, head)
+                return
+
+    def _tail(self, sequence: Sequence) -> bool:
+        """At End, what is left over is padded to a frame where the manifest says so. Whether it was."""
+        specs = self._manifest.inputs
+        padding = tuple(
+            f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True)
+        )
+        if not any(padding):
+            return False
+        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
+        self._metrics.pending_chunks += 1
+        sequence.pending.appendleft(tail)
+        return True
+
+    def close(self, sequence: Sequence, reason: Ending, error: TenutoError | None = None) -> None:
+        """The one way in which a sequence ends. Its slot is free from here on: no batch holds it now."""
+        if sequence.ended:
+            return
+        sequence.ended = True
+        token = self._token(sequence) if reason in RESUMABLE else b""
+        for item in sequence.pending:
+            if isinstance(item, Chunk):
+                self._metrics.pending_chunks -= 1
+                self._drop(sequence, item, "failed" if error else "dropped")
+        sequence.pending.clear()
+        sequence.last_output = None
+        if self.live.pop(sequence.id, None) is not None:
+            self._metrics.ended[reason.name] += 1
+            if sequence.slot >= 0:
+                self._pool.free(sequence.slot, sequence.id)
+            self._count_live()
+            level = logging.DEBUG if reason in _ORDINARY else logging.INFO
+            log.log(
+                level,
+                "%s: %s ended %s%s",
+                self._where,
+                sequence.id,
+                reason.name,
+                f": {error}" if error else "",
+            )
+        self._delivery.send(
+            sequence, Failed(error, token) if error else Closed(reason, sequence.answered, token)
+        )
+        self._look_if_empty()
+
+    def _drop(self, sequence: Sequence, chunk: Chunk, outcome: str = "dropped") -> None:
+        self._metrics.chunks[outcome] += 1
+        self._delivery.settle(sequence, chunk.nbytes)
+
+    def _watch_idle(self, deadline: float, sequence: Sequence) -> None:
+        heapq.heappush(self._idle, (deadline, sequence.id))
+        if len(self._idle) > 2 * len(self.live) + 64:  # those that ended do not stay until they are due
+            self._idle = [entry for entry in self._idle if entry[1] in self.live]
+            heapq.heapify(self._idle)
+
+    def _expire(self, now: float) -> None:
+        """Ends what has been silent for too long. Idle counts from the last chunk accepted."""
+        while self._idle and self._idle[0][0] <= now:
+            sequence = self.live.get(heapq.heappop(self._idle)[1])
+            if sequence is None:  # ended; only its id was kept
+                continue
+            deadline = sequence.heard + sequence.idle_seconds
+            if deadline <= now and not sequence.pending:
+                self.close(sequence, Ending.IDLE_EXPIRED)
+            else:
+                self._watch_idle(max(deadline, now + 1.0), sequence)
+
+    def drain(self, _: None, __: None) -> None:
+        self._draining = True
+        for sequence in list(self.live.values()):
+            self.end_after_pending(sequence, Ending.DRAINING)
+        self._look_if_empty()
+
+    def retire(self, max_age_seconds: float, _: None) -> None:
+        self._retiring = True
+        if max_age_seconds:
+            self._max_age_at = self._clock() + max_age_seconds
+        self._look_if_empty()
+
+    def _come_of_age(self, now: float) -> None:
+        """Once a retiring version's time is over, each sequence ends behind its accepted chunks."""
+        if now < self._max_age_at:
+            return
+        self._max_age_at = math.inf
+        self.past_max_age = True
+        for sequence in list(self.live.values()):
+            self.end_after_pending(sequence, Ending.MAX_AGE)
+
+    def _look_if_empty(self) -> None:
+        if (self._draining or self._retiring) and not self.live:
+            self.emptied.set()
+
+    def _count_live(self) -> None:
+        self._metrics.active_sequences = len(self.live)
+        self._metrics.slots_used = self._pool.used

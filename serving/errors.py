@@ -5,7 +5,7 @@ Nothing here knows of gRPC: `status.STATUS` is the one table that maps these cla
 
     TenutoError
       UnknownModel  UnknownSequence  ModelNotReady  PoolFull  Overloaded  ServerDraining  DeadlinePassed
-      NotOpen  AlreadyOpen  StepGap  TooLarge
+      StreamIdle  NotOpen  AlreadyOpen  StepGap  TooLarge
       WrongInput  WrongDtype  WrongShape  WrongEncoding  OutOfRangeValue  NotFinite
       WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid
       StateNotFinite  RunFailed
@@ -67,6 +67,12 @@ class DeadlinePassed(TenutoError):
     """The caller's deadline passed before the answer was there; the work was dropped."""
 
     reason = "DEADLINE_PASSED"
+
+
+class StreamIdle(TenutoError):
+    """A stream carried no sequence for too long."""
+
+    reason = "STREAM_IDLE"
 
 
 class NotOpen(TenutoError):

@@ -29,7 +29,7 @@ from .resume_token import TokenSealer
 from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
-from .stream import Stream, StreamLimits
+from .stream import Stream, StreamLimits, Streams
 from .transport import StreamMethod
 
 log = logging.getLogger("tenuto.server")
@@ -76,6 +76,10 @@ class Server:
         self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
         self.rollout.load_newest()
         self.catalogue = self.rollout.catalogue
+        limits = StreamLimits(config.window, config.idle_seconds)
+        self._conversations = Streams(
+            self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal
+        )
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
@@ -122,8 +126,7 @@ class Server:
         return server
 
     def _open_stream(self, call: Call) -> Stream:
-        limits = StreamLimits(self.config.window, self.config.idle_seconds)
-        return Stream(call, self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal)
+        return self._conversations.open(call)
 
     @property
     def ready_line(self) -> str:
@@ -190,6 +193,7 @@ class Server:
         """A run that does not return holds its whole model: better to leave, and let clients go elsewhere."""
         while not self._stopped.wait(min(1.0, self.config.run_seconds / 4)):
             self._sealer.reload()
+            self._conversations.expire(time.monotonic())
             self._look_at_runs()  # by a method: what waits here must not keep an engine in memory
 
     def _look_at_runs(self) -> None:

@@ -16,6 +16,7 @@ STATUS: dict[type[TenutoError], grpc.StatusCode] = {
     errors.PoolFull: _C.RESOURCE_EXHAUSTED,
     errors.Overloaded: _C.RESOURCE_EXHAUSTED,
     errors.ServerDraining: _C.UNAVAILABLE,
+    errors.StreamIdle: _C.UNAVAILABLE,
     errors.NotOpen: _C.FAILED_PRECONDITION,
     errors.AlreadyOpen: _C.FAILED_PRECONDITION,
     errors.StepGap: _C.OUT_OF_RANGE,

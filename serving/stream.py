@@ -24,6 +24,7 @@ from .errors import (
     AlreadyOpen,
     NotOpen,
     NotSupported,
+    StreamIdle,
     TenutoError,
     TooLarge,
     WrongMessage,
@@ -75,6 +76,45 @@ class _Held:
     served: Served
 
 
+class Streams:
+    """All streams of a server. Any thread."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        pending: PendingBytes,
+        metrics: ServerMetrics,
+        limits: StreamLimits,
+        unseal: Callable[[bytes], Snapshot],
+    ) -> None:
+        self._catalogue = catalogue
+        self._pending = pending
+        self._metrics = metrics
+        self._limits = limits
+        self._unseal = unseal
+        self._lock = threading.Lock()
+        self._open: set[Stream] = set()
+
+    def open(self, call: Call) -> Stream:
+        stream = Stream(
+            call, self._catalogue, self._pending, self._metrics, self._limits, self._unseal, self._gone
+        )
+        with self._lock:
+            self._open.add(stream)
+        return stream
+
+    def _gone(self, stream: Stream) -> None:
+        with self._lock:
+            self._open.discard(stream)
+
+    def expire(self, now: float) -> None:
+        """Ends those that carried no sequence for as long as one may be silent. To be called now and then."""
+        with self._lock:
+            streams = list(self._open)
+        for stream in streams:
+            stream.expire(now)
+
+
 class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
@@ -86,6 +126,7 @@ class Stream:
         metrics: ServerMetrics,
         limits: StreamLimits,
         unseal: Callable[[bytes], Snapshot],
+        gone: Callable[[Stream], None] = lambda _: None,
     ) -> None:
         self._call = call
         self._catalogue = catalogue
@@ -95,6 +136,8 @@ class Stream:
         self._metrics = metrics
         self._limits = limits
         self._unseal = unseal
+        self._gone = gone
+        self._empty_since = time.monotonic()  # when it last had no sequence; held ones make it meaningless
         self._lock = threading.Lock()
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
@@ -146,6 +189,18 @@ class Stream:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
         if self._resume is not None:
             self._pending.forget(self._resume)
+        self._gone(self)
+
+    def expire(self, now: float) -> None:
+        """Ends the stream if it carried no sequence for too long."""
+        seconds = self._limits.idle_seconds
+        with self._lock:
+            if not seconds or self._held or now - self._empty_since < seconds:
+                return
+        error = StreamIdle(
+            f"the stream carried no sequence for {seconds:g} s; open another when one is needed"
+        )
+        self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def wait(self, resume: Callable[[], None]) -> bool:
         if not self._own.full and not self._pending.full:
@@ -310,6 +365,7 @@ class Stream:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
+            self._empty_since = time.monotonic()
             # After its own End the client sends no more of that number.
             if isinstance(ending, Failed) or ending.reason is not Ending.END:
                 self._remember(sequence.key)

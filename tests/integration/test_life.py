@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,39 @@ def test_a_silent_sequence_expires_and_a_busy_one_does_not(toy_repository: Path,
         assert counting.rise("tenuto_sequences_ended_total", **ended) == 1
         conversation.done_sending()
         assert conversation.rest() == []
+        assert_nothing_is_left(server)
+
+
+def test_a_stream_that_carries_nothing_is_ended_and_one_that_does_is_not(
+    toy_repository: Path, transport: str
+) -> None:
+    with (
+        serving(toy_repository, transport=transport, idle_seconds=2.0) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as silent,
+        Conversation(channel) as emptied,
+        Conversation(channel) as busy,
+    ):
+        emptied.send(opening("accumulator"), ending())
+        emptied.opened()
+        emptied.closed()
+        busy.send(opening("accumulator"), chunk(1, [1.0]))
+        busy.opened()
+        busy.output(1)
+        step = 1
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(one.refused) for one in (silent, emptied)]
+            while not all(future.done() for future in waiting):
+                step += 1
+                busy.send(chunk(step, [1.0]))
+                assert busy.values(step) == [float(step)]
+        ended = [future.result() for future in waiting]
+        assert {(r.code, r.reason) for r in ended} == {(grpc.StatusCode.UNAVAILABLE, "STREAM_IDLE")}
+        assert "no sequence for 2 s" in ended[0].text
+        busy.send(ending())
+        busy.closed()
+        busy.done_sending()
+        assert busy.rest() == []
         assert_nothing_is_left(server)
 
 

@@ -165,3 +165,20 @@ def test_a_served_version_tells_the_fingerprint_that_a_newer_one_may_name(
     catalogue, _ = load(root, monkeypatch, FakeVetting())
     (folder,) = [f for f in ModelRepository(root).folders()["doubler"] if f.version == 3]
     assert catalogue.find("doubler").fingerprint == folder.read().fingerprint
+
+
+@pytest.mark.parametrize("large_states, rarer", [("refuse", 0), ("rarer", 3)])
+def test_a_model_of_large_state_is_refused_or_sealed_rarer(
+    root: Path, monkeypatch: pytest.MonkeyPatch, large_states: str, rarer: int
+) -> None:
+    """Its tokens are 1,024 bytes and 8 more at most; the doubler's 8 fewer."""
+    settings: dict[str, Any] = {"max_token_bytes": 400, "large_states": large_states}
+    if not rarer:
+        with pytest.raises(ModelInvalid, match="a resume token of it takes up to .* --large-states rarer"):
+            load(root, monkeypatch, FakeVetting(), **settings)
+        return
+    catalogue, _ = load(root, monkeypatch, FakeVetting(), **settings)
+    checkpoints = catalogue.find("accumulator").engine._population._checkpoints
+    assert checkpoints is not None
+    assert checkpoints.rarer == rarer
+    assert checkpoints.interval(0) == 50 * rarer

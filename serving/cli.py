@@ -9,7 +9,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from .config import ServerConfig, flag_of, variable_of
-from .errors import TenutoError
+from .errors import ConfigInvalid, TenutoError
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,11 +63,14 @@ def main(arguments: list[str] | None = None) -> int:
         server = Server(config, _version())
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ConfigInvalid) else 1
     server.catch_signals()
     server.start()
     print(server.ready_line, flush=True)
     server.serve_until_signal()
+    if server.lingers:  # a run that comes back to an interpreter that ends would abort the process
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

@@ -41,6 +41,8 @@ class _Collector:
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         self.replies += [reply for _, reply in replies]
 
+    full = False
+
     def settle(self, nbytes: int) -> None: ...
 
 

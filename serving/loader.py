@@ -98,6 +98,11 @@ class Loader:
         """
         config, size = self._config, token_bytes(manifest)
         rarer = -(-size // config.max_token_bytes)
+        if size > config.max_message_bytes:
+            raise ModelInvalid(
+                f"{files.folder.where}: a resume token of it takes up to {size} bytes, a message at most "
+                f"{config.max_message_bytes} (--max-message-bytes)"
+            )
         if rarer > 1 and config.large_states == "refuse":
             raise ModelInvalid(
                 f"{files.folder.where}: a resume token of it takes up to {size} bytes, --max-token-bytes is "

@@ -81,6 +81,7 @@ class ModelMetrics:
     slots_used: int = 0
     sequences_started: int = 0
     resumed: int = 0
+    resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
     ended: Counter[str] = field(default_factory=Counter)  # by reason
     rejected: Counter[str] = field(default_factory=Counter)  # sequences, by reason
     rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
@@ -275,7 +276,10 @@ class TenutoCollector(Collector):
             labels=["result"],
         )
         family.add_metric(["resumed"], sum(m.resumed for m in self._server.models))
-        for reason, count in dict(self._server.resumes_refused).items():
+        refused = Counter(dict(self._server.resumes_refused))
+        for model in list(self._server.models):
+            refused.update(dict(model.resumes_refused))
+        for reason, count in refused.items():
             family.add_metric([reason], count)
         return family
 

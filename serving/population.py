@@ -10,6 +10,7 @@ import heapq
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from .admission import Admission
@@ -40,8 +41,13 @@ log = logging.getLogger("tenuto.population")
 COMMAND_BYTES = 2048
 # What the outputs kept for steps that are sent again may take, in a model whose slots are all used.
 REPEATS_BYTES = 64 << 20
+# The tokens of one delivery take no more than that. Whoever comes later gets his with a later one: many
+# chunks and wishes in one message, or a drain, must not become as many large tokens at once.
+SEALED_BYTES = 16 << 20
+# How long what waits for a token, or for its turn to be sent away, waits at most for the next look.
+_LOOK_SECONDS = 0.02
 # Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
-_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING})
+_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.SUPERSEDED})
 
 
 class Population:
@@ -88,26 +94,35 @@ class Population:
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
-        self._resealed: set[int] = set()  # numbers of sequences that got a token
+        self._sealed: set[int] = set()  # numbers of sequences that got a token with this delivery
+        self._sealed_bytes = 0  # of this delivery
+        self._owed: dict[int, Sequence] = {}  # by number: those that wait for a token
+        self._leaving: deque[tuple[Sequence, Ending]] = deque()  # are still to be sent away
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._draining = False
         self._retiring = False
         self._max_age_at = math.inf  # when a retiring version's live sequences end
 
     def next_look(self) -> float:
-        """When somebody may have been silent, or here, for too long; infinity: nobody."""
+        """When somebody waits for a token, was silent or here for too long; infinity: nobody."""
+        if self._owed or self._leaving:
+            return self._clock() + _LOOK_SECONDS
         return min(self._idle[0][0] if self._idle else math.inf, self._max_age_at)
 
     def look(self, now: float) -> None:
-        """Ends those that were silent, or here, for too long."""
+        """Ends those that were silent, or here, for too long, and those that are to be sent away."""
         self._expire(now)
         self._come_of_age(now)
+        self._send_away()
 
     def hand_over(self) -> None:
         """All replies go out, and what was answered is counted."""
+        if self._owed:
+            self._seal_owed()
         self._account()
         self._repeated.clear()
-        self._resealed.clear()
+        self._sealed.clear()
+        self._sealed_bytes = 0
         self._delivery.hand_over()
 
     def answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int, now: float) -> None:
@@ -122,7 +137,9 @@ class Population:
         if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
             small = sum([len(data) for _, data in tensors]) <= self._kept_bytes
             sequence.last_output = output if small else None
-            if sequence.checkpoint_every and chunk.step - sequence.sealed >= sequence.checkpoint_every:
+            every = sequence.checkpoint_every  # the first one at once: until then a resume is a new sequence
+            due = every and (not sequence.sealed or chunk.step - sequence.sealed >= every)
+            if due or (self._owed and sequence.number in self._owed):
                 self._checkpoint(sequence)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
@@ -149,6 +166,8 @@ class Population:
         except TenutoError as error:
             sequence.ended = True
             self._metrics.rejected[error.reason] += 1
+            if snapshot is not None:
+                self._metrics.resumes_refused[error.reason] += 1
             self._delivery.send(sequence, Failed(error))
             return
         self.live[sequence.id] = sequence
@@ -169,8 +188,8 @@ class Population:
     def _admit(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
         """Finds the sequence a slot and sets its state.
 
-        Raises: ServerDraining, ModelNotReady, Overloaded, PoolFull. A sequence that resumes is no new load on
-        the whole, and is not refused for OVERLOADED.
+        Raises: ServerDraining, ModelNotReady, Overloaded, PoolFull, TokenInvalid. A sequence that resumes is
+        no new load on the whole, and is not refused for OVERLOADED.
         """
         if self._draining:
             raise ServerDraining("the server is leaving and takes no new sequences; open it on another one")
@@ -179,6 +198,7 @@ class Population:
         if snapshot is None:
             self.admission.check(self._clock(), self._where)
         else:
+            snapshot.check(self._manifest)
             sequence.restore(snapshot)
             old = self.live.get(sequence.id)
             if old is not None:
@@ -247,15 +267,28 @@ class Population:
             self.advance(sequence)
 
     def _checkpoint(self, sequence: Sequence) -> None:
-        """Seals the sequence, which is between two chunks. Once a step and delivery: a message of many wishes
-        must not become as many large tokens."""
-        if sequence.sealed == sequence.answered and sequence.number in self._resealed:
-            return
-        token = self._token(sequence)
-        if token:
+        """Seals the sequence, which is between two chunks, or has it wait for a later delivery."""
+        if sequence.number in self._sealed and sequence.sealed == sequence.answered:
+            return  # this delivery brings that token
+        if self._may_seal(sequence) and (token := self._token(sequence)):
             sequence.sealed = sequence.answered
-            self._resealed.add(sequence.number)
+            self._owed.pop(sequence.number, None)
             self._delivery.send(sequence, Checkpoint(sequence.answered, token))
+        elif self._checkpoints is not None:
+            self._owed[sequence.number] = sequence
+
+    def _may_seal(self, sequence: Sequence) -> bool:
+        """Once a delivery, so many bytes in all, and none for a caller who leaves his replies untaken."""
+        fresh = sequence.number not in self._sealed
+        return fresh and self._sealed_bytes < SEALED_BYTES and not sequence.sink.full
+
+    def _seal_owed(self) -> None:
+        """Those that rest now. The others come by when their chunk is answered."""
+        for sequence in list(self._owed.values()):
+            if sequence.ended:
+                del self._owed[sequence.number]
+            elif sequence.at_rest:
+                self._checkpoint(sequence)
 
     def _token(self, sequence: Sequence) -> bytes:
         """A resume token of the sequence after its last answered step."""
@@ -274,6 +307,8 @@ class Population:
             self._pool.read(sequence.slot) if self._manifest.stateful else (),
         )
         token = sealing.seal(snapshot)
+        self._sealed.add(sequence.number)
+        self._sealed_bytes += len(token)
         self._metrics.token_bytes.add(len(token))
         return token
 
@@ -333,7 +368,8 @@ class Population:
         if sequence.ended:
             return
         sequence.ended = True
-        token = self._token(sequence) if reason in RESUMABLE else b""
+        resumable = reason in RESUMABLE and self._sealed_bytes < SEALED_BYTES and not sequence.sink.full
+        token = self._token(sequence) if resumable else b""
         for item in sequence.pending:
             if isinstance(item, Chunk):
                 self._metrics.pending_chunks -= 1
@@ -383,9 +419,19 @@ class Population:
 
     def drain(self, _: None, __: None) -> None:
         self._draining = True
-        for sequence in list(self.live.values()):
-            self.end_after_pending(sequence, Ending.DRAINING)
+        self._leaving.extend((sequence, Ending.DRAINING) for sequence in self.live.values())
         self._look_if_empty()
+
+    def _send_away(self) -> None:
+        """As many as get their tokens with one delivery; those who leave their replies untaken wait."""
+        for _ in range(len(self._leaving)):
+            if self._sealed_bytes >= SEALED_BYTES:
+                return
+            sequence, reason = self._leaving.popleft()
+            if sequence.sink.full and not sequence.ended:
+                self._leaving.append((sequence, reason))
+            else:
+                self.end_after_pending(sequence, reason)
 
     def retire(self, max_age_seconds: float, _: None) -> None:
         self._retiring = True
@@ -399,8 +445,7 @@ class Population:
             return
         self._max_age_at = math.inf
         self.past_max_age = True
-        for sequence in list(self.live.values()):
-            self.end_after_pending(sequence, Ending.MAX_AGE)
+        self._leaving.extend((sequence, Ending.MAX_AGE) for sequence in self.live.values())
 
     def _look_if_empty(self) -> None:
         if (self._draining or self._retiring) and not self.live:

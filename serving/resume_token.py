@@ -72,10 +72,12 @@ class TokenSealer:
         key_file: Path | None = None,
         *,
         lifetime_seconds: float = 86_400.0,
+        max_bytes: int = 1 << 20,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._file = key_file
         self._lifetime_seconds = lifetime_seconds
+        self._max_bytes = max_bytes  # no token is larger, and none is opened that is
         self._clock = clock  # of the wall: tokens go from machine to machine
         self._text = b""
         self._keys = _Keys((os.urandom(_KEY_BYTES),))
@@ -101,7 +103,9 @@ class TokenSealer:
             return False
         if masters != self._keys.masters:
             self._keys = _Keys(masters)
-            log.info("%d token keys from %s", len(masters), self._file)
+            log.info("%d token keys from %s, %s seals", len(masters), self._file, _key_id(masters[0]).hex())
+        elif not self._text:
+            log.info("%s can be read again; the token keys are as they were", self._file)
         self._text = text
         return True
 
@@ -116,7 +120,7 @@ class TokenSealer:
 
         Raises: TokenInvalid, saying whether it is truncated, not of these keys, or expired.
         """
-        if len(token) < _LEAST_BYTES or not token.startswith(_FORMAT):
+        if not _LEAST_BYTES <= len(token) <= self._max_bytes or not token.startswith(_FORMAT):
             raise TokenInvalid(f"{len(token)} bytes are no resume token; send it as it came")
         head, nonce = token[:_HEAD_BYTES], token[_HEAD_BYTES : _HEAD_BYTES + _NONCE_BYTES]
         key_id, salt = head[1 : 1 + _ID_BYTES], head[1 + _ID_BYTES :]

@@ -143,6 +143,10 @@ class Sink(Protocol):
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         """Takes all replies of one batch that are for this sink, in order."""
 
+    @property
+    def full(self) -> bool:
+        """Whether this caller leaves more replies untaken than may wait."""
+
     def settle(self, nbytes: int) -> None:
         """So many bytes of what came from this sink's caller are dealt with; their replies were delivered."""
 

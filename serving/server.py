@@ -43,6 +43,11 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Pool threads beyond those that waiting Predicts may hold, for health, models and refusals.
 _SPARE_THREADS = 8
+# What the end takes beyond the grace at most: for each engine whose run goes on; for the last replies.
+_JOIN_SECONDS, _LAST_REPLIES_SECONDS = 0.5, 1.0
+_END_SECONDS = 0.01
+# How often to look for other token keys, and for streams that carry nothing.
+_LOOK_SECONDS = 1.0
 # The main thread waits that long at a time, so that a signal is always seen.
 _SIGNAL_SECONDS = 0.2
 # Streams on the fallback transport: each holds a thread of the pool and one more.
@@ -61,6 +66,11 @@ class Server:
         self.metrics = ServerMetrics(version)
         self._pending = PendingBytes(config.max_pending_bytes)
         self.metrics.pending_bytes = lambda: self._pending.bytes
+        self._sealer = TokenSealer(
+            config.token_key_file,
+            lifetime_seconds=config.token_seconds,
+            max_bytes=config.max_token_bytes if config.large_states == "refuse" else config.max_message_bytes,
+        )
         self.provider = choose_provider(config.device)
         self._stopped = threading.Event()
         self._signals = 0
@@ -70,7 +80,6 @@ class Server:
             self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
-        self._sealer = TokenSealer(config.token_key_file, lifetime_seconds=config.token_seconds)
         loader = Loader(config, self.provider, self._pending, self._sealer, self._streams.flush)
         repository = ModelRepository(config.repository)
         self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
@@ -141,15 +150,16 @@ class Server:
         self.rollout.start(self.config.poll_seconds)
         self._grpc.start()
         threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
+        threading.Thread(target=self._look_around, name="housekeeper", daemon=True).start()
         for name in ("", SERVICE, LIVENESS, READINESS):
             self.health.set(name, _SERVING)
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Refuses new sequences, lets the live ones end for `grace_seconds`, and stops. Returns when done."""
         grace = self.config.drain_seconds if grace_seconds is None else grace_seconds
-        self.metrics.draining = True
-        for name in ("", SERVICE, READINESS):
+        for name in (READINESS, SERVICE, ""):  # before the first refusal
             self.health.set(name, _NOT_SERVING)
+        self.metrics.draining = True
         self.rollout.stop()  # from here on there are no other engines than these
         for engine in self.catalogue.engines:
             engine.drain()
@@ -159,13 +169,23 @@ class Server:
                 if time.monotonic() >= deadline:
                     break
         for engine in self.catalogue.engines:
-            engine.stop(Ending.DRAINING)
-        self.rollout.join()
+            engine.stop(Ending.DRAINING, join_seconds=_JOIN_SECONDS)
+        self.rollout.join(_JOIN_SECONDS)
         self._stopped.set()
-        # The replies of the last batch, and Closed(DRAINING), are still on their way.
-        self._grpc.stop(grace=1.0).wait()
+        # The last replies, tokens among them, are still on their way: a stream ends behind its own.
+        self._conversations.leave()
+        while self._streams.open_streams and time.monotonic() < deadline:
+            time.sleep(_END_SECONDS)
+        # For Predicts, and for the streams that others keep open: those who watch our health, say.
+        self._grpc.stop(grace=_LAST_REPLIES_SECONDS).wait()
         self._http.shutdown()
         self._http.server_close()
+
+    @property
+    def lingers(self) -> bool:
+        """Whether a thread of ours is still in the middle of something after `stop`."""
+        threads = ("engine-", "rollout", "housekeeper")
+        return any(thread.name.startswith(threads) for thread in threading.enumerate())
 
     def catch_signals(self) -> None:
         """SIGTERM and SIGINT from now on: the first ends `serve_until_signal`, the second the process."""
@@ -192,9 +212,16 @@ class Server:
     def _watch_runs(self) -> None:
         """A run that does not return holds its whole model: better to leave, and let clients go elsewhere."""
         while not self._stopped.wait(min(1.0, self.config.run_seconds / 4)):
-            self._sealer.reload()
-            self._conversations.expire(time.monotonic())
             self._look_at_runs()  # by a method: what waits here must not keep an engine in memory
+
+    def _look_around(self) -> None:
+        """What may wait for a volume that does not answer, and so must not hold the watchdog up."""
+        while not self._stopped.wait(_LOOK_SECONDS):
+            try:
+                self._conversations.expire(time.monotonic())
+                self._sealer.reload()
+            except Exception:  # the next look may go well, and nobody else takes this one
+                log.exception("a look for token keys and silent streams met a bug")
 
     def _look_at_runs(self) -> None:
         for engine in self.catalogue.engines:

@@ -60,6 +60,8 @@ class _Answer:
         self.reply = replies[-1][1]
         self.there.set()
 
+    full = False
+
     def settle(self, nbytes: int) -> None:
         """One request, one answer: there is nothing to hold back."""
 

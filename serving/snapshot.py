@@ -39,6 +39,21 @@ class Snapshot:
         text = json.dumps(header, separators=(",", ":")).encode()
         return b"".join((_LENGTH.pack(len(text)), text, *blobs))
 
+    def check(self, manifest: Manifest) -> None:
+        """Whether it is of such a model.
+
+        Raises: TokenInvalid.
+        """
+        states = [s.slot_bytes for s in manifest.states]
+        contexts = [i.left_context * i.sample_bytes if manifest.stateful else 0 for i in manifest.inputs]
+        least = zip(self.feeds, contexts, strict=False)
+        fits = len(self.feeds) == len(contexts) and all(len(feed) >= context for feed, context in least)
+        if not fits or [len(state) for state in self.states] != states:
+            raise TokenInvalid(
+                f"the resume token holds other samples or states than {manifest.name!r} has; "
+                "open a new sequence"
+            )
+
     @classmethod
     def from_bytes(cls, data: bytes) -> Snapshot:
         """The inverse. What is read here was sealed by one of these servers.

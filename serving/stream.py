@@ -24,6 +24,7 @@ from .errors import (
     AlreadyOpen,
     NotOpen,
     NotSupported,
+    ServerDraining,
     StreamIdle,
     TenutoError,
     TooLarge,
@@ -106,6 +107,13 @@ class Streams:
     def _gone(self, stream: Stream) -> None:
         with self._lock:
             self._open.discard(stream)
+
+    def leave(self) -> None:
+        """Ends every stream behind its last replies."""
+        with self._lock:
+            streams = list(self._open)
+        for stream in streams:
+            stream.leave()
 
     def expire(self, now: float) -> None:
         """Ends those that carried no sequence for as long as one may be silent. To be called now and then."""
@@ -191,6 +199,11 @@ class Stream:
             self._pending.forget(self._resume)
         self._gone(self)
 
+    def leave(self) -> None:
+        """Ends the stream behind its last replies: the server goes."""
+        error = ServerDraining("the server has left; go to another one")
+        self._call.finish(code_of(error), str(error), metadata_of(error))
+
     def expire(self, now: float) -> None:
         """Ends the stream if it carried no sequence for too long."""
         seconds = self._limits.idle_seconds
@@ -209,6 +222,10 @@ class Stream:
         return self._own.wait(resume) or self._pending.wait(resume)
 
     # sequence.Sink
+
+    @property
+    def full(self) -> bool:
+        return self._call.backed_up
 
     def settle(self, nbytes: int) -> None:
         self._own.remove(nbytes)

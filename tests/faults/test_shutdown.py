@@ -116,7 +116,7 @@ def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_li
 def test_a_server_that_has_sent_all_away_does_not_wait_for_its_grace(
     repository: Path, tmp_path: Path, transport: str
 ) -> None:
-    settings = {"drain_seconds": 86_400, "transport": transport}
+    settings = {"drain_seconds": 86_400, "transport": transport, "checkpoint_every": 0}
     with (
         server_process(repository, tmp_path, **settings) as server,
         connect(server.port) as channel,
@@ -152,6 +152,22 @@ def test_a_second_signal_ends_the_server_at_once(repository: Path, tmp_path: Pat
         server.terminate()
         assert server.exit_status() == 128 + signal.SIGTERM
         assert conversation.refused().code is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_run_that_goes_on_beyond_the_grace_does_not_spoil_the_exit_status(
+    repository: Path, tmp_path: Path
+) -> None:
+    """Its thread would come back to an interpreter that ends, which aborts the process."""
+    with (
+        server_process(repository, tmp_path, drain_seconds=0.2) as server,
+        connect(server.port) as channel,
+        Conversation(channel) as conversation,
+    ):
+        conversation.send(opening("spinner"), chunk(1, tensor([10**12], "int64")))
+        conversation.opened()
+        server.terminate()
+        assert server.exit_status() == 0
+        assert "stopped" in server.log
 
 
 def test_a_run_that_does_not_return_ends_the_server_with_status_70(repository: Path, tmp_path: Path) -> None:

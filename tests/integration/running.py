@@ -62,7 +62,10 @@ def unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]
 
 
 def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
-    """A server that is not started. `vetted`: with the child process that checks models, as in real life."""
+    """A server that is not started. `vetted`: with the child process that checks models, as in real life.
+
+    It sends no tokens by itself, so that a test reads what it asked for.
+    """
     flags = {
         "repository": repository,
         "port": 0,
@@ -70,6 +73,7 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
         "device": "cpu",
         "threads": 1,
         "poll_seconds": 0,
+        "checkpoint_every": 0,
     }
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:

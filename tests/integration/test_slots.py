@@ -50,6 +50,8 @@ class Caller:
         for reply in replies:
             self.replies.put(reply)
 
+    full = False
+
     def settle(self, nbytes: int) -> None:
         pass
 

@@ -112,6 +112,7 @@ class FakeSink:
     def __init__(self) -> None:
         self.replies: list[tuple[Sequence, Reply]] = []
         self.deliveries = 0
+        self.full = False
         self.settled = 0
 
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:

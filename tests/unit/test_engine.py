@@ -568,13 +568,15 @@ def test_draining_refuses_new_ones_and_ends_the_live_ones_once_they_are_answered
     bench.engine.turn()
     bench.engine.drain()
     late = bench.open()
-    bench.send(live, 3, [1])  # too late, and its client knows from Closed's last step
+    bench.send(live, 3, [1])
     bench.engine.turn()
     assert isinstance(bench.ending(late), ServerDraining)
     assert not bench.engine.emptied.is_set()
     bench.settle()
-    assert bench.outputs(live) == [[1, 2], [3]]
-    assert bench.replies(live)[-1] == Closed(Ending.DRAINING, 2)
+    bench.send(live, 4, [1])  # too late, and its client knows from Closed's last step
+    bench.settle()
+    assert bench.outputs(live) == [[1, 2], [3], [4]]
+    assert bench.replies(live)[-1] == Closed(Ending.DRAINING, 3)
     assert bench.engine.emptied.is_set()
     bench.check_at_rest()
 

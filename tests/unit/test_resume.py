@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tenuto.serving.errors import PoolFull, RunFailed, StepGap
+from tenuto.serving.errors import PoolFull, RunFailed, StepGap, TokenInvalid
 from tenuto.serving.manifest import Manifest
+from tenuto.serving.population import SEALED_BYTES
 from tenuto.serving.resume_token import TokenSealer
 from tenuto.serving.sequence import Checkpoint, Closed, Ending, Failed, Opened, Sequence
 from tenuto.serving.snapshot import Checkpoints, Snapshot
@@ -42,7 +45,7 @@ def resume(bench: Bench, snapshot: Snapshot) -> Sequence:
     return sequence
 
 
-def test_a_checkpoint_comes_after_so_many_chunks_and_holds_what_was_answered() -> None:
+def test_a_checkpoint_comes_with_the_first_answer_and_after_so_many_chunks() -> None:
     one = bench(every=2)
     live = one.open()
     for step in range(1, 6):
@@ -51,11 +54,22 @@ def test_a_checkpoint_comes_after_so_many_chunks_and_holds_what_was_answered() -
     assert [
         (step, s.step, np.frombuffer(s.states[0], np.float32).tolist()) for step, s in tokens(one, live)
     ] == [
-        (2, 2, [3]),
-        (4, 4, [10]),
+        (1, 1, [1]),
+        (3, 3, [6]),
+        (5, 5, [15]),
     ]
     kinds = [type(r).__name__ for r in one.replies(live)]
-    assert kinds == ["Opened", "Output", "Output", "Checkpoint", "Output", "Output", "Checkpoint", "Output"]
+    assert kinds == [
+        "Opened",
+        "Output",
+        "Checkpoint",
+        "Output",
+        "Output",
+        "Checkpoint",
+        "Output",
+        "Output",
+        "Checkpoint",
+    ]
 
 
 def test_a_client_may_choose_how_often() -> None:
@@ -296,3 +310,108 @@ class Windowed(Accumulator):
         x = feeds["x"]
         sums = sum(x[:, at : x.shape[1] - self._context + at] for at in range(self._context + 1))
         return super().run({"x": np.asarray(sums, np.float32), "total": feeds["total"]})
+
+
+# What a caller may make a server hold.
+
+
+def large(**more: Any) -> Bench:
+    """Each token takes a quarter of what one delivery may have."""
+    one = bench(**more)
+    one.engine._population._checkpoints = Checkpoints(lambda _: bytes(SEALED_BYTES // 4), "f", "s", 1)
+    return one
+
+
+def count(bench: Bench, kind: type) -> int:
+    return sum(isinstance(reply, kind) for _, reply in bench.sink.replies)
+
+
+def test_many_empty_chunks_in_one_message_become_one_token_and_the_newest() -> None:
+    """An empty chunk is answered at once and never fills the window: each would be a step with a token."""
+    one = bench(every=1)
+    live = one.open()
+    for step in range(1, 1001):
+        one.send(live, step, [])
+        one.engine.checkpoint(live)
+    one.settle()
+    one.settle()
+    assert [step for step, _ in tokens(one, live)] == [1, 1000]
+    one.check_at_rest()
+
+
+def test_the_tokens_of_one_delivery_are_bounded_and_the_others_come_later() -> None:
+    one = large(max_sequences=20)
+    live = [one.open() for _ in range(10)]
+    for sequence in live:
+        one.send(sequence, 1, [1])
+    seen = []
+    for _ in range(12):
+        one.engine.turn()
+        seen.append(count(one, Checkpoint))
+    assert all(after - before <= 4 for before, after in itertools.pairwise(seen))
+    assert seen[-1] == 10
+
+
+def test_a_caller_who_takes_no_replies_gets_no_more_tokens() -> None:
+    one = large()
+    live = one.open()
+    one.settle()
+    one.sink.full = True
+    for step in range(1, 4):
+        one.send(live, step, [1])
+        one.settle()
+    assert tokens_of(one) == []
+    one.sink.full = False
+    assert one.engine._population.next_look() < 2000  # somebody waits: the engine does not sleep for ever
+    one.settle()
+    assert tokens_of(one) == [3]
+
+
+def tokens_of(bench: Bench) -> list[int]:
+    return [reply.step for _, reply in bench.sink.replies if isinstance(reply, Checkpoint)]
+
+
+def test_a_drain_sends_as_many_away_at_once_as_get_their_tokens() -> None:
+    one = large(max_sequences=20)
+    live = [one.open() for _ in range(10)]
+    one.settle()
+    one.engine.drain()
+    seen = []
+    for _ in range(12):
+        one.engine.turn()
+        seen.append(count(one, Closed))
+    assert all(after - before <= 5 for before, after in itertools.pairwise(seen))
+    assert seen[-1] == 10
+    assert one.engine.emptied.is_set()
+    assert all(one.replies(s)[-1].token for s in live)  # type: ignore[union-attr]
+
+
+def test_a_drain_waits_for_those_who_do_not_read_until_it_is_stopped() -> None:
+    one = large()
+    live = one.open()
+    one.settle()
+    one.sink.full = True
+    one.engine.drain()
+    one.settle()
+    assert one.ending(live) is None
+    one.engine.stop(Ending.DRAINING)
+    one.settle()
+    assert one.replies(live)[-1] == Closed(Ending.DRAINING, 0)
+
+
+def test_a_token_of_another_layout_is_refused_and_takes_no_slot() -> None:
+    one = bench()
+    live = one.open()
+    one.engine.finish(live, Ending.DRAINING)
+    one.settle()
+    good = last_token(one, live)
+    for wrong in (
+        dataclasses.replace(good, states=(b"123",)),
+        dataclasses.replace(good, states=()),
+        dataclasses.replace(good, feeds=()),
+    ):
+        goes_on = resume(one, wrong)
+        one.settle()
+        assert isinstance(one.ending(goes_on), TokenInvalid)
+    one.check_at_rest()
+    assert one.engine.metrics.resumes_refused == {"TOKEN_INVALID": 3}

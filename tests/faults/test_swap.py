@@ -68,7 +68,7 @@ def use(channel: grpc.Channel) -> None:
 def test_ten_swaps_of_a_large_model_leave_no_memory_behind(tmp_path: Path) -> None:
     repository, made = tmp_path / "models", toys.heavy(WEIGHTS_BYTES, STATE_BYTES)
     publish(repository, "heavy", made, 1)
-    settings = {"poll_seconds": 0.05, "max_sequences": SEQUENCES, "resume_reserve": 0}
+    settings = {"poll_seconds": 0.05, "max_sequences": SEQUENCES, "resume_reserve": 0, "checkpoint_every": 0}
     with server_process(repository, tmp_path, **settings) as server, connect(server.port) as channel:
         use(channel)
         sizes = [resident_bytes(server)]

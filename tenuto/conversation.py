@@ -424,14 +424,14 @@ class Conversation:
             last_step=message.last_step,
             resume_token=message.resume_token,
         )
-        self._call = None
         # A server that drains without a token loses nothing: all chunks since the last one are here.
         carried = message.resume_token or message.reason == pb.DRAINING
         if not (self._resuming and message.reason in _RESUMABLE and carried):
-            self.error = error
+            self.stop(error)
             return
         if message.resume_token:
             self._take_token(message.resume_token, message.last_step)
+        self._call = None
         self._retry(error, now)
 
     def _fail(self, call: _Call, message: pb.Failed, now: float) -> None:

@@ -433,6 +433,15 @@ def test_other_endings_are_the_end(reason: str, token: bytes) -> None:
     assert (error.reason, error.resume_token) == (reason, token)
 
 
+def test_an_ending_with_a_token_that_would_lose_outputs_is_a_protocol_error() -> None:
+    talk = Talk().start()
+    talk.send()
+    with pytest.raises(ProtocolError) as caught:
+        talk.closed(pb.REBALANCE, 1, b"token 1")
+    talk.lose(caught.value)  # as the clients do
+    assert talk.error() is caught.value
+
+
 def test_a_server_that_keeps_closing_is_not_called_without_a_pause() -> None:
     talk = Talk().start()
     talk.send()

@@ -169,8 +169,9 @@ class Conversation:
         event = pb.Open()
         event.CopyFrom(self._event)
         event.resume_token = self.resume_token
-        if self.opened is not None and not self.resume_token:
-            event.version = self.opened.version  # replayed through another model it would be another one
+        if self.opened is not None and not self.resume_token and self._had > (0, 0):
+            # The caller has outputs of this version: another one's would be those of another sequence.
+            event.version = self.opened.version
         return pb.StreamRequest(events=[pb.Event(open=event)])
 
     def _chunks_due(self, call: _Call) -> list[pb.StreamRequest]:

@@ -28,9 +28,11 @@ LOST = Unavailable("the connection broke", code="UNAVAILABLE")
 class Talk:
     """A conversation at a clock that the test moves, and the server's side of it by hand."""
 
-    def __init__(self, targets: int = 1, resume_token: bytes = b"", **settings: Any) -> None:
+    def __init__(
+        self, targets: int = 1, version: int = 0, resume_token: bytes = b"", **settings: Any
+    ) -> None:
         names = ",".join(f"host-{n}:1" for n in range(targets))
-        event = pb.Open(model="accumulator", label="kitchen", resume_token=resume_token)
+        event = pb.Open(model="accumulator", version=version, label="kitchen", resume_token=resume_token)
         self.one = Conversation(event, Settings(names, **settings), lambda: 1.0)
         self.now = 100.0
 
@@ -195,6 +197,18 @@ def test_without_a_token_a_lost_sequence_is_opened_anew_and_replayed_whole() -> 
     talk.answer(1, 2)
     assert talk.taken() == [(1, 0), (2, 0)]
     assert talk.one.resumes == 1
+
+
+@pytest.mark.parametrize("wish", [0, 2])
+def test_a_sequence_without_an_output_yet_may_go_on_with_any_version_that_fits_the_wish(wish: int) -> None:
+    talk = Talk(version=wish).start()
+    talk.send()
+    talk.lose()
+    assert talk.call() == pb.Open(model="accumulator", label="kitchen", version=wish)
+    assert talk.opened() == ["1"]
+    talk.answer(1, last=False)  # from here on it stays with that one
+    talk.lose()
+    assert talk.call().version == 3
 
 
 def test_with_a_token_the_chunks_after_it_are_sent_again() -> None:

@@ -77,6 +77,7 @@ class Conversation:
         self._token_step = 0  # the step that the newest token covers, at least
         self._next_step = 1
         self._had = (0, 0)  # step and part of the newest output that the caller has, or is to read
+        self._repeated = (0, 0)  # of the furthest output that came again since the last progress
         self._answered = 0  # the last step whose last output arrived
         self._losses = 0  # calls lost since the last new output, with the same step unanswered
         self._unread: deque[tuple[Output, int]] = deque()  # with their bytes
@@ -288,6 +289,13 @@ class Conversation:
                 retry_after_seconds=error.retry_after_seconds,
                 resume_token=self.resume_token,
             )
+        if isinstance(error, errors.SequenceEnded):
+            return errors.SequenceEnded(
+                f"{text}{error}",
+                reason=error.reason,
+                last_step=error.last_step,
+                resume_token=self.resume_token,
+            )
         return type(error)(f"{text}{error}")
 
     def _name(self) -> str:
@@ -323,20 +331,26 @@ class Conversation:
                 f"{reply.sequence} where only 0 is open; upgrade the client"
             )
         if kind == "opened":
-            self._open(call, reply.opened)
+            self._open(call, reply.opened, now)
             return
-        self._owed_since = now  # something came; Opened alone is no answer
         if kind == "output":
             self._output(call, reply.output, now)
         elif kind == "checkpoint":
             call.asked_token = False
-            self._take_token(reply.checkpoint.resume_token, reply.checkpoint.step)
+            self._take_token(reply.checkpoint.resume_token, reply.checkpoint.step, now)
         elif kind == "closed":
             self._close(call, reply.closed, now)
         else:
             self._fail(call, reply.failed, now)
 
-    def _open(self, call: _Call, message: pb.Opened) -> None:
+    def _progress(self, now: float) -> None:
+        """Something new came. Only that ends the wait: calls that open, and say again what the caller has,
+        may be lost for ever at the same place."""
+        self._owed_since = now
+        self._repeated = (0, 0)
+        self._backoff.progress()
+
+    def _open(self, call: _Call, message: pb.Opened, now: float) -> None:
         step = message.next_step
         if self.opened is None:
             self._next_step = step
@@ -350,9 +364,10 @@ class Conversation:
         else:
             self.resumes += 1
             log.info("sequence %s goes on at step %d as %s", self._name(), step, message.sequence_id)
+            if step > self._token_step + 1:  # the token of a failed run was a newer one
+                self._progress(now)
         self._token_step = step - 1
         self._replay.drop_through(step - 1)
-        self._backoff.opened()
         self._refusals = 0
         self.opened = message
         call.opened = True
@@ -370,6 +385,10 @@ class Conversation:
             )
         if (step, part) > self._had:
             self._keep(message, now)
+        elif (step, part) > self._repeated:  # a long replay
+            self._repeated = (step, part)
+            self._owed_since = now
+            self._backoff.nearer()
         if step == expected and message.last:
             call.unanswered.popleft()
 
@@ -389,20 +408,22 @@ class Conversation:
         self._unread_bytes += size
         self._had = (step, message.part)
         self._losses = 0
-        self._backoff.progress()
+        self._progress(now)
         if message.last:
             self._began.pop(step, None)
             self._answered = step
             if not self._resuming:
                 self._replay.drop_through(step)
 
-    def _take_token(self, token: bytes, step: int) -> None:
+    def _take_token(self, token: bytes, step: int, now: float) -> None:
         """Keep the newest token, and forget the chunks that it covers."""
         if step > self._answered or not token:
             raise errors.ProtocolError(
                 f"a resume token of {len(token)} bytes after step {step}, where {self._answered} is the "
                 "last one answered; report this to the server's maintainers"
             )
+        if step > self._token_step:
+            self._progress(now)
         if step >= self._token_step:
             self.resume_token, self._token_step = token, step
             self._replay.drop_through(step)
@@ -431,7 +452,7 @@ class Conversation:
             self.stop(error)
             return
         if message.resume_token:
-            self._take_token(message.resume_token, message.last_step)
+            self._take_token(message.resume_token, message.last_step, now)
         self._call = None
         self._retry(error, now)
 
@@ -515,6 +536,7 @@ class Conversation:
             self._owed_since = now
         if self._call is not None and self._call.owed_since is not None:
             self._call.owed_since = now
+        self._backoff.read_on(now)
 
     # -- what is overdue ---------------------------------------------------------------------------
 

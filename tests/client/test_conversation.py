@@ -587,14 +587,131 @@ def test_after_resume_seconds_the_last_error_is_raised_in_words() -> None:
     assert error.resume_token == b"token 1"
 
 
-def test_the_time_to_resume_begins_anew_with_each_loss() -> None:
-    talk = Talk(resume_seconds=10, reply_seconds=None, poison_losses=99).start()
-    talk.send()
-    for _ in range(30):
+def test_with_progress_the_time_to_resume_begins_anew() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for step in range(1, 11):
+        talk.send()
         talk.lose()
-        talk.now += 3
+        talk.now += 9
         talk.resume(1)
+        talk.now += 9
+        talk.answer(*range(1, step + 1))
     assert talk.one.error is None
+
+
+def test_a_newer_token_is_progress() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for step in range(1, 9):
+        talk.send()
+        talk.answer(step)
+    talk.send()
+    for step in range(1, 9):
+        talk.lose()
+        talk.now += 9
+        talk.resume(step)
+        talk.token(step)
+    assert talk.one.error is None
+
+
+def test_the_token_of_a_failed_run_is_progress_once_a_server_says_for_which_step() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for _ in range(4):
+        talk.send()
+    talk.answer(1, 2, 3)
+    for step in range(1, 4):
+        talk.failed(13, "RUN_FAILED", b"token")
+        talk.now += 9
+        talk.resume(step + 1)
+    assert talk.one.error is None
+    while talk.one.error is None:  # and none where it is for the same one
+        talk.failed(13, "RUN_FAILED", b"token")
+        if talk.one.call_due() is not None:
+            talk.resume(4)
+    assert "step 4 could not be resumed within 10 s" in str(talk.error())
+
+
+def replayed(repeats: int, **settings: Any) -> Talk:
+    """A sequence of a lost stream of which so many outputs are replayed, one by one, before the next."""
+    talk = Talk(resume_seconds=10, **settings).start(window=1)
+    for step in range(1, repeats + 1):
+        talk.send()
+        talk.answer(step)
+    talk.send()
+    talk.lose()
+    return talk
+
+
+@pytest.mark.parametrize("reply_seconds", [None, 30])
+@pytest.mark.parametrize("reached", [0, 3, 5])
+def test_a_replay_that_is_lost_at_the_same_place_again_and_again_is_given_up(
+    reached: int, reply_seconds: float | None
+) -> None:
+    """Although each time the stream opens, and says what the caller has already."""
+    talk = replayed(5, reply_seconds=reply_seconds, poison_losses=99)
+    began = talk.now
+    while talk.one.error is None and talk.now < began + 100:
+        talk.resume(1, window=1)
+        talk.answer(*range(1, reached + 1))
+        talk.now += 1
+        talk.lose()
+    error = talk.error()
+    assert talk.now < began + 15
+    assert isinstance(error, Unavailable)
+    assert str(error) == "UNAVAILABLE: step 6 could not be resumed within 10 s: the connection broke"
+
+
+def test_a_replay_that_falls_silent_at_the_same_place_again_and_again_is_a_timeout() -> None:
+    talk = replayed(5, reply_seconds=5)
+    began = talk.now
+    with pytest.raises(ReplyTimeout, match="no answer to step 6 within 15 s"):
+        while talk.now < began + 100:
+            talk.resume(1, window=1)
+            talk.answer(1, 2, 3)
+            talk.now += talk.one.patience(talk.now) or 0.0
+            assert talk.one.overdue(talk.now)
+
+
+def test_a_replay_that_comes_further_each_time_is_not_given_up() -> None:
+    talk = replayed(8)
+    for reached in range(1, 8):
+        talk.resume(1, window=1)
+        talk.now += 9
+        assert not talk.one.overdue(talk.now)
+        talk.answer(*range(1, reached + 1))
+        talk.lose()
+    assert talk.one.error is None
+    talk.resume(1, window=1)
+    talk.answer(*range(1, 10))
+    assert talk.taken() == [(step, 0) for step in range(1, 10)]
+
+
+def test_servers_that_close_the_sequence_again_and_again_are_given_up() -> None:
+    talk = Talk(resume_seconds=10).start()
+    talk.send()
+    began = talk.now
+    while talk.one.error is None and talk.now < began + 100:
+        talk.closed(pb.REBALANCE, 0, b"token 0")
+        if talk.one.call_due() is not None:
+            talk.resume(1)
+    error = talk.error()
+    assert talk.now < began + 10
+    assert isinstance(error, SequenceEnded)
+    assert "step 1 could not be resumed within 10 s: the server ended the sequence: REBALANCE" in str(error)
+    assert (error.reason, error.resume_token) == ("REBALANCE", b"token 0")
+
+
+def test_the_time_in_which_the_caller_does_not_read_is_no_time_to_resume() -> None:
+    talk = Talk(resume_seconds=10, buffer_bytes=100, poison_losses=99).start()
+    talk.send()
+    talk.send()
+    talk.answer(1)
+    talk.lose()
+    talk.resume(1)
+    assert talk.one.full
+    talk.now += 1000
+    talk.taken()
+    talk.lose()
+    assert talk.resume(1) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -802,13 +919,14 @@ def test_a_long_replay_is_no_timeout() -> None:
     for step in range(1, 6):
         talk.send()
         talk.answer(step)
-    talk.send()
-    talk.lose()
-    talk.resume(1)
-    for step in range(1, 6):
-        talk.now += 4
-        assert not talk.one.overdue(talk.now)
-        talk.answer(step)
+    for last in range(6, 9):  # each loss is replayed as far
+        talk.send()
+        talk.lose()
+        talk.resume(1)
+        for step in range(1, last + 1):
+            talk.now += 4
+            assert not talk.one.overdue(talk.now)
+            talk.answer(step)
 
 
 def test_a_resume_that_does_not_open_is_given_up_after_timeout_seconds() -> None:

@@ -72,6 +72,7 @@ class Conversation:
         self._backoff = Backoff(settings.resume_seconds, jitter)
         self._untried = len(settings.targets) - 1  # targets, for the first opening
         self._refusals = 0  # of this resume, by servers that cannot take it
+        self._refusal: errors.ServerError | None = None  # the last one by a server, of this opening
         self._call: _Call | None = None
         self._replay = Replay()
         self._token_step = 0  # the step that the newest token covers, at least
@@ -210,6 +211,8 @@ class Conversation:
             f"the stream ended before the sequence, after step {self._answered}; open a new one",
             code="UNAVAILABLE",
         )
+        if not call.opened and isinstance(error, errors.ServerError) and error.reason:
+            self._refusal = error  # says more than that no server answers elsewhere
         if self.opened is None:
             self._go_on_to_untried(error, now)
         elif not _is_loss(error) and not self._may_resume_elsewhere(call, error):
@@ -245,11 +248,13 @@ class Conversation:
         return True
 
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
-        if self._untried and _is_loss(error):
+        if not _is_loss(error):
+            self.error = error
+        elif self._untried:
             self._untried -= 1
             self._backoff.due = now
         else:
-            self.error = error
+            self.error = self._refusal or error
 
     def _count_loss(self, call: _Call, error: errors.TenutoError) -> None:
         """Blame the first unanswered step for the loss, if the server was given it."""
@@ -276,7 +281,9 @@ class Conversation:
         if self._backoff.again(now):
             log.log(level, "sequence %s is opened again for %s: %s", self._name(), self._missing(), error)
         else:
-            self.error = self._unresumed(error, f" within {self._settings.resume_seconds:g} s")
+            self.error = self._unresumed(
+                self._refusal or error, f" within {self._settings.resume_seconds:g} s"
+            )
 
     def _unresumed(self, error: errors.TenutoError, within: str) -> errors.TenutoError:
         """Return `error` with the words that it prevented a resume."""
@@ -369,6 +376,7 @@ class Conversation:
         self._token_step = step - 1
         self._replay.drop_through(step - 1)
         self._refusals = 0
+        self._refusal = None
         self.opened = message
         call.opened = True
         call.next_step = step
@@ -552,13 +560,16 @@ class Conversation:
     def overdue(self, now: float) -> bool:
         """Give up a call on which something is overdue; then it is to be cancelled.
 
-        Raises ReplyTimeout where the answer is not waited for on other calls, or was for long enough.
+        Raises ReplyTimeout where the answer is not waited for on other calls, or was for long enough; or
+        the last refusal of a server, if no other one opened the sequence since.
         """
         if self.full or self.over:
             return False
         settings = self._settings
         if (end := self._answer_ends()) is not None and end <= now:
             limit = (settings.reply_seconds or 0.0) + settings.resume_seconds
+            if self._refusal is not None:
+                raise self._unresumed(self._refusal, f" within {limit:g} s")
             raise errors.ReplyTimeout(
                 f"no answer to {self._missing()} within {limit:g} s; raise reply_seconds, or look at "
                 "the server's metrics"
@@ -572,7 +583,7 @@ class Conversation:
             error = f"the server did not open the sequence within {settings.timeout_seconds:g} s"
         late = errors.ReplyTimeout(error)
         if self.opened is None and not self._untried:
-            raise late
+            raise self._refusal or late
         self.lost(late, now)
         return True
 

@@ -587,6 +587,52 @@ def test_after_resume_seconds_the_last_error_is_raised_in_words() -> None:
     assert error.resume_token == b"token 1"
 
 
+def test_a_refusal_says_more_than_that_another_server_is_dead() -> None:
+    talk = Talk(targets=2, resume_seconds=10).start()
+    talk.send()
+    talk.lose()
+    for reason in ("POOL_FULL", "OVERLOADED"):
+        talk.now = talk.one.call_due() or 0.0
+        talk.call()
+        talk.failed(8, reason)
+    while (due := talk.one.call_due()) is not None:
+        talk.now = due
+        talk.call()
+        talk.lose()
+    error = talk.error()
+    assert isinstance(error, Overloaded)
+    assert str(error) == "OVERLOADED: step 1 could not be resumed within 10 s: text"
+
+
+def test_a_refusal_before_the_newest_opening_is_not_the_reason() -> None:
+    talk = Talk(targets=2, resume_seconds=10, poison_losses=99).start()
+    talk.send()
+    talk.lose()
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.resume(1)
+    talk.lose()
+    while (due := talk.one.call_due()) is not None:
+        talk.now = due
+        talk.call()
+        talk.lose()
+    assert str(talk.error()) == "UNAVAILABLE: step 1 could not be resumed within 10 s: the connection broke"
+
+
+def test_a_refusal_says_more_than_that_another_server_hangs() -> None:
+    talk = Talk(targets=2, reply_seconds=5, resume_seconds=5).start()
+    talk.send()
+    talk.lose()
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.now = talk.one.call_due() or 0.0
+    talk.call()
+    with pytest.raises(Overloaded, match="^POOL_FULL: step 1 could not be resumed within 10 s: text$"):
+        for _ in range(3):
+            talk.now += talk.one.patience(talk.now) or 0.0
+            assert not talk.one.overdue(talk.now)
+
+
 def test_with_progress_the_time_to_resume_begins_anew() -> None:
     talk = Talk(resume_seconds=10, poison_losses=99).start()
     for step in range(1, 11):
@@ -622,11 +668,11 @@ def test_the_token_of_a_failed_run_is_progress_once_a_server_says_for_which_step
         talk.failed(13, "RUN_FAILED", b"token")
         talk.now += 9
         talk.resume(step + 1)
-    assert talk.one.error is None
-    while talk.one.error is None:  # and none where it is for the same one
+    for _ in range(20):  # and none where it is for the same one
         talk.failed(13, "RUN_FAILED", b"token")
-        if talk.one.call_due() is not None:
-            talk.resume(4)
+        if talk.one.call_due() is None:
+            break
+        talk.resume(4)
     assert "step 4 could not be resumed within 10 s" in str(talk.error())
 
 
@@ -801,11 +847,41 @@ def test_the_first_opening_tries_each_target_once() -> None:
     assert talk.one.call_due() is None
 
 
+def test_a_first_opening_that_finds_no_room_says_so_although_the_last_target_is_dead() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.lose()
+    with pytest.raises(Overloaded, match="^POOL_FULL: text$"):
+        talk.one.is_open()
+
+
+def test_a_first_opening_that_finds_no_room_says_so_although_the_last_target_hangs() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.now += 10
+    with pytest.raises(Overloaded, match="^POOL_FULL: text$"):
+        talk.one.overdue(talk.now)
+
+
 def test_a_first_opening_that_is_wrong_is_not_tried_elsewhere() -> None:
     talk = Talk(targets=2)
     talk.call()
     talk.failed(5, "UNKNOWN_MODEL")
     with pytest.raises(NotFound):
+        talk.one.is_open()
+
+
+def test_a_first_opening_that_is_wrong_says_so_although_another_target_was_full() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.lose(Refused("not permitted", code="PERMISSION_DENIED"))
+    with pytest.raises(Refused, match="^PERMISSION_DENIED: not permitted$"):
         talk.one.is_open()
 
 

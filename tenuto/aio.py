@@ -299,7 +299,7 @@ class Stream:
 
     @property
     def version(self) -> int:
-        """The model version that this sequence stays on."""
+        """The model version that this sequence is on; it may change when the sequence moves."""
         opened = self._conversation.opened
         return opened.version if opened is not None else 0
 

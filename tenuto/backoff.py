@@ -15,8 +15,8 @@ def jitter() -> float:
 class Backoff:
     """At once, then after 50 ms, doubling to 2 s, each times a factor that `jitter` returns.
 
-    `due` is when the next call may be made. `since` is when a call was first missed: None while
-    there is one, or while none is needed. `limit_seconds` later the trying ends.
+    `due` is when the next call may be made. `since` is when a call was first missed; a call that
+    opens and brings nothing does not change it. `limit_seconds` later the trying ends.
     """
 
     def __init__(self, limit_seconds: float, jitter: Callable[[], float]) -> None:
@@ -31,13 +31,19 @@ class Backoff:
         if self.since is None:
             self.since = now
 
-    def opened(self) -> None:
-        """There is a call again. The next loss waits as long, until `progress` was made."""
-        self.since = None
-
     def progress(self) -> None:
         """A call has brought something new: the next loss is a first one."""
+        self.since = None
         self._tries = 0
+
+    def nearer(self) -> None:
+        """A call came nearer to something new than any before: the next loss has all the time again."""
+        self.since = None
+
+    def read_on(self, now: float) -> None:
+        """The caller read at last: what went by before is not the servers' time."""
+        if self.since is not None:
+            self.since = now
 
     def again(self, now: float) -> bool:
         """Fix when the next call is due; False if that is too late."""

@@ -72,11 +72,13 @@ class Conversation:
         self._backoff = Backoff(settings.resume_seconds, jitter)
         self._untried = len(settings.targets) - 1  # targets, for the first opening
         self._refusals = 0  # of this resume, by servers that cannot take it
+        self._refusal: errors.ServerError | None = None  # the last one by a server, of this opening
         self._call: _Call | None = None
         self._replay = Replay()
         self._token_step = 0  # the step that the newest token covers, at least
         self._next_step = 1
         self._had = (0, 0)  # step and part of the newest output that the caller has, or is to read
+        self._repeated = (0, 0)  # of the furthest output that came again since the last progress
         self._answered = 0  # the last step whose last output arrived
         self._losses = 0  # calls lost since the last new output, with the same step unanswered
         self._unread: deque[tuple[Output, int]] = deque()  # with their bytes
@@ -169,8 +171,9 @@ class Conversation:
         event = pb.Open()
         event.CopyFrom(self._event)
         event.resume_token = self.resume_token
-        if self.opened is not None and not self.resume_token:
-            event.version = self.opened.version  # replayed through another model it would be another one
+        if self.opened is not None and not self.resume_token and self._had > (0, 0):
+            # The caller has outputs of this version: another one's would be those of another sequence.
+            event.version = self.opened.version
         return pb.StreamRequest(events=[pb.Event(open=event)])
 
     def _chunks_due(self, call: _Call) -> list[pb.StreamRequest]:
@@ -208,6 +211,8 @@ class Conversation:
             f"the stream ended before the sequence, after step {self._answered}; open a new one",
             code="UNAVAILABLE",
         )
+        if not call.opened and isinstance(error, errors.ServerError) and error.reason:
+            self._refusal = error  # says more than that no server answers elsewhere
         if self.opened is None:
             self._go_on_to_untried(error, now)
         elif not _is_loss(error) and not self._may_resume_elsewhere(call, error):
@@ -243,11 +248,13 @@ class Conversation:
         return True
 
     def _go_on_to_untried(self, error: errors.TenutoError, now: float) -> None:
-        if self._untried and _is_loss(error):
+        if not _is_loss(error):
+            self.error = error
+        elif self._untried:
             self._untried -= 1
             self._backoff.due = now
         else:
-            self.error = error
+            self.error = self._refusal or error
 
     def _count_loss(self, call: _Call, error: errors.TenutoError) -> None:
         """Blame the first unanswered step for the loss, if the server was given it."""
@@ -274,7 +281,9 @@ class Conversation:
         if self._backoff.again(now):
             log.log(level, "sequence %s is opened again for %s: %s", self._name(), self._missing(), error)
         else:
-            self.error = self._unresumed(error, f" within {self._settings.resume_seconds:g} s")
+            self.error = self._unresumed(
+                self._refusal or error, f" within {self._settings.resume_seconds:g} s"
+            )
 
     def _unresumed(self, error: errors.TenutoError, within: str) -> errors.TenutoError:
         """Return `error` with the words that it prevented a resume."""
@@ -285,6 +294,13 @@ class Conversation:
                 code=error.code,
                 reason=error.reason,
                 retry_after_seconds=error.retry_after_seconds,
+                resume_token=self.resume_token,
+            )
+        if isinstance(error, errors.SequenceEnded):
+            return errors.SequenceEnded(
+                f"{text}{error}",
+                reason=error.reason,
+                last_step=error.last_step,
                 resume_token=self.resume_token,
             )
         return type(error)(f"{text}{error}")
@@ -322,20 +338,26 @@ class Conversation:
                 f"{reply.sequence} where only 0 is open; upgrade the client"
             )
         if kind == "opened":
-            self._open(call, reply.opened)
+            self._open(call, reply.opened, now)
             return
-        self._owed_since = now  # something came; Opened alone is no answer
         if kind == "output":
             self._output(call, reply.output, now)
         elif kind == "checkpoint":
             call.asked_token = False
-            self._take_token(reply.checkpoint.resume_token, reply.checkpoint.step)
+            self._take_token(reply.checkpoint.resume_token, reply.checkpoint.step, now)
         elif kind == "closed":
             self._close(call, reply.closed, now)
         else:
             self._fail(call, reply.failed, now)
 
-    def _open(self, call: _Call, message: pb.Opened) -> None:
+    def _progress(self, now: float) -> None:
+        """Something new came. Only that ends the wait: calls that open, and say again what the caller has,
+        may be lost for ever at the same place."""
+        self._owed_since = now
+        self._repeated = (0, 0)
+        self._backoff.progress()
+
+    def _open(self, call: _Call, message: pb.Opened, now: float) -> None:
         step = message.next_step
         if self.opened is None:
             self._next_step = step
@@ -349,10 +371,12 @@ class Conversation:
         else:
             self.resumes += 1
             log.info("sequence %s goes on at step %d as %s", self._name(), step, message.sequence_id)
+            if step > self._token_step + 1:  # the token of a failed run was a newer one
+                self._progress(now)
         self._token_step = step - 1
         self._replay.drop_through(step - 1)
-        self._backoff.opened()
         self._refusals = 0
+        self._refusal = None
         self.opened = message
         call.opened = True
         call.next_step = step
@@ -369,6 +393,10 @@ class Conversation:
             )
         if (step, part) > self._had:
             self._keep(message, now)
+        elif (step, part) > self._repeated:  # a long replay
+            self._repeated = (step, part)
+            self._owed_since = now
+            self._backoff.nearer()
         if step == expected and message.last:
             call.unanswered.popleft()
 
@@ -388,20 +416,22 @@ class Conversation:
         self._unread_bytes += size
         self._had = (step, message.part)
         self._losses = 0
-        self._backoff.progress()
+        self._progress(now)
         if message.last:
             self._began.pop(step, None)
             self._answered = step
             if not self._resuming:
                 self._replay.drop_through(step)
 
-    def _take_token(self, token: bytes, step: int) -> None:
+    def _take_token(self, token: bytes, step: int, now: float) -> None:
         """Keep the newest token, and forget the chunks that it covers."""
         if step > self._answered or not token:
             raise errors.ProtocolError(
                 f"a resume token of {len(token)} bytes after step {step}, where {self._answered} is the "
                 "last one answered; report this to the server's maintainers"
             )
+        if step > self._token_step:
+            self._progress(now)
         if step >= self._token_step:
             self.resume_token, self._token_step = token, step
             self._replay.drop_through(step)
@@ -424,14 +454,14 @@ class Conversation:
             last_step=message.last_step,
             resume_token=message.resume_token,
         )
-        self._call = None
         # A server that drains without a token loses nothing: all chunks since the last one are here.
         carried = message.resume_token or message.reason == pb.DRAINING
         if not (self._resuming and message.reason in _RESUMABLE and carried):
-            self.error = error
+            self.stop(error)
             return
         if message.resume_token:
-            self._take_token(message.resume_token, message.last_step)
+            self._take_token(message.resume_token, message.last_step, now)
+        self._call = None
         self._retry(error, now)
 
     def _fail(self, call: _Call, message: pb.Failed, now: float) -> None:
@@ -514,6 +544,7 @@ class Conversation:
             self._owed_since = now
         if self._call is not None and self._call.owed_since is not None:
             self._call.owed_since = now
+        self._backoff.read_on(now)
 
     # -- what is overdue ---------------------------------------------------------------------------
 
@@ -529,13 +560,16 @@ class Conversation:
     def overdue(self, now: float) -> bool:
         """Give up a call on which something is overdue; then it is to be cancelled.
 
-        Raises ReplyTimeout where the answer is not waited for on other calls, or was for long enough.
+        Raises ReplyTimeout where the answer is not waited for on other calls, or was for long enough; or
+        the last refusal of a server, if no other one opened the sequence since.
         """
         if self.full or self.over:
             return False
         settings = self._settings
         if (end := self._answer_ends()) is not None and end <= now:
             limit = (settings.reply_seconds or 0.0) + settings.resume_seconds
+            if self._refusal is not None:
+                raise self._unresumed(self._refusal, f" within {limit:g} s")
             raise errors.ReplyTimeout(
                 f"no answer to {self._missing()} within {limit:g} s; raise reply_seconds, or look at "
                 "the server's metrics"
@@ -549,7 +583,7 @@ class Conversation:
             error = f"the server did not open the sequence within {settings.timeout_seconds:g} s"
         late = errors.ReplyTimeout(error)
         if self.opened is None and not self._untried:
-            raise late
+            raise self._refusal or late
         self.lost(late, now)
         return True
 

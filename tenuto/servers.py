@@ -1,5 +1,6 @@
 """The servers of one client: a channel to each, and whose turn it is."""
 
+import random
 from collections.abc import Callable
 from threading import Lock
 from typing import Any
@@ -11,11 +12,19 @@ from .v1.tenuto_pb2_grpc import TenutoStub
 Options = list[tuple[str, int | str]]
 
 
+def first_turn(count: int) -> int:
+    """Return where among so many targets a client begins.
+
+    Were it always the first, processes of one stream each would all be at one server.
+    """
+    return random.randrange(count)
+
+
 class Servers:
     """The channels of one client, each made at its first use. Safe to share among threads.
 
-    Calls take the targets in turn: a caller asks for its `turn` once, and for what is `at` that
-    turn, at the next, and so on, until a server took the call.
+    Calls take the targets in turn, from any one of them on: a caller asks for its `turn` once, and
+    for what is `at` that turn, at the next, and so on, until a server took the call.
     """
 
     def __init__(self, settings: Settings, connect: Callable[[str, Options], Any]) -> None:
@@ -25,7 +34,7 @@ class Servers:
         self._settings = settings
         self._connect = connect
         self._lock = Lock()
-        self._turn = -1
+        self._turn = first_turn(self.count) - 1
         self._closed = False
         self._channels: list[Any] = []
         self._stubs: dict[str, Any] = {}

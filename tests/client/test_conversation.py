@@ -28,9 +28,11 @@ LOST = Unavailable("the connection broke", code="UNAVAILABLE")
 class Talk:
     """A conversation at a clock that the test moves, and the server's side of it by hand."""
 
-    def __init__(self, targets: int = 1, resume_token: bytes = b"", **settings: Any) -> None:
+    def __init__(
+        self, targets: int = 1, version: int = 0, resume_token: bytes = b"", **settings: Any
+    ) -> None:
         names = ",".join(f"host-{n}:1" for n in range(targets))
-        event = pb.Open(model="accumulator", label="kitchen", resume_token=resume_token)
+        event = pb.Open(model="accumulator", version=version, label="kitchen", resume_token=resume_token)
         self.one = Conversation(event, Settings(names, **settings), lambda: 1.0)
         self.now = 100.0
 
@@ -195,6 +197,18 @@ def test_without_a_token_a_lost_sequence_is_opened_anew_and_replayed_whole() -> 
     talk.answer(1, 2)
     assert talk.taken() == [(1, 0), (2, 0)]
     assert talk.one.resumes == 1
+
+
+@pytest.mark.parametrize("wish", [0, 2])
+def test_a_sequence_without_an_output_yet_may_go_on_with_any_version_that_fits_the_wish(wish: int) -> None:
+    talk = Talk(version=wish).start()
+    talk.send()
+    talk.lose()
+    assert talk.call() == pb.Open(model="accumulator", label="kitchen", version=wish)
+    assert talk.opened() == ["1"]
+    talk.answer(1, last=False)  # from here on it stays with that one
+    talk.lose()
+    assert talk.call().version == 3
 
 
 def test_with_a_token_the_chunks_after_it_are_sent_again() -> None:
@@ -433,6 +447,15 @@ def test_other_endings_are_the_end(reason: str, token: bytes) -> None:
     assert (error.reason, error.resume_token) == (reason, token)
 
 
+def test_an_ending_with_a_token_that_would_lose_outputs_is_a_protocol_error() -> None:
+    talk = Talk().start()
+    talk.send()
+    with pytest.raises(ProtocolError) as caught:
+        talk.closed(pb.REBALANCE, 1, b"token 1")
+    talk.lose(caught.value)  # as the clients do
+    assert talk.error() is caught.value
+
+
 def test_a_server_that_keeps_closing_is_not_called_without_a_pause() -> None:
     talk = Talk().start()
     talk.send()
@@ -564,14 +587,177 @@ def test_after_resume_seconds_the_last_error_is_raised_in_words() -> None:
     assert error.resume_token == b"token 1"
 
 
-def test_the_time_to_resume_begins_anew_with_each_loss() -> None:
-    talk = Talk(resume_seconds=10, reply_seconds=None, poison_losses=99).start()
+def test_a_refusal_says_more_than_that_another_server_is_dead() -> None:
+    talk = Talk(targets=2, resume_seconds=10).start()
     talk.send()
-    for _ in range(30):
+    talk.lose()
+    for reason in ("POOL_FULL", "OVERLOADED"):
+        talk.now = talk.one.call_due() or 0.0
+        talk.call()
+        talk.failed(8, reason)
+    while (due := talk.one.call_due()) is not None:
+        talk.now = due
+        talk.call()
         talk.lose()
-        talk.now += 3
+    error = talk.error()
+    assert isinstance(error, Overloaded)
+    assert str(error) == "OVERLOADED: step 1 could not be resumed within 10 s: text"
+
+
+def test_a_refusal_before_the_newest_opening_is_not_the_reason() -> None:
+    talk = Talk(targets=2, resume_seconds=10, poison_losses=99).start()
+    talk.send()
+    talk.lose()
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.resume(1)
+    talk.lose()
+    while (due := talk.one.call_due()) is not None:
+        talk.now = due
+        talk.call()
+        talk.lose()
+    assert str(talk.error()) == "UNAVAILABLE: step 1 could not be resumed within 10 s: the connection broke"
+
+
+def test_a_refusal_says_more_than_that_another_server_hangs() -> None:
+    talk = Talk(targets=2, reply_seconds=5, resume_seconds=5).start()
+    talk.send()
+    talk.lose()
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.now = talk.one.call_due() or 0.0
+    talk.call()
+    with pytest.raises(Overloaded, match="^POOL_FULL: step 1 could not be resumed within 10 s: text$"):
+        for _ in range(3):
+            talk.now += talk.one.patience(talk.now) or 0.0
+            assert not talk.one.overdue(talk.now)
+
+
+def test_with_progress_the_time_to_resume_begins_anew() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for step in range(1, 11):
+        talk.send()
+        talk.lose()
+        talk.now += 9
         talk.resume(1)
+        talk.now += 9
+        talk.answer(*range(1, step + 1))
     assert talk.one.error is None
+
+
+def test_a_newer_token_is_progress() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for step in range(1, 9):
+        talk.send()
+        talk.answer(step)
+    talk.send()
+    for step in range(1, 9):
+        talk.lose()
+        talk.now += 9
+        talk.resume(step)
+        talk.token(step)
+    assert talk.one.error is None
+
+
+def test_the_token_of_a_failed_run_is_progress_once_a_server_says_for_which_step() -> None:
+    talk = Talk(resume_seconds=10, poison_losses=99).start()
+    for _ in range(4):
+        talk.send()
+    talk.answer(1, 2, 3)
+    for step in range(1, 4):
+        talk.failed(13, "RUN_FAILED", b"token")
+        talk.now += 9
+        talk.resume(step + 1)
+    for _ in range(20):  # and none where it is for the same one
+        talk.failed(13, "RUN_FAILED", b"token")
+        if talk.one.call_due() is None:
+            break
+        talk.resume(4)
+    assert "step 4 could not be resumed within 10 s" in str(talk.error())
+
+
+def replayed(repeats: int, **settings: Any) -> Talk:
+    """A sequence of a lost stream of which so many outputs are replayed, one by one, before the next."""
+    talk = Talk(resume_seconds=10, **settings).start(window=1)
+    for step in range(1, repeats + 1):
+        talk.send()
+        talk.answer(step)
+    talk.send()
+    talk.lose()
+    return talk
+
+
+@pytest.mark.parametrize("reply_seconds", [None, 30])
+@pytest.mark.parametrize("reached", [0, 3, 5])
+def test_a_replay_that_is_lost_at_the_same_place_again_and_again_is_given_up(
+    reached: int, reply_seconds: float | None
+) -> None:
+    """Although each time the stream opens, and says what the caller has already."""
+    talk = replayed(5, reply_seconds=reply_seconds, poison_losses=99)
+    began = talk.now
+    while talk.one.error is None and talk.now < began + 100:
+        talk.resume(1, window=1)
+        talk.answer(*range(1, reached + 1))
+        talk.now += 1
+        talk.lose()
+    error = talk.error()
+    assert talk.now < began + 15
+    assert isinstance(error, Unavailable)
+    assert str(error) == "UNAVAILABLE: step 6 could not be resumed within 10 s: the connection broke"
+
+
+def test_a_replay_that_falls_silent_at_the_same_place_again_and_again_is_a_timeout() -> None:
+    talk = replayed(5, reply_seconds=5)
+    began = talk.now
+    with pytest.raises(ReplyTimeout, match="no answer to step 6 within 15 s"):
+        while talk.now < began + 100:
+            talk.resume(1, window=1)
+            talk.answer(1, 2, 3)
+            talk.now += talk.one.patience(talk.now) or 0.0
+            assert talk.one.overdue(talk.now)
+
+
+def test_a_replay_that_comes_further_each_time_is_not_given_up() -> None:
+    talk = replayed(8)
+    for reached in range(1, 8):
+        talk.resume(1, window=1)
+        talk.now += 9
+        assert not talk.one.overdue(talk.now)
+        talk.answer(*range(1, reached + 1))
+        talk.lose()
+    assert talk.one.error is None
+    talk.resume(1, window=1)
+    talk.answer(*range(1, 10))
+    assert talk.taken() == [(step, 0) for step in range(1, 10)]
+
+
+def test_servers_that_close_the_sequence_again_and_again_are_given_up() -> None:
+    talk = Talk(resume_seconds=10).start()
+    talk.send()
+    began = talk.now
+    while talk.one.error is None and talk.now < began + 100:
+        talk.closed(pb.REBALANCE, 0, b"token 0")
+        if talk.one.call_due() is not None:
+            talk.resume(1)
+    error = talk.error()
+    assert talk.now < began + 10
+    assert isinstance(error, SequenceEnded)
+    assert "step 1 could not be resumed within 10 s: the server ended the sequence: REBALANCE" in str(error)
+    assert (error.reason, error.resume_token) == ("REBALANCE", b"token 0")
+
+
+def test_the_time_in_which_the_caller_does_not_read_is_no_time_to_resume() -> None:
+    talk = Talk(resume_seconds=10, buffer_bytes=100, poison_losses=99).start()
+    talk.send()
+    talk.send()
+    talk.answer(1)
+    talk.lose()
+    talk.resume(1)
+    assert talk.one.full
+    talk.now += 1000
+    talk.taken()
+    talk.lose()
+    assert talk.resume(1) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -661,11 +847,41 @@ def test_the_first_opening_tries_each_target_once() -> None:
     assert talk.one.call_due() is None
 
 
+def test_a_first_opening_that_finds_no_room_says_so_although_the_last_target_is_dead() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.lose()
+    with pytest.raises(Overloaded, match="^POOL_FULL: text$"):
+        talk.one.is_open()
+
+
+def test_a_first_opening_that_finds_no_room_says_so_although_the_last_target_hangs() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.now += 10
+    with pytest.raises(Overloaded, match="^POOL_FULL: text$"):
+        talk.one.overdue(talk.now)
+
+
 def test_a_first_opening_that_is_wrong_is_not_tried_elsewhere() -> None:
     talk = Talk(targets=2)
     talk.call()
     talk.failed(5, "UNKNOWN_MODEL")
     with pytest.raises(NotFound):
+        talk.one.is_open()
+
+
+def test_a_first_opening_that_is_wrong_says_so_although_another_target_was_full() -> None:
+    talk = Talk(targets=2)
+    talk.call()
+    talk.failed(8, "POOL_FULL")
+    talk.call()
+    talk.lose(Refused("not permitted", code="PERMISSION_DENIED"))
+    with pytest.raises(Refused, match="^PERMISSION_DENIED: not permitted$"):
         talk.one.is_open()
 
 
@@ -779,13 +995,14 @@ def test_a_long_replay_is_no_timeout() -> None:
     for step in range(1, 6):
         talk.send()
         talk.answer(step)
-    talk.send()
-    talk.lose()
-    talk.resume(1)
-    for step in range(1, 6):
-        talk.now += 4
-        assert not talk.one.overdue(talk.now)
-        talk.answer(step)
+    for last in range(6, 9):  # each loss is replayed as far
+        talk.send()
+        talk.lose()
+        talk.resume(1)
+        for step in range(1, last + 1):
+            talk.now += 4
+            assert not talk.one.overdue(talk.now)
+            talk.answer(step)
 
 
 def test_a_resume_that_does_not_open_is_given_up_after_timeout_seconds() -> None:

@@ -21,6 +21,7 @@ from tenuto import (
     SequenceFailed,
     Unavailable,
 )
+from tenuto.servers import first_turn  # before the tests' own one is in its place
 from tenuto.stream import Stream
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import FakeServer, closed, token
@@ -323,6 +324,18 @@ def test_streams_begin_at_the_servers_in_turn(first: FakeServer, second: FakeSer
         for _ in range(4):
             stack.enter_context(pair.stream("accumulator"))
         assert (len(first.opens), len(second.opens)) == (2, 2)
+
+
+def test_each_client_begins_at_any_of_its_servers(
+    first: FakeServer, second: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenuto.servers.first_turn", first_turn)
+    monkeypatch.setattr("random.randrange", lambda count: count - 1)
+    with Client(f"{first.target},{second.target}") as client:
+        for _ in range(3):
+            with client.stream("accumulator"):
+                pass
+    assert (len(first.opens), len(second.opens)) == (1, 2)
 
 
 def test_a_name_with_several_addresses_is_several_servers(first: FakeServer, second: FakeServer) -> None:

@@ -177,7 +177,6 @@ class Stream:
         self._conversation = Conversation(event, settings, jitter)
         self._changed = asyncio.Event()  # replaced each time the conversation changed
         self._sending = asyncio.Lock()  # one `send` at a time, in the order in which they were called
-        self._writing = asyncio.Lock()  # one write at a time, in the order of the conversation
         self._call: Any = None
         self._caller: asyncio.Task[None] | None = None
         self._writer: asyncio.Task[None] | None = None
@@ -229,14 +228,14 @@ class Stream:
         async with self._sending:
             await self._wait(self._conversation.room)
             step = self._conversation.chunk(inputs, generate, began, monotonic())
-            await self._write_or_end()
+            await self._write_out()
         return step
 
     async def end(self) -> None:
         """Say that no more chunks come. Iterating then yields what is left, and stops."""
         async with self._sending:
             self._conversation.end(monotonic())
-            await self._write_or_end()
+            await self._write_out()
 
     async def run(self, chunks: Iterable[Inputs] | AsyncIterable[Inputs]) -> AsyncIterator[Output]:
         """Send all `chunks`, end, and yield the outputs as they come, in order.
@@ -336,16 +335,43 @@ class Stream:
             async with asyncio.timeout(seconds):
                 await changed.wait()
 
-    async def _write(self) -> None:
-        """Write what the conversation has to say."""
+    async def _write_out(self) -> None:
+        """Have the conversation's words written, and wait for that as long as it is of use.
+
+        Cancelled meanwhile, end the sequence: nobody could say whether the chunk is part of it.
+        """
+        self._write_soon()
         if not self._conversation.on_call:
             self._notify()  # the task that makes calls may have to make one
-        async with self._writing:
+        try:
+            # What is overdue is for the next call to raise: this one's chunk is taken in.
+            with suppress(errors.TenutoError):
+                await self._wait(self._is_written)
+        except asyncio.CancelledError:
+            self._give_up()
+            raise
+
+    def _is_written(self) -> bool:
+        """Whether nothing is left to write, or nothing is until the caller reads."""
+        writing = self._writer is not None and not self._writer.done()
+        return not writing or self._conversation.over or self._conversation.full
+
+    def _write_soon(self) -> None:
+        """Have a task write what the conversation has to say: one at a time, so that all stays in order."""
+        if self._conversation.has_outgoing() and (self._writer is None or self._writer.done()):
+            self._writer = asyncio.create_task(self._write(), name="tenuto-write")
+            self._writer.add_done_callback(lambda _: self._notify())
+
+    async def _write(self) -> None:
+        try:
             while self._conversation.has_outgoing():
                 call = self._call
                 for request in self._conversation.outgoing(monotonic()):
                     if not await self._write_one(call, request):
                         break  # the task that reads hears why, and another call says it all again
+        except Exception as bug:  # noqa: BLE001 - else the caller waits for ever
+            self._conversation.break_down(bug)
+            self._call.cancel()
 
     async def _write_one(self, call: Any, request: pb.StreamRequest) -> bool:
         """Write one message; False on a call that is over."""
@@ -361,19 +387,6 @@ class Stream:
                 raise
             return False
         return True
-
-    async def _write_or_end(self) -> None:
-        """Write; cancelled meanwhile, end the sequence: gRPC has cancelled the call."""
-        try:
-            await self._write()
-        except asyncio.CancelledError:
-            self._give_up()
-            raise
-
-    def _write_soon(self) -> None:
-        """Have a task write what the conversation has to say, so that reading goes on meanwhile."""
-        if self._conversation.has_outgoing() and (self._writer is None or self._writer.done()):
-            self._writer = asyncio.create_task(self._write(), name="tenuto-write")
 
     def _give_up(self) -> None:
         self._conversation.leave()

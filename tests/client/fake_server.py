@@ -78,6 +78,7 @@ class FakeServer(TenutoServicer):
         self.on_open: pb.Reply | None = None  # instead of Opened
         self.on_step: dict[int, pb.Reply | None] = {}  # instead of that step's Output; None: nothing
         self.gate: threading.Semaphore | None = None  # one permit for each answered chunk
+        self.reads: int | None = None  # so many chunks of a stream, and then nothing more of it
         self.hang_up = 0  # the stream ends, status OK, before it answers this step
         self.tail = False  # whether End gives a further part of the last step
         self.checkpoint_every = 0  # a token after that many steps
@@ -234,6 +235,8 @@ class FakeServer(TenutoServicer):
                         unanswered = call.received - call.answered
                         self.unanswered_max = max(self.unanswered_max, unanswered)
                     call.events.put(event)
+                if self.reads is not None and call.received >= self.reads:
+                    self._release.wait()
             self.half_closed.set()
         except grpc.RpcError:
             pass  # the client is gone

@@ -22,11 +22,12 @@ from tenuto import (
     SequenceFailed,
     Unavailable,
 )
-from tenuto.aio import Client
+from tenuto.aio import Client, Stream
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import FakeServer
 
 ONE = np.array([1], np.float32)
+BIG = np.ones(500_000, np.float32)  # more than gRPC takes in for one that does not read
 
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
@@ -106,17 +107,82 @@ async def test_a_call_that_cannot_be_made_is_an_error(server: FakeServer) -> Non
 
 @in_loop
 async def test_a_send_that_is_cancelled_while_it_writes_ends_the_sequence(server: FakeServer) -> None:
-    server.gate = threading.Semaphore(0)
+    """Else nobody could say whether its chunk is part of it."""
+    server.reads = 0
     async with Client(server.target) as client, client.stream("accumulator") as stream:
-        async with stream._writing:  # so that it waits there
-            sending = asyncio.create_task(stream.send(ONE))
-            while not stream._conversation.has_outgoing():
-                await asyncio.sleep(0)
-            sending.cancel()
-            await asyncio.wait([sending])
+        sending = asyncio.create_task(stream.send(BIG))
+        while not stream._conversation._began:
+            await asyncio.sleep(0)
+        sending.cancel()
+        await asyncio.wait([sending])
+        assert sending.cancelled()
         error = await raised(stream.send(ONE))
     assert isinstance(error, Unavailable)
     assert "its caller has left" in str(error)
+
+
+@pytest.mark.parametrize("resume_seconds", [0, 0.05])
+@in_loop
+async def test_a_server_that_reads_nothing_is_a_reply_timeout(
+    server: FakeServer, resume_seconds: float
+) -> None:
+    server.reads = 0
+    async with (
+        Client(server.target, reply_seconds=0.05, resume_seconds=resume_seconds, poison_losses=99) as client,
+        client.stream("accumulator") as stream,
+    ):
+        sent: list[int] = []
+        with pytest.raises(ReplyTimeout, match="no answer to step 1 within"):
+            while True:
+                sent.append(await stream.send(BIG))
+        assert len(sent) <= 4  # the window; what was not taken in is no step
+        assert isinstance(await raised(anext(stream)), ReplyTimeout)
+
+
+@in_loop
+async def test_an_end_to_a_server_that_reads_nothing_is_a_reply_timeout(server: FakeServer) -> None:
+    server.reads = 0
+    async with (
+        Client(server.target, reply_seconds=0.05, resume_seconds=0) as client,
+        client.stream("accumulator") as stream,
+    ):
+        for _ in range(4):
+            await stream.send(BIG)
+        await stream.end()
+        assert isinstance(await raised(anext(stream)), ReplyTimeout)
+
+
+@in_loop
+async def test_a_server_that_reads_nothing_while_outputs_wait_unread_does_not_hang_a_send(
+    server: FakeServer,
+) -> None:
+    server.reads = 1
+    server.gate = threading.Semaphore(0)
+
+    async def send_all(stream: Stream) -> None:
+        while True:
+            await stream.send(BIG)
+
+    async with Client(server.target, buffer_bytes=1000) as client, client.stream("accumulator") as stream:
+        sending = asyncio.create_task(raised(send_all(stream)))
+        while len(stream._conversation._began) < 3:
+            await asyncio.sleep(0)
+        server.gate.release()  # the output of the first chunk
+        assert isinstance(await sending, OutputsUnread)
+        assert (await anext(stream)).step == 1
+
+
+@in_loop
+async def test_a_bug_while_writing_is_told(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def outgoing(now: float) -> None:
+        raise KeyError("bug")
+
+    async with Client(server.target) as client, client.stream("accumulator") as stream:
+        monkeypatch.setattr(stream._conversation, "outgoing", outgoing)
+        await stream.send(ONE)
+        error = await raised(anext(stream))
+    assert isinstance(error, ProtocolError)
+    assert "the stream stopped working: KeyError('bug')" in str(error)
 
 
 @in_loop

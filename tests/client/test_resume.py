@@ -353,6 +353,20 @@ def test_a_name_with_several_addresses_is_several_servers(first: FakeServer, sec
         assert len(other.opens) == 1
 
 
+def test_what_one_address_of_a_name_refuses_is_not_tried_at_the_others(
+    first: FakeServer, second: FakeServer
+) -> None:
+    """As the README says: a list of targets is better."""
+    for server in (first, second):
+        server.refusals = [FULL]
+    with (
+        Client(f"ipv4:{first.target},{second.target}") as client,
+        pytest.raises(Overloaded, match="^POOL_FULL: full$"),
+    ):
+        client.stream("accumulator").__enter__()
+    assert len(first.opens + second.opens) == 1
+
+
 @pytest.mark.parametrize("how", [DEATH, grpc.StatusCode.RESOURCE_EXHAUSTED, FULL], ids=["14", "8", "full"])
 def test_a_stream_opens_where_there_is_room(
     first: FakeServer, second: FakeServer, pair: Client, how: Any

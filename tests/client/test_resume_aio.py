@@ -13,7 +13,7 @@ from tenuto import NotFound, OutputsUnread, Overloaded, PoisonedChunk, Refused, 
 from tenuto.aio import Client, Stream
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import FakeServer, closed, token
-from tests.client.test_aio import in_loop, raised
+from tests.client.test_aio import BIG, in_loop, raised
 
 ONE = np.array([1], np.float32)
 DEATH = grpc.StatusCode.UNAVAILABLE
@@ -180,6 +180,24 @@ async def test_a_frozen_server_is_left_for_the_next(first: FakeServer, second: F
         await stream.send(ONE)
         assert [(await anext(stream)).step for _ in range(2)] == [1, 2]
     assert len(second.opens) == 1
+
+
+@in_loop
+async def test_a_server_that_does_not_read_on_is_left_for_the_next(
+    first: FakeServer, second: FakeServer
+) -> None:
+    """Although the caller only sends, and so waits until it is written."""
+    first.reads = 1
+    async with (
+        client_of(first, second, reply_seconds=0.3, poison_losses=99) as client,
+        client.stream("accumulator") as stream,
+    ):
+        for _ in range(6):
+            await stream.send(BIG)
+        await stream.end()
+        outputs = [output async for output in stream]
+    assert [float(output["total"][-1]) for output in outputs] == [BIG.size * step for step in range(1, 7)]
+    assert second.opens
 
 
 @in_loop

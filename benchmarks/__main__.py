@@ -30,6 +30,7 @@ FAIRNESS_SECONDS = 3.0
 PACED_SECONDS = 3.0  # 150 messages of the one stream
 SLOW_SECONDS = 3.5  # those that never read are read no more after 1.4, when their outboxes are full
 OVERLOADED_SECONDS = 3.0  # until a server forgets that it refused newcomers
+TURNS_SECONDS = 2.0  # until each sequence had its first answer, which comes with a resume token
 CALIBRATION = Party(256, 1)
 
 
@@ -59,7 +60,7 @@ class Benchmark:
             parties=case.parties,
         )
         words = [sys.executable, "-m", "benchmarks.load", json.dumps(asdict(job))]
-        # grpc.aio ended one of 1,024 streams CANCELLED while they opened, once: a baseline may try again.
+        # gRPC cancels some of 1,024 streams that open at once (docs/decisions.md): a baseline may try again.
         return _run(words, f"{case.table}, {case.row}", attempts=1 if case.server == OURS else 3)
 
     def _bare(self, party: Party) -> Measurement:
@@ -79,6 +80,8 @@ class Benchmark:
     def _warmup_seconds(self, case: Case) -> float:
         if case.table == suites.SLOW:
             return SLOW_SECONDS
+        if case.row == suites.LIVE_TURNS:
+            return TURNS_SECONDS
         return WARMUP_SECONDS + case.parties[0].ramp_seconds
 
     def capacity(self) -> float:

@@ -129,7 +129,7 @@ class Population:
         """The first pending chunk is done: its Output goes out."""
         tensors = self._layout.join(chunk.parts)
         output = Output(chunk.step, chunk.part, True, tensors, queued, chunk.compute, rows)
-        sequence.pending.popleft()
+        sequence.pending.pop(0)
         if not sequence.answered:
             self._metrics.first_output.add(now - sequence.begun)
         sequence.answered = chunk.step
@@ -339,7 +339,7 @@ class Population:
                 now = self._clock()
                 self.answer(sequence, head, now - head.arrived, 0, now)
             elif isinstance(head, Wish):
-                sequence.pending.popleft()
+                sequence.pending.pop(0)
                 self._checkpoint(sequence)
             elif isinstance(head, TenutoError):
                 self.close(sequence, Ending.FAILED, head)
@@ -360,7 +360,7 @@ class Population:
             return False
         tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
         self._metrics.pending_chunks += 1
-        sequence.pending.appendleft(tail)
+        sequence.pending.insert(0, tail)
         return True
 
     def close(self, sequence: Sequence, reason: Ending, error: TenutoError | None = None) -> None:

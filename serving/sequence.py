@@ -10,7 +10,6 @@ import enum
 import itertools
 import math
 import secrets
-from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -261,7 +260,8 @@ class Sequence:
         self.last_output: Output | None = None
         self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
         self.sealed = 0  # the step of the last checkpoint
-        self.pending: deque[Chunk | Wish | Ending | TenutoError] = deque()
+        # A list: a few at most, and an empty deque takes half a kilobyte.
+        self.pending: list[Chunk | Wish | Ending | TenutoError] = []
         self.scheduled = False  # whether the scheduler holds it
         self.ended = False
         self.feeds = feeds_of(manifest)

@@ -299,7 +299,7 @@ class World:
             turn.chunk.parts += ((b"",),)
             assert turn.chunk.frames >= 0
             if not turn.chunk.frames:
-                turn.sequence.pending.popleft()
+                turn.sequence.pending.pop(0)
                 self.undone.remove(turn.chunk)
                 self.waited[turn.chunk] = self.batches - self.arrived[turn.chunk]
             if turn.sequence.pending:

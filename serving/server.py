@@ -155,7 +155,7 @@ class Server:
             self.health.set(name, _SERVING)
 
     def stop(self, grace_seconds: float | None = None) -> None:
-        """Refuses new sequences, lets the live ones end for `grace_seconds`, and stops. Returns when done."""
+        """Refuses new sequences, sends the live ones away for `grace_seconds` at most, and stops."""
         grace = self.config.drain_seconds if grace_seconds is None else grace_seconds
         for name in (READINESS, SERVICE, ""):  # before the first refusal
             self.health.set(name, _NOT_SERVING)
@@ -205,7 +205,7 @@ class Server:
         while not self._signals:
             self._stopped.wait(_SIGNAL_SECONDS)
         live = sum(e.metrics.active_sequences for e in self.catalogue.engines)
-        log.info("stopping: %d live sequences have up to %g s", live, self.config.drain_seconds)
+        log.info("stopping: %d live sequences are sent away, for up to %g s", live, self.config.drain_seconds)
         self.stop()
         log.info("stopped")
 

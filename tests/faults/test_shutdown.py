@@ -205,6 +205,37 @@ def test_liveness_is_off_before_a_hung_server_leaves(
             assert check(channel, "liveness") == NOT_SERVING
 
 
+def test_readiness_is_off_before_anything_is_refused(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(repository) as server:
+        told: list[tuple[str, bool]] = []
+        monkeypatch.setattr(
+            server.health, "set", lambda name, _status: told.append((name, server.metrics.draining))
+        )
+        server.stop(0.0)
+        assert told[0] == ("readiness", False)
+        assert not any(draining for _, draining in told)
+
+
+def test_a_key_file_that_does_not_answer_does_not_hold_the_watchdog_up(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, asked, never = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(_: object) -> None:
+        asked.set()
+        never.wait()
+
+    monkeypatch.setattr("tenuto.serving.resume_token.TokenSealer.reload", hang)
+    monkeypatch.setattr("tenuto.serving.server.os._exit", lambda _status: left.set())
+    with serving(repository) as server:
+        assert asked.wait(PATIENCE_SECONDS)
+        engine_of(server, "accumulator").broken = "the device is gone"
+        assert left.wait(PATIENCE_SECONDS)
+        never.set()
+
+
 def test_a_broken_engine_ends_the_server_with_status_71(
     repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

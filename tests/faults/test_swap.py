@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,8 @@ SLACK_BYTES = 64 * MIB
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory and processes are read from /proc")
 
 
-def metrics_of(server: ServerProcess) -> str:
-    url = f"http://127.0.0.1:{server.metrics_port}/metrics"
-    with urllib.request.urlopen(url, timeout=30) as response:
-        return str(response.read().decode())
-
-
 def resident_bytes(server: ServerProcess) -> float:
-    return number(metrics_of(server), "process_resident_memory_bytes")
+    return number(server.metrics(), "process_resident_memory_bytes")
 
 
 def publish(repository: Path, model: str, made: tuple[bytes, Any], version: int) -> None:
@@ -120,7 +113,7 @@ def test_a_check_that_takes_too_long_is_ended_and_the_server_goes_on(tmp_path: P
         publish(repository, "accumulator", toys.endless(), 2)
         wait_for(lambda: "accumulator/2 is not served" in server.log, "the check to fail")
         assert "took more than 3 s" in server.log
-        assert number(metrics_of(server), "tenuto_model_loads_total", result="failed") == 1
+        assert number(server.metrics(), "tenuto_model_loads_total", result="failed") == 1
         with Conversation(channel) as conversation:
             conversation.send(opening("accumulator"), chunk(1, [1.0]), ending())
             assert conversation.opened().version == 1

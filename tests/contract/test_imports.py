@@ -27,7 +27,13 @@ SERVING = [
 ]
 ROW = {module: row for row, modules in enumerate(SERVING) for module in modules}
 
-PACKAGES = {"tenuto", "tenuto.serving", "tenuto.training", "tenuto.training.datasets"}
+PACKAGES = {
+    "tenuto",
+    "tenuto.serving",
+    "tenuto.training",
+    "tenuto.training.datasets",
+    "tenuto.training.tasks",
+}
 CLIENT_NEEDS = {"google", "grpc", "numpy", "tenuto"} | sys.stdlib_module_names
 DATASETS_NEED = {"numpy", "pooch", "tenuto"} | sys.stdlib_module_names
 
@@ -95,7 +101,7 @@ def violations(path: str, source: str) -> list[str]:
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("serving", "training", "training/datasets", "tenuto")
+    for folder in ("serving", "training", "training/datasets", "training/tasks", "tenuto")
     for path in (ROOT / folder).glob("*.py")
 )
 

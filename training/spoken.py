@@ -4,6 +4,8 @@ The first layer says what it hears in each 20 ms; the second reads the first and
 spoken last: the running answer.
 """
 
+import inspect
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 
 from tenuto.serving.manifest import METADATA_KEY, Manifest
 
-from . import sound_graph, voices
+from . import sound, sound_graph, voices
 from .candidate import AnyArray, Candidate, Tensors
 from .datasets import fsdd
 from .datasets.fsdd import Recording
@@ -191,6 +193,11 @@ class SpokenTask(Task):
 
     def __init__(self, without: str | None = None) -> None:
         self.without = without  # a speaker who takes no part in training, and is the whole test
+
+    def source(self) -> str:
+        """Return what decides the weights: the words for the card, and how it is tested, do not."""
+        code = map(inspect.getsource, (sound, voices, sys.modules[__name__]))
+        return "".join(code) + f"{self.sizes} {self.dropout} {self.without}"
 
     def load(self) -> None:
         """Read the official training split; five takes of each speaker and digit are held out."""

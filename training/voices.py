@@ -20,12 +20,12 @@ SPEED = 0.15  # speed and pitch together: a factor of up to e^0.15 up or down
 TRACT = 0.15  # the vocal tract: its resonances up or down by as much, apart from speed
 TRIM = 0.12  # of a word's length, cut off each end at most; half of the words keep all
 LEVEL_DB = (-46.0, -16.0)  # of a word, root mean square against full scale
-NOISE_DB = (-90.0, -40.0)  # white, of the whole example
+NOISE_DB = (-90.0, -45.0)  # white, of the whole example
 ECHO_DB = (-20.0, 1.0)  # energy of the echo against the sound itself; half of the examples have none
 ECHO_SECONDS = (0.1, 0.7)  # until it has fallen by 60 dB
 TILT_DB = 4.0  # at each end of the band
 WAVES_DB = 1.5  # deviation of each of four cosines across the bands
-ROLL_OFF_DB = 5.0  # a band at most, over up to 10 bands at each end: a telephone, a thin microphone
+ROLL_OFF_DB = 4.0  # a band at most, over up to 10 bands at each end: a telephone, a thin microphone
 WARPS = torch.from_numpy(np.stack([mel_bands(w) for w in np.exp(np.linspace(-TRACT, TRACT, 21))]))
 
 
@@ -53,9 +53,11 @@ def _power(decibels: float) -> float:
 def heard(ear: Ear, sound: Tensor, rng: np.random.Generator) -> Tensor:
     """Return what `ear(sound)` would, [batch, time, 80], each row in another voice, room and microphone."""
     with torch.no_grad():
-        power = echo(ear.power(sound), rng)
         warp = WARPS[torch.from_numpy(rng.integers(0, len(WARPS), len(sound)))]
-        bands = torch.bmm(power, warp) * torch.from_numpy(microphones(len(sound), rng))[:, None]
+        bands = (
+            echo(torch.bmm(ear.power(sound), warp), rng)
+            * torch.from_numpy(microphones(len(sound), rng))[:, None]
+        )
         return in_steps(mask(ear.normal(bands), rng))
 
 
@@ -64,10 +66,12 @@ def echo(power: Tensor, rng: np.random.Generator) -> Tensor:
     rows, frames, _ = power.shape
     wet = np.where(rng.random(rows) < 0.5, 10 ** (rng.uniform(*ECHO_DB, rows) / 10), 0)
     kept = 10 ** (-0.06 / rng.uniform(*ECHO_SECONDS, rows))  # of the energy, 10 ms later
-    age = np.arange(frames)[:, None] - np.arange(frames)
-    echoes = (wet * (1 - kept) / kept)[:, None, None] * kept[:, None, None] ** np.maximum(age, 0)
-    mixed = np.where(age > 0, echoes, age == 0).astype(np.float32)
-    return torch.bmm(torch.from_numpy(mixed), power)
+    by_age = (wet * (1 - kept) / kept)[:, None] * kept[:, None] ** np.arange(frames)
+    by_age[:, 0] = 1
+    # For each row a matrix [frames, frames]: nothing comes from the future, whose ages point at the zeros.
+    ages = np.arange(frames)[:, None] - np.arange(frames)
+    padded = np.concatenate([by_age, np.zeros((rows, frames))], axis=1).astype(np.float32)
+    return torch.bmm(torch.from_numpy(padded[:, ages]), power)
 
 
 def microphones(rows: int, rng: np.random.Generator) -> Array:

@@ -6,6 +6,7 @@ to batch with their states (truncated backpropagation through time), so that non
 stream may run for hours.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tenuto.serving.manifest import METADATA_KEY, Manifest
-from tenuto.training import sound_graph, voices
+from tenuto.training import sound, sound_graph, strings, voices
 from tenuto.training.candidate import AnyArray, Candidate, Tensors
 from tenuto.training.datasets import fsdd
 from tenuto.training.datasets.fsdd import RATE_HZ, Recording
@@ -91,6 +92,12 @@ class DigitStringsTask(Task):
 TODO
 """
 
+    def source(self) -> str:
+        """Return what decides the weights: the words for the card, and how it is tested, do not."""
+        mine = (DigitStringsNetwork, DigitStringsTask.use, DigitStringsTask.batches, DigitStringsTask.loss)
+        code = [inspect.getsource(thing) for thing in (sound, voices, strings, *mine)]
+        return "".join(code) + f"{STREAMS} {SEGMENTS} {SEGMENT_STEPS} {SIZES}"
+
     def load(self) -> None:
         """Read the official training split; five takes of each speaker and digit are held out."""
         known = fsdd.recordings("train")
@@ -139,7 +146,7 @@ TODO
             yield steps, digits, lengths, torch.full((STREAMS,), number == 0)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the negative log-likelihood of a segment's digits; goes on from the last segment's states."""
+        """Return the negative log-likelihood a digit; goes on from the last segment's states."""
         assert isinstance(network, DigitStringsNetwork)
         steps, digits, lengths, begins = batch
         if begins.all():
@@ -152,6 +159,7 @@ TODO
 
     def validate(self, network: nn.Module) -> float:
         """Return the digit error rate of 16 streams of 30 seconds."""
+        assert isinstance(network, DigitStringsNetwork)
         pcm, truth = self._held
         said, _ = network(pcm, network.initial_state(len(pcm)))
         pairs = list(zip(truth, said.argmax(-1).numpy(), strict=True))
@@ -194,8 +202,8 @@ TODO
             "value": wrong / digits,
             "n": digits,
             "test_set": f"{TEST_STREAMS} streams of FSDD v1.0.10's test recordings (takes 0 to 4, drawn with "
-            "replacement), pauses of 0 to 2 s, levels -10 to +6 dB, white noise at -80 to -55 dB of full scale; "
-            "30 s of each after 10 s, 1 min and 10 min of one sequence",
+            "replacement), pauses of 0 to 2 s, levels -10 to +6 dB, white noise at -80 to -55 dB of "
+            "full scale; 30 s of each after 10 s, 1 min and 10 min of one sequence",
             **found,
         }
 

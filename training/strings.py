@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from . import voices
 from .datasets.fsdd import RATE_HZ, Recording
 from .graph import Array
+from .sound import STEP
 
 LONGEST_PAUSE = 2 * RATE_HZ  # samples
 SETTLE = RATE_HZ // 5  # samples of a segment's end in which no word is: its digit can be said before
@@ -19,23 +20,42 @@ def pause(rng: np.random.Generator) -> int:
     return 0 if rng.random() < 0.25 else int(LONGEST_PAUSE * rng.random() ** 2)
 
 
-def segment(
-    recordings: Sequence[Recording], samples: int, rng: np.random.Generator
-) -> tuple[Array, list[int]]:
-    """Return sound float32 [samples] to train on, and the digits in it. No word crosses its ends.
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Sound float32 [samples] to train on; which digit is where: (digit, start, stop), in samples."""
 
-    One time in twenty there is noise alone.
-    """
-    sound, digits, at = voices.noise(samples, rng), list[int](), pause(rng)
-    while rng.random() < 0.95 or digits:
+    sound: Array
+    spans: Sequence[tuple[int, int, int]]
+
+    @property
+    def digits(self) -> list[int]:
+        """Return what is said."""
+        return [digit for digit, _, _ in self.spans]
+
+    def frames(self) -> tuple[NDArray[np.int64], Array]:
+        """Return for each 20 ms the digit that is being said, and from 0 to 1 how much of it was said."""
+        ends = (np.arange(len(self.sound) // STEP) + 1) * STEP
+        digits, heard = np.zeros(len(ends), np.int64), np.zeros(len(ends), np.float32)
+        for digit, start, stop in self.spans:
+            within = (ends > start) & (ends < stop + STEP)
+            digits[within] = digit
+            heard[within] = np.minimum(1, (ends[within] - start) / (stop - start))
+        return digits, heard
+
+
+def segment(recordings: Sequence[Recording], samples: int, rng: np.random.Generator) -> Segment:
+    """Return words and pauses over noise. No word crosses an end. One time in twenty there is noise alone."""
+    sound, at = voices.noise(samples, rng), pause(rng)
+    spans: list[tuple[int, int, int]] = []
+    while rng.random() < 0.95 or spans:
         recording = recordings[int(rng.integers(len(recordings)))]
         word = voices.say(recording, rng)
         if at + len(word) > samples - SETTLE:
             break
         sound[at : at + len(word)] += word
-        digits.append(recording.digit)
+        spans.append((recording.digit, at, at + len(word)))
         at += len(word) + pause(rng)
-    return np.clip(sound, -1, 1), digits
+    return Segment(np.clip(sound, -1, 1), spans)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,7 @@ def add_steps(graph: Graph, weights: Mapping[str, Array]) -> tuple[str, str]:
     value = node("Log", [value], "log_double")
     value = node("Cast", [value], "log_mel", to=1)
     value = node("Sub", [value, graph.constant("band_mean", weights["mean"])], "log_mel_centred")
-    value = node("Div", [value, graph.constant("band_std", weights["std"])], "log_mel_normal")
+    value = node("MatMul", [value, graph.constant("white", weights["white"])], "log_mel_white")
     value = node("Reshape", [value, ints(0, -1, 2 * BANDS)], "steps")
     steps = node("Transpose", [value], "steps_by_time", perm=[1, 0, 2])
     return steps, node("Div", ["lengths", graph.constant("step", STEP, "int32")], "step_lengths")

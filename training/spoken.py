@@ -31,8 +31,8 @@ from .stepper import initial, turn
 from .task import Batch, Figures, Task
 from .weights import count, exported
 
-BATCH = 64
-POOL = 8 * BATCH  # examples that are made and sorted by length at once, so that batches have little padding
+BATCH = 32
+POOL = 16 * BATCH  # examples that are made and sorted by length at once, so that batches have little padding
 VALIDATION_TAKES = range(5, 10)  # of every speaker and digit, held out of the training split
 LABELS = [str(digit) for digit in range(10)]
 SPEAKERS = ("george", "jackson", "lucas", "nicolas", "theo", "yweweler")

@@ -42,6 +42,14 @@ class Segment:
             heard[within] = np.minimum(1, (ends[within] - start) / (stop - start))
         return digits, heard
 
+    def sayable(self) -> NDArray[np.bool_]:
+        """Return for each 20 ms whether a digit may be written: 20 ms before a word's end to 200 ms after."""
+        ends = (np.arange(len(self.sound) // STEP) + 1) * STEP
+        return np.any(
+            [(ends > stop - STEP) & (ends <= stop + SETTLE) for _, _, stop in self.spans] or [ends < 0],
+            axis=0,
+        )
+
 
 def segment(recordings: Sequence[Recording], samples: int, rng: np.random.Generator) -> Segment:
     """Return words and pauses over noise. No word crosses an end. One time in twenty there is noise alone."""

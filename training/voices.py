@@ -14,18 +14,18 @@ from torch import Tensor
 
 from .datasets.fsdd import Recording
 from .graph import Array
-from .sound import BANDS, Ear, in_steps, mel_bands
+from .sound import BANDS, Ear, mel_bands
 
 SPEED = 0.15  # speed and pitch together: a factor of up to e^0.15 up or down
-TRACT = 0.15  # the vocal tract: its resonances up or down by as much, apart from speed
+TRACT = 0.12  # the vocal tract: its resonances up or down by as much, apart from speed
 TRIM = 0.12  # of a word's length, cut off each end at most; half of the words keep all
-LEVEL_DB = (-46.0, -16.0)  # of a word, root mean square against full scale
-NOISE_DB = (-90.0, -45.0)  # white, of the whole example
-ECHO_DB = (-20.0, 1.0)  # energy of the echo against the sound itself; half of the examples have none
+LEVEL_DB = (-44.0, -16.0)  # of a word, root mean square against full scale
+NOISE_DB = (-90.0, -50.0)  # white, of the whole example
+ECHO_DB = (-20.0, -3.0)  # energy of the echo against the sound itself; two of three examples have none
 ECHO_SECONDS = (0.1, 0.7)  # until it has fallen by 60 dB
 TILT_DB = 4.0  # at each end of the band
 WAVES_DB = 1.5  # deviation of each of four cosines across the bands
-ROLL_OFF_DB = 4.0  # a band at most, over up to 10 bands at each end: a telephone, a thin microphone
+ROLL_OFF_DB = 3.0  # a band at most, over up to 8 bands at each end: a telephone, a thin microphone
 WARPS = torch.from_numpy(np.stack([mel_bands(w) for w in np.exp(np.linspace(-TRACT, TRACT, 21))]))
 
 
@@ -58,13 +58,13 @@ def heard(ear: Ear, sound: Tensor, rng: np.random.Generator) -> Tensor:
             echo(torch.bmm(ear.power(sound), warp), rng)
             * torch.from_numpy(microphones(len(sound), rng))[:, None]
         )
-        return in_steps(mask(ear.normal(bands), rng))
+        return ear.steps(mask(ear.centred(bands), rng))
 
 
 def echo(power: Tensor, rng: np.random.Generator) -> Tensor:
     """Add to each frame what is left of the frames before it: energy that decays exponentially."""
     rows, frames, _ = power.shape
-    wet = np.where(rng.random(rows) < 0.5, 10 ** (rng.uniform(*ECHO_DB, rows) / 10), 0)
+    wet = np.where(rng.random(rows) < 1 / 3, 10 ** (rng.uniform(*ECHO_DB, rows) / 10), 0)
     kept = 10 ** (-0.06 / rng.uniform(*ECHO_SECONDS, rows))  # of the energy, 10 ms later
     by_age = (wet * (1 - kept) / kept)[:, None] * kept[:, None] ** np.arange(frames)
     by_age[:, 0] = 1
@@ -84,7 +84,7 @@ def microphones(rows: int, rng: np.random.Generator) -> Array:
         decibels += rng.normal(0, WAVES_DB, (rows, 1)) * np.cos(np.pi * (waves * across + phase))
     for from_end in (band, band[::-1]):
         slope = rng.uniform(0, ROLL_OFF_DB, (rows, 1))
-        decibels -= slope * np.maximum(0, rng.uniform(-6, 10, (rows, 1)) - from_end)
+        decibels -= slope * np.maximum(0, rng.uniform(-6, 8, (rows, 1)) - from_end)
     return np.asarray(10 ** (decibels / 10), np.float32)
 
 

@@ -8,9 +8,9 @@ class SpokenDigitsRnnTask(SpokenTask):
     """The Free Spoken Digit Dataset, two plain tanh layers (Elman 1990) with as many units as the LSTMs."""
 
     name = "spoken-digits-rnn"
-    recipe = Recipe(epochs=20, learning_rate=2e-3, seeds=(0, 1, 2))
+    recipe = Recipe(epochs=24, learning_rate=2e-3, seeds=(0, 1, 2))
     sizes = Sizes("rnn", hear=160, answer=64)
-    dropout = 0.2
+    dropout = 0.15
     description = (
         "spoken-digits with plain recurrent layers in place of LSTMs, to compare. For every 20 ms: "
         "log_probabilities, what is heard now; answer, what digit was spoken last."

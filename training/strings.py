@@ -45,10 +45,10 @@ class Segment:
     def sayable(self) -> NDArray[np.bool_]:
         """Return for each 20 ms whether a digit may be written: 20 ms before a word's end to 200 ms after."""
         ends = (np.arange(len(self.sound) // STEP) + 1) * STEP
-        return np.any(
-            [(ends > stop - STEP) & (ends <= stop + SETTLE) for _, _, stop in self.spans] or [ends < 0],
-            axis=0,
-        )
+        may = np.zeros(len(ends), np.bool_)
+        for _, _, stop in self.spans:
+            may |= (ends > stop - STEP) & (ends <= stop + SETTLE)
+        return may
 
 
 def segment(recordings: Sequence[Recording], samples: int, rng: np.random.Generator) -> Segment:

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from tenuto.training import checks
+from tenuto.training.datasets import fsdd
 from tenuto.training.datasets.fsdd import RATE_HZ, Recording
 from tenuto.training.graph import Graph, add_rnn
 from tenuto.training.stepper import load, replay
@@ -230,7 +231,7 @@ def test_streams_are_measured_by_their_age(one_thread: Any, monkeypatch: pytest.
         return [[(w.stop, w.digit) for w in s.words if w.start not in skipped] for s in streams]
 
     monkeypatch.setattr(digit_strings, "_listen", listen)
-    monkeypatch.setattr(digit_strings.fsdd, "recordings", lambda split: _recordings(range(5)))
+    monkeypatch.setattr(fsdd, "recordings", lambda split: _recordings(range(5)))
     session: Any = None
     found = digit_strings.measure(session, session, 5, {"early": (5, 15), "late": (20, 30)})
     assert found["ages"]["early"]["wrong"] == 0

@@ -18,14 +18,14 @@ from .sound import BANDS, Ear, mel_bands
 
 SPEED = 0.15  # speed and pitch together: a factor of up to e^0.15 up or down
 TRACT = 0.12  # the vocal tract: its resonances up or down by as much, apart from speed
-TRIM = 0.12  # of a word's length, cut off each end at most; half of the words keep all
+TRIM = 0.05  # of a word's length, cut off each end at most; half of the words keep all
 LEVEL_DB = (-44.0, -16.0)  # of a word, root mean square against full scale
-NOISE_DB = (-90.0, -50.0)  # white, of the whole example
+NOISE_DB = (-90.0, -55.0)  # white, of the whole example
 ECHO_DB = (-20.0, -3.0)  # energy of the echo against the sound itself; two of three examples have none
 ECHO_SECONDS = (0.1, 0.7)  # until it has fallen by 60 dB
 TILT_DB = 4.0  # at each end of the band
 WAVES_DB = 1.5  # deviation of each of four cosines across the bands
-ROLL_OFF_DB = 3.0  # a band at most, over up to 8 bands at each end: a telephone, a thin microphone
+ROLL_OFF_DB = 2.0  # a band at most, over up to 8 bands at each end: a telephone, a thin microphone
 WARPS = torch.from_numpy(np.stack([mel_bands(w) for w in np.exp(np.linspace(-TRACT, TRACT, 21))]))
 
 

@@ -33,7 +33,7 @@ TODO
     def __init__(self, without: str | None = None) -> None:
         super().__init__(without)
         if without is not None:
-            self.recipe = replace(self.recipe, epochs=20)
+            self.recipe = replace(self.recipe, epochs=16)
 
     def variants(self) -> Mapping[str, Task]:
         """Return the same without one of the six speakers, who then is the test."""

@@ -27,7 +27,23 @@ class SpokenDigitsTask(SpokenTask):
         "answer, what digit was spoken last."
     )
     card = """
-TODO
+Listens to 8 kHz sound and says which English digit was spoken last. For demonstrations and tests of
+live streams: sound may come in chunks of any length. Two outputs for each 20 ms: `log_probabilities`,
+what the first LSTM hears now, and `answer`, what the second one has understood so far. The answer stays
+in the pause after a digit and changes with the next. Both are arbitrary before the first digit
+and in the first part of a word: there is no "nothing heard" among the labels. For that, and for who wants
+each digit once, there is `digit-strings`.
+
+Six speakers, all in training and test: the figure on the test set says how well it knows their voices. For a
+voice that it never heard see `without-...` below: each is a training without that speaker (of 16 epochs,
+not 40), tested on all 500 recordings of that speaker. It depends on the voice; most of what goes wrong is
+six heard as eight, three as eight, four as five or seven.
+
+Of validation recordings played five in a row with half a second between them, 98 % were right in the pause, and
+97 % of the last ones still so after 3 seconds of silence. White noise: at -60 dB of full scale the same; at
+-50 dB 88 %, and the answer wanders off within 3 seconds (62 %); words at -20 dB over noise at -40 dB 74 %, 20 %
+after 3 seconds. Words at -50 dB of full scale (root mean square) 89 %; at -60 dB, too quiet, 30 %. States are
+bounded; a stream may run for as long as it likes.
 """
 
     def __init__(self, without: str | None = None) -> None:

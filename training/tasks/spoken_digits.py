@@ -39,11 +39,11 @@ voice that it never heard see `without-...` below: each is a training without th
 not 40), tested on all 500 recordings of that speaker. It depends on the voice; most of what goes wrong is
 six heard as eight, three as eight, four as five or seven.
 
-Of validation recordings played five in a row with half a second between them, 98 % were right in the pause,
-and 97 % of the last ones still so after 3 seconds of silence. White noise: at -60 dB of full scale the same; at
--50 dB 88 %, and the answer wanders off within 3 seconds (62 %); words at -20 dB over noise at -40 dB 74 %, 20 %
-after 3 seconds. Words at -50 dB of full scale (root mean square) 89 %; at -60 dB, too quiet, 30 %. States are
-bounded; a stream may run for as long as it likes.
+Of validation recordings played five in a row with half a second between them, 98 % were right in the
+pause, and 97 % of the last ones still so after 3 seconds of silence. White noise: at -60 dB of full
+scale the same; at -50 dB 88 %, and the answer wanders off within 3 seconds (62 %); words at -20 dB over
+noise at -40 dB 74 %, 20 % after 3 seconds. Words at -50 dB of full scale (root mean square) 89 %; at
+-60 dB, too quiet, 30 %. States are bounded; a stream may run for as long as it likes.
 """
 
     def __init__(self, without: str | None = None) -> None:

@@ -1,5 +1,6 @@
 """The models that listen: their ear, the voices they train on, the streams that they are tested on."""
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -252,3 +253,26 @@ def test_a_speaker_left_out_is_not_trained_on(reachable: Callable[[Callable[[], 
     assert len(speakers) == 5
     assert "theo" not in speakers
     assert len(task._train) == 2000
+
+
+EXPORTED = Path(__file__).resolve().parents[2] / "exported"
+
+
+def test_spoken_digits_were_measured_with_three_seeds_and_six_voices_left_out() -> None:
+    from tenuto.training.spoken import SPEAKERS
+
+    metrics = json.loads((EXPORTED / "spoken-digits/1/metrics.json").read_bytes())
+    assert metrics["seeds"]["mean"] >= 0.97
+    assert len(metrics["seeds"]["values"]) == 3
+    variants = metrics["variants"]
+    assert variants.keys() == {f"without-{speaker}" for speaker in SPEAKERS} | {"mean"}
+    assert all(variants[f"without-{speaker}"]["n"] == 500 for speaker in SPEAKERS)
+
+
+def test_old_streams_of_digits_are_written_as_well_as_young_ones() -> None:
+    metrics = json.loads((EXPORTED / "digit-strings/1/metrics.json").read_bytes())
+    ages = metrics["test"]["ages"]
+    young, old = ages["10 s"], ages["10 min"]
+    noise = np.hypot(young["standard_error"], old["standard_error"])
+    assert abs(old["digit_error_rate"] - young["digit_error_rate"]) <= 2.5 * noise
+    assert min(one["digits"] for one in ages.values()) > 1000

@@ -90,7 +90,7 @@ class DigitStringsTask(Task):
     """Strings of recordings of the Free Spoken Digit Dataset."""
 
     name = "digit-strings"
-    recipe = Recipe(epochs=24, learning_rate=6e-3, clip_norm=1.0)
+    recipe = Recipe(epochs=22, learning_rate=6e-3, clip_norm=1.0)
     data = SPLIT | {
         "split": "official: takes 0 to 4 of each speaker and digit to test; of the others, 5 to 9 for "
         "validation and 10 to 49 to train on. Strings are made of one part's recordings alone"

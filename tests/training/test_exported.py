@@ -104,7 +104,7 @@ def test_any_batch_and_chunking_gives_the_same_bits(threads: int, model: str) ->
     assert checks.invariance(session, manifest, source, trials=25) == 0.0
 
 
-@pytest.mark.timeout(300)  # digit-strings listens to 32 streams of 11 minutes
+@pytest.mark.timeout(300)  # digit-strings listens to 24 streams of 11 minutes
 def test_answer_is_as_good_as_the_card_says(
     model: str, reachable: Callable[[Callable[[], Any]], Any]
 ) -> None:

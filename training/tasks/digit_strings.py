@@ -96,17 +96,18 @@ class DigitStringsTask(Task):
         "validation and 10 to 49 to train on. Strings are made of one part's recordings alone"
     }
     card = """
-Writes down English digits spoken one after the other, with pauses of up to two seconds or none, for as long as
-the stream lasts. `digit` is what a client needs: for each 20 ms the digit that is written now, or -1. It is the
-greedy reading of `log_probabilities` (a label that is neither the blank nor the one before it), with the label
-before kept in the sequence's state, so that chunks may be cut anywhere.
+Writes down English digits spoken one after the other, with pauses of up to two seconds or none, for as
+long as the stream lasts. `digit` is what a client needs: for each 20 ms the digit that is written now,
+or -1. It is the greedy reading of `log_probabilities` (a label that is neither the blank nor the one
+before it), with the label before kept in the sequence's state, so that chunks may be cut anywhere.
 
-The test is made of recordings that took no part in training, but of the same six speakers: a voice that it never
-heard will fare worse (see `spoken-digits`). It is a demonstration of streams that live for hours, and makes too
-many mistakes to take down a telephone number: see the digit error rate below, on words that lie 0 to 75 dB over
-white noise. Most mistakes are six and eight taken for one another, and words under noise that are left out.
-`metrics.json` has the rate at three ages of the same streams, with its standard error, and how soon a digit is
-written after its word began and ended. Words that are no digits are written as digits.
+The test is made of recordings that took no part in training, but of the same six speakers: a voice that
+it never heard will fare worse (see `spoken-digits`). It is a demonstration of streams that live for
+hours, and makes too many mistakes to take down a telephone number: see the digit error rate below, on
+words that lie 0 to 75 dB over white noise. Most mistakes are six and eight taken for one another, and
+words under noise that are left out. `metrics.json` has the rate at three ages of the same streams, with
+its standard error, and how soon a digit is written after its word began and ended. Words that are no
+digits are written as digits.
 """
 
     def source(self) -> str:

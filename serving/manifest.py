@@ -396,6 +396,8 @@ class Manifest(_Frozen):
                 )
         if self.timed and not self.stateful:
             raise ValueError("a time_axis needs states (or a left_context): else the axis is part of the row")
+        if len(self.inputs) > 1 and any(i.text for i in self.inputs):
+            raise ValueError("utf8 is for a model of one input: a text gives as many ids as it gives")
         if self.generate:
             self._check_generate(self.generate)
         return self

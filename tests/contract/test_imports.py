@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
     ["errors", "metrics"],
-    ["call", "config", "inbox", "layout", "manifest", "pending", "status", "text"],
+    ["call", "config", "inbox", "layout", "manifest", "pending", "sampling", "status", "text"],
     ["snapshot", "sequence", "reply", "tensor"],
     ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["population"],

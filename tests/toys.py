@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tenuto.serving.sampling import uniforms
+
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 Manifest = dict[str, Any]
 # Where a graph cuts its sums: all but the first column, and the last one.
@@ -191,6 +193,22 @@ def speaker(**changes: Any) -> tuple[bytes, Manifest]:
         "max_frames": 8,
     }
     return model(nodes, inputs, outputs, constants), manifest | changes
+
+
+def spoken(
+    steps: list[tuple[str, int]], seed: int = 1, temperature: float = 1.0, top_k: int = 0
+) -> list[int]:
+    """What `speaker` must say to each (text, count), step by step: worked out without a server."""
+    total, said = 0, []
+    for step, (text, count) in enumerate(steps, 1):
+        total += sum(ALPHABET.index(c) for c in text)
+        for part in range(1, count + 1):
+            weights = np.exp(SPEECH[total % len(SPEECH)].astype(np.float64) / temperature)
+            kept = sorted(np.argsort(-weights, kind="stable")[: top_k or None].tolist())
+            place = uniforms(seed, step, part, 1)[0] * weights[kept].sum()
+            said.append(kept[int(np.argmax(np.cumsum(weights[kept]) > place))])
+            total += said[-1]
+    return said
 
 
 def reader(**changes: Any) -> tuple[bytes, Manifest]:

@@ -48,6 +48,9 @@ def write_toys(root: Path) -> Path:
     toys.write(root, "unchecked", toys.lookup(checked=False))
     toys.write(root, "explosive", toys.explosive())
     toys.write(root, "gain", toys.gain())
+    toys.write(root, "speaker", toys.speaker())
+    toys.write(root, "reader", toys.reader())
+    toys.write(root, "player", toys.player())
     return root
 
 

@@ -29,6 +29,7 @@ from tenuto.serving.sequence import Checkpoint, Chunk, Closed, Ending, Failed, O
 from tenuto.serving.snapshot import Checkpoints, Snapshot
 from tenuto.serving.text import Text
 from tests import toys
+from tests.toys import spoken
 
 from .fakes import Array, Bench, FakeSink
 
@@ -118,22 +119,6 @@ def outputs(bench: Bench, sequence: Sequence) -> list[Output]:
     return [r for r in bench.replies(sequence) if isinstance(r, Output)]
 
 
-def imagined(
-    steps: list[tuple[str, int]], seed: int = 1, temperature: float = 1.0, top_k: int = 0
-) -> list[int]:
-    """What `speaker` must say, step by step: worked out without a server."""
-    total, said = 0, []
-    for step, (text, count) in enumerate(steps, 1):
-        total += sum(toys.ALPHABET.index(c) for c in text)
-        for part in range(1, count + 1):
-            weights = np.exp(toys.SPEECH[total % 97].astype(np.float64) / temperature)
-            kept = sorted(np.argsort(-weights, kind="stable")[: top_k or None].tolist())
-            place = uniforms(seed, step, part, 1)[0] * weights[kept].sum()
-            said.append(kept[int(np.argmax(np.cumsum(weights[kept]) > place))])
-            total += said[-1]
-    return said
-
-
 def alone(steps: list[tuple[str, int]], **sampling: Any) -> list[int]:
     """What it says when nobody else is there."""
     stage = Stage()
@@ -153,7 +138,7 @@ def alone(steps: list[tuple[str, int]], **sampling: Any) -> list[int]:
 )
 def test_it_says_what_can_be_worked_out_without_a_server(sampling: dict[str, Any]) -> None:
     steps = [(PROMPT, 40), ("", 7), ("cab", 0), ("a" * 30, 25)]
-    assert alone(steps, **sampling) == imagined(steps, **sampling)
+    assert alone(steps, **sampling) == spoken(steps, **sampling)
 
 
 def test_another_seed_says_something_else() -> None:
@@ -187,7 +172,7 @@ def test_a_chunk_without_samples_goes_on_from_the_last_output() -> None:
     stage.settle()
     assert stage.parts(one)[1:3] == [(2, 0, False), (2, 1, False)]
     assert outputs(stage, one)[1].tensors == ()
-    assert stage.said(one) == imagined([(PROMPT, 0), ("", 5)])
+    assert stage.said(one) == spoken([(PROMPT, 0), ("", 5)])
 
 
 def test_chords_are_struck_key_by_key() -> None:
@@ -231,8 +216,8 @@ def test_what_is_no_distribution_ends_that_sequence_alone() -> None:
 
 
 def test_a_run_that_fails_on_a_sample_ends_its_sequence_alone() -> None:
-    said = imagined([("a", 40)], seed=1)
-    other_said = imagined([("b", 3)], seed=2, top_k=1)
+    said = spoken([("a", 40)], seed=1)
+    other_said = spoken([("b", 3)], seed=2, top_k=1)
     refused = next(i for i in said if i not in other_said and i not in (2, 3))  # nor in what they were sent
     stage = Stage()
     one, other = stage.begin(seed=1), stage.begin(seed=2, top_k=1)
@@ -273,7 +258,7 @@ def test_a_crowd_says_what_each_says_alone(seed: int) -> None:
             stage.engine.turn()
     stage.settle()
     for (number, steps), (one, _) in zip(plans, crowd, strict=True):
-        assert stage.said(one) == imagined(steps, seed=number)
+        assert stage.said(one) == spoken(steps, seed=number)
     assert max(stage.stubborn.batches) <= 4
     stage.check_at_rest()
 
@@ -338,7 +323,7 @@ def test_nobody_generates_for_a_caller_who_does_not_read() -> None:
     slow.full = False
     stage.settle()
     said = [o for _, o in slow.replies if isinstance(o, Output) and o.drawn]
-    assert [int(np.frombuffer(o.tensors[0][1], np.int64)[0]) for o in said] == imagined([("a", 50)])
+    assert [int(np.frombuffer(o.tensors[0][1], np.int64)[0]) for o in said] == spoken([("a", 50)])
     stage.check_at_rest()
 
 
@@ -402,7 +387,7 @@ def test_an_end_waits_for_all_parts(ending: Ending) -> None:
     stage.engine.turn()
     stage.engine.finish(one, ending)
     stage.settle()
-    assert stage.said(one) == imagined([("a", 20), ("", 5)])
+    assert stage.said(one) == spoken([("a", 20), ("", 5)])
     assert stage.ending(one) is ending
 
 
@@ -437,7 +422,7 @@ def test_who_is_to_leave_does_so_between_two_parts_and_says_the_others_elsewhere
     other.go_on(again, 2, 3)
     other.settle()
     assert other.parts(again)[0] == (1, len(said) + 1, False)
-    assert said + other.said(again) == imagined([(PROMPT, 60), ("", 3)], seed=7)
+    assert said + other.said(again) == spoken([(PROMPT, 60), ("", 3)], seed=7)
     other.check_at_rest()
 
 
@@ -496,7 +481,7 @@ def test_a_server_that_stops_at_once_leaves_the_last_token_to_go_on_from() -> No
     again = other.resume(SEALER.unseal(tokens[-1].token))
     other.go_on(again, 2, 50)
     other.settle()
-    assert stage.said(one)[:3] + other.said(again) == imagined([("a", 3), ("", 50)])
+    assert stage.said(one)[:3] + other.said(again) == spoken([("a", 3), ("", 50)])
 
 
 # Resumed between two chunks.
@@ -531,7 +516,7 @@ def test_it_says_the_same_wherever_it_is_resumed(seed: int) -> None:
         moves += 1
         if snapshot.step == len(steps):
             break
-    assert said == imagined(steps, seed=5, top_k=5)
+    assert said == spoken(steps, seed=5, top_k=5)
     assert moves > 1
 
 
@@ -575,7 +560,7 @@ def test_the_last_step_sent_again_gets_all_its_parts_again() -> None:
         stage.say(one, 1, "a", 10)
         stage.settle()
     first, second = stage.said(one)[:10], stage.said(one)[10:]
-    assert first == second == imagined([("a", 10)])
+    assert first == second == spoken([("a", 10)])
     assert stage.parts(one)[:11] == stage.parts(one)[11:]
     assert stage.engine.metrics.steps_repeated == 1
     stage.check_at_rest()

@@ -410,7 +410,8 @@ class Population:
             if chunk.is_between_parts:
                 return self._draw(sequence, chunk)
         except TenutoError as error:
-            self.close(sequence, Ending.FAILED, type(error)(f"{error}, in step {chunk.step}"))
+            place = f"part {chunk.part} of step {chunk.step}" if chunk.part else f"step {chunk.step}"
+            self.close(sequence, Ending.FAILED, type(error)(f"{error}, in {place}"))
             return False
         return True
 

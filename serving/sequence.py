@@ -242,6 +242,9 @@ class TextFeed(Feed):
 
     def add(self, samples: bytes) -> None:
         text = isinstance(samples, Text)
+        if not text and not self.waiting:
+            super().add(samples)
+            return
         ids, waiting = self._cutter.cut(self.waiting, samples if text else b"", final=not text)
         super().add(ids.tobytes() if text else ids.tobytes() + samples)
         self.waiting = waiting

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from tenuto.serving.sampling import uniforms
+from tenuto.serving.sampling import Uniforms
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 Manifest = dict[str, Any]
@@ -155,6 +155,7 @@ def explosive() -> tuple[bytes, Manifest]:
 
 # The characters of `speaker`, and what it says after each sum.
 ALPHABET = "\n abcé€😀"
+UNIFORMS = Uniforms()
 SPEECH = np.random.default_rng(5).normal(0, 1.5, (97, len(ALPHABET))).astype(np.float32)
 
 
@@ -205,7 +206,7 @@ def spoken(
         for part in range(1, count + 1):
             weights = np.exp(SPEECH[total % len(SPEECH)].astype(np.float64) / temperature)
             kept = sorted(np.argsort(-weights, kind="stable")[: top_k or None].tolist())
-            place = uniforms(seed, step, part, 1)[0] * weights[kept].sum()
+            place = UNIFORMS.draw(seed, step, part, 1)[0] * weights[kept].sum()
             said.append(kept[int(np.argmax(np.cumsum(weights[kept]) > place))])
             total += said[-1]
     return said

@@ -24,7 +24,7 @@ from tenuto.serving.manifest import Manifest
 from tenuto.serving.model_runner import CPU, ModelRunner
 from tenuto.serving.population import PART_BYTES
 from tenuto.serving.resume_token import TokenSealer
-from tenuto.serving.sampling import Sampling, uniforms
+from tenuto.serving.sampling import Sampling, Uniforms
 from tenuto.serving.sequence import Checkpoint, Chunk, Closed, Ending, Failed, Opened, Output, Sequence
 from tenuto.serving.snapshot import Checkpoints, Snapshot
 from tenuto.serving.text import Text
@@ -183,7 +183,7 @@ def test_chords_are_struck_key_by_key() -> None:
     chords = [np.frombuffer(o.tensors[0][1], np.float32) for o in outputs(stage, one) if o.drawn]
     total = 0
     for part, chord in enumerate(chords, 1):
-        expected = uniforms(4, 1, part, 6) < toys.KEYS[total % 97]
+        expected = Uniforms().draw(4, 1, part, 6) < toys.KEYS[total % 97]
         # The server turns probabilities into logits and back: a number that close to its own may fall.
         assert chord.tolist() == expected.astype(float).tolist()
         total += int((chord * np.arange(1, 7)).sum())
@@ -199,7 +199,7 @@ def test_before_any_output_it_is_refused_by_name() -> None:
     stage.settle()
     error = stage.ending(one)
     assert isinstance(error, WrongInput)
-    assert str(error) == "it generates before there is any output; send a sample first, in step 1"
+    assert str(error) == "it generates before there is any output; send a sample first, in part 1 of step 1"
     assert len(stage.said(other)) == 2
 
 
@@ -211,7 +211,7 @@ def test_what_is_no_distribution_ends_that_sequence_alone() -> None:
     stage.settle()
     error = stage.ending(one)
     assert isinstance(error, RunFailed)
-    assert str(error) == "part 4: output 'logits' holds nan, of which nothing can be drawn, in step 1"
+    assert str(error) == "output 'logits' holds nan, of which nothing can be drawn, in part 4 of step 1"
     assert stage.parts(one)[-1] == (1, 3, False)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tenuto.serving.errors import RunFailed, WrongInput, WrongSetting
 from tenuto.serving.manifest import Manifest
-from tenuto.serving.sampling import Generation, Sampler, Sampling, uniforms
+from tenuto.serving.sampling import Generation, Sampler, Sampling, Uniforms
 from tests import toys
 
 from .fakes import Array, f32
@@ -17,6 +17,7 @@ from .fakes import Array, f32
 LOGITS = f32([0.0, 1.0, -1.0, 0.5, 2.0, -3.0, 0.25, 1.5])
 KEYS = f32([0.05, 0.5, 0.95, 0.0, 1.0, 0.3])
 DRAWS = 4000
+uniforms = Uniforms().draw
 # The 0.999 quantile of the chi-square distribution, by degrees of freedom (any table of it).
 CHI_SQUARE_999 = {5: 20.52, 7: 24.32}
 
@@ -202,7 +203,7 @@ def test_numbers_that_are_no_distribution_are_named(toy: Any, activation: str, b
     sampler = create_sampler(toy, activation)
     frame = np.full(8 if toy is toys.speaker else 6, 0.5, np.float32)
     frame[2] = bad
-    with pytest.raises(RunFailed, match=f"part 4: .*{text}"):
+    with pytest.raises(RunFailed, match=text):
         sampler.draw(Generation(Sampling(1, 1.0, 0), frame.tobytes()), 3, 4)
 
 

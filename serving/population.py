@@ -521,8 +521,12 @@ class Population:
             sequence, reason = self._leaving.popleft()
             if sequence.sink.full and not sequence.ended:
                 self._leaving.append((sequence, reason))
-            else:
-                self.end_after_pending(sequence, reason)
+                continue
+            if sequence.closing and sequence.generates and isinstance(sequence.pending[-1], Ending):
+                sequence.pending[-1] = (
+                    reason  # its End is said elsewhere, behind what is still to be generated
+                )
+            self.end_after_pending(sequence, reason)
 
     def retire(self, max_age_seconds: float, _: None) -> None:
         self._retiring = True

@@ -372,6 +372,11 @@ class Sequence:
         return bool(self.pending) and not isinstance(self.pending[-1], Chunk | Wish)
 
     @property
+    def generates(self) -> bool:
+        """Whether some accepted chunk goes on by itself."""
+        return any(isinstance(item, Chunk) and item.generate for item in self.pending)
+
+    @property
     def unanswered(self) -> int:
         """Chunks accepted and not yet answered."""
         return sum([isinstance(item, Chunk) for item in self.pending])

@@ -391,15 +391,17 @@ def test_an_end_waits_for_all_parts(ending: Ending) -> None:
     assert stage.ending(one) is ending
 
 
-@pytest.mark.parametrize("leave", ["drain", "max_age", "evict"])
+@pytest.mark.parametrize("leave", ["drain", "max_age", "evict", "drain behind the end"])
 def test_who_is_to_leave_does_so_between_two_parts_and_says_the_others_elsewhere(leave: str) -> None:
     stage, other = Stage(), Stage()
     one = stage.begin(seed=7)
     stage.say(one, 1, PROMPT, 60)
     stage.go_on(one, 2, 3)
+    if leave == "drain behind the end":
+        stage.engine.finish(one, Ending.END)
     for _ in range(20):
         stage.engine.turn()
-    if leave == "drain":
+    if leave.startswith("drain"):
         stage.engine.drain()
     elif leave == "max_age":
         stage.engine.retire(1.0)

@@ -1,4 +1,4 @@
-"""Checks a candidate, measures it and writes its folder: all of it, or nothing."""
+"""Checks a trained model, measures it and writes its folder: all of it, or nothing."""
 
 import os
 import shutil
@@ -14,19 +14,19 @@ from tenuto.serving.manifest import Manifest
 from . import checks, record
 from .candidate import AnyArray, Candidate
 from .card import card
-from .evaluate import evaluate
 from .stepper import load, replay
+from .study import Study
 
-VERSION = "1"
 TRIALS = 60  # of the chunk-invariance check
 
 
-def export(candidate: Candidate, facts: dict[str, Any], output: Path) -> Path:
-    """Write `output/<name>/1` and return it; `facts` go into metrics.json.
+def export(study: Study, facts: dict[str, Any], output: Path, version: int = 1) -> Path:
+    """Write `output/<name>/<version>` and return it; `facts` go into metrics.json.
 
-    The checks run first, then the evaluation of the file itself; only then does the folder get its
-    name, and what had that name before is removed.
+    The checks run first, then the tests of the files themselves; only then does the folder get its
+    name, and what had that name before is removed. Raises CheckFailed.
     """
+    candidate = study.candidate()
     session, manifest = load(candidate.model)
     figures = {
         "parity_max_abs_error": checks.parity(candidate, session),
@@ -34,28 +34,32 @@ def export(candidate: Candidate, facts: dict[str, Any], output: Path) -> Path:
         "chunk_invariance_max_abs_error": checks.invariance(session, manifest, candidate.probe, TRIALS),
         "chunk_invariance_trials": TRIALS,
     }
+    test = study.task.test(session, manifest)
+    baselines = study.task.baselines()
+    metrics = {
+        "model": manifest.name,
+        "version": version,
+        "test": test,
+        **study.figures(test),
+        **({"baselines": baselines} if baselines else {}),
+        "training": {**facts, **candidate.training, "parameters": candidate.parameters},
+        "checks": figures,
+        "versions": record.versions(),
+        "git_revision": record.revision(),
+        "date": record.today(),
+        "model_sha256": checks.fingerprint(candidate.model),
+    }
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tenuto-", dir=output) as scratch:
-        fresh = Path(scratch) / VERSION
+        fresh = Path(scratch) / str(version)
         fresh.mkdir()
         (fresh / "model.onnx").write_bytes(candidate.model)
         (fresh / "manifest.json").write_text(manifest.to_json() + "\n", encoding="utf-8")
         write_golden(fresh / "golden.npz", session, candidate)
-        metrics = {
-            "model": manifest.name,
-            "version": int(VERSION),
-            "test": evaluate(fresh),
-            "training": {**facts, **candidate.training, "parameters": candidate.parameters},
-            "checks": figures,
-            "versions": record.versions(),
-            "git_revision": record.revision(),
-            "date": record.today(),
-            "model_sha256": checks.fingerprint(candidate.model),
-        }
         (fresh / "metrics.json").write_text(record.text(metrics), encoding="utf-8")
         text = card(manifest, metrics, candidate.card)
         (fresh / "MODEL_CARD.md").write_text(text, encoding="utf-8")
-        return _publish(fresh, output / manifest.name / VERSION)
+        return _publish(fresh, output / manifest.name / str(version))
 
 
 def _publish(fresh: Path, final: Path) -> Path:

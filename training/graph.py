@@ -19,7 +19,12 @@ IR_VERSION = 8
 Axes = Sequence[int | str]
 Array = NDArray[np.float32]
 
-_ELEMENT = {"float32": TensorProto.FLOAT, "int16": TensorProto.INT16, "int32": TensorProto.INT32}
+_ELEMENT = {
+    "float32": TensorProto.FLOAT,
+    "int16": TensorProto.INT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
 
 
 class Graph:
@@ -94,8 +99,52 @@ def add_lstm(
     Returns the hidden values, [time, batch, hidden]. Values beyond a row's length are zeros, and the
     new states are those at each row's own length.
     """
-    w, r = (_gates(weights[key])[None] for key in ("weight_ih_l0", "weight_hh_l0"))
-    bias = np.concatenate([_gates(weights[key]) for key in ("bias_ih_l0", "bias_hh_l0")])[None]
+    return _recurrent(graph, "LSTM", name, weights, inputs, lengths, state, state_next)
+
+
+def add_gru(
+    graph: Graph,
+    name: str,
+    weights: dict[str, Array],
+    inputs: str,
+    lengths: str,
+    state: str,
+    state_next: str,
+) -> str:
+    """Add a one-layer GRU with the `weights` of a `torch.nn.GRU`; the rest as in `add_lstm`."""
+    # torch resets after the recurrent product, which ONNX calls linear_before_reset.
+    return _recurrent(
+        graph, "GRU", name, weights, inputs, lengths, (state,), (state_next,), linear_before_reset=1
+    )
+
+
+def add_rnn(
+    graph: Graph,
+    name: str,
+    weights: dict[str, Array],
+    inputs: str,
+    lengths: str,
+    state: str,
+    state_next: str,
+) -> str:
+    """Add a one-layer tanh RNN with the `weights` of a `torch.nn.RNN`; the rest as in `add_lstm`."""
+    return _recurrent(graph, "RNN", name, weights, inputs, lengths, (state,), (state_next,))
+
+
+def _recurrent(
+    graph: Graph,
+    operator: str,
+    name: str,
+    weights: dict[str, Array],
+    inputs: str,
+    lengths: str,
+    state: Sequence[str],
+    state_next: Sequence[str],
+    **attributes: int,
+) -> str:
+    order = GATES[operator]
+    w, r = (_gates(weights[key], order)[None] for key in ("weight_ih_l0", "weight_hh_l0"))
+    bias = np.concatenate([_gates(weights[key], order) for key in ("bias_ih_l0", "bias_hh_l0")])[None]
     operands = [
         inputs,
         graph.constant(f"{name}_w", w),
@@ -105,11 +154,16 @@ def add_lstm(
         *state,
     ]
     hidden = r.shape[-1]
-    graph.nodes("LSTM", operands, [f"{name}_y", *state_next], hidden_size=hidden)
+    graph.nodes(operator, operands, [f"{name}_y", *state_next], hidden_size=hidden, **attributes)
     return graph.node("Squeeze", [f"{name}_y", graph.integers(1)], f"{name}_hidden")
 
 
-def _gates(stacked: Array) -> Array:
-    """Reorder the four gates from torch's i, f, g, o to ONNX's i, o, f, c (c is torch's g)."""
-    i, f, g, o = np.split(stacked, 4)
-    return np.concatenate([i, o, f, g])
+# Where ONNX's gates are among torch's. LSTM: torch i, f, g, o; ONNX i, o, f, c (c is g). GRU: torch r, z, n;
+# ONNX z, r, h (h is n).
+GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN": (0,)}
+
+
+def _gates(stacked: Array, order: Sequence[int]) -> Array:
+    """Reorder the gates, which lie stacked along the first axis."""
+    parts = np.split(stacked, len(order))
+    return np.concatenate([parts[i] for i in order])

@@ -115,6 +115,17 @@ def _joined(manifest: Manifest, parts: Sequence[Tensors]) -> Tensors:
     }
 
 
+def replay_batch(
+    session: onnxruntime.InferenceSession, manifest: Manifest, steps: Sequence[AnyArray]
+) -> list[Tensors]:
+    """Return each row's outputs after the last step. Steps are [row, time, ...]; rows begin anew together."""
+    states = [initial(manifest) for _ in steps[0]]
+    for step in steps:
+        rows = turn(session, manifest, list(step), states)
+        states = [after for _, after in rows]
+    return [outputs for outputs, _ in rows]
+
+
 def replay(
     session: onnxruntime.InferenceSession, manifest: Manifest, chunks: Sequence[AnyArray]
 ) -> list[Tensors]:

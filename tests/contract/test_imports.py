@@ -29,7 +29,13 @@ ROW = {module: row for row, modules in enumerate(SERVING) for module in modules}
 
 # Of serving: what a model says of itself, and how text becomes ids.
 TRAINING_KNOWS = (["manifest"], ["text"])
-PACKAGES = {"tenuto", "tenuto.serving", "tenuto.training", "tenuto.training.datasets"}
+PACKAGES = {
+    "tenuto",
+    "tenuto.serving",
+    "tenuto.training",
+    "tenuto.training.datasets",
+    "tenuto.training.tasks",
+}
 CLIENT_NEEDS = {"google", "grpc", "numpy", "tenuto"} | sys.stdlib_module_names
 CLIENT_MAY_NEED = {"tenuto/midi.py": {"mido"}}  # of an extra, and imported when it is called
 DATASETS_NEED = {"numpy", "pooch", "tenuto"} | sys.stdlib_module_names
@@ -98,7 +104,7 @@ def violations(path: str, source: str) -> list[str]:
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("serving", "training", "training/datasets", "tenuto")
+    for folder in ("serving", "training", "training/datasets", "training/tasks", "tenuto")
     for path in (ROOT / folder).glob("*.py")
 )
 

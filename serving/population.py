@@ -49,7 +49,7 @@ REPEATS_BYTES = 64 << 20
 SEALED_BYTES = 16 << 20
 # What one part that was generated takes in memory, roughly.
 PART_BYTES = 256
-# How long what waits for a token, or for its turn to be sent away, waits at most for the next look.
+# How long what waits for a token, to be sent away, or for its caller to read, waits at most for the next look.
 _LOOK_SECONDS = 0.02
 # Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
 _ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.SUPERSEDED})
@@ -106,6 +106,7 @@ class Population:
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
         self._sampler = Sampler(manifest) if manifest.generate else None
         self._paused: dict[int, Sequence] = {}  # by number: go on once their callers take their replies
+        self._wake_at = 0.0
         self._draining = False
         self._retiring = False
         self._max_age_at = math.inf  # when a retiring version's live sequences end
@@ -121,7 +122,8 @@ class Population:
         self._expire(now)
         self._come_of_age(now)
         self._send_away()
-        if self._paused:
+        if self._paused and now >= self._wake_at:
+            self._wake_at = now + _LOOK_SECONDS  # thousands may wait: not at every turn of the others
             self._wake()
 
     def hand_over(self) -> None:

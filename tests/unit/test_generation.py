@@ -321,6 +321,7 @@ def test_nobody_generates_for_a_caller_who_does_not_read() -> None:
     assert stage.parts(other)[-1] == (1, 50, True)
     assert stage.engine._population.next_look() <= stage.now + 0.02
     slow.full = False
+    stage.now += 0.03
     stage.settle()
     said = [o for _, o in slow.replies if isinstance(o, Output) and o.drawn]
     assert [int(np.frombuffer(o.tensors[0][1], np.int64)[0]) for o in said] == spoken([("a", 50)])
@@ -461,6 +462,7 @@ def test_a_drain_does_not_wait_for_who_does_not_read_and_gives_the_token_once_he
     stage.settle()
     assert not one.ended
     slow.full = False
+    stage.now += 0.03
     stage.settle()
     closed = slow.replies[-1][1]
     assert isinstance(closed, Closed)

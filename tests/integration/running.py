@@ -192,3 +192,26 @@ class Gate:
 
     def probe(self) -> None:
         self._runner.probe()
+
+
+class Throttle:
+    """In front of a model's runs: each takes a permit."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._runner: Any = engine._runner
+        self._permits = threading.Semaphore(0)
+        engine._runner = self
+
+    def allow(self, runs: int) -> None:
+        self._permits.release(runs)
+
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        assert self._permits.acquire(timeout=_PATIENCE_SECONDS), "a run was not allowed"
+        results: list[Any] = self._runner.run(feeds)
+        return results
+
+    def enter_thread(self) -> None:
+        self._runner.enter_thread()
+
+    def probe(self) -> None:
+        self._runner.probe()

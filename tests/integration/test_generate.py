@@ -8,19 +8,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from tenuto import Client, Output, Sampling, Stream, aio
+from tenuto.serving import loader
 from tenuto.serving.server import Server
 from tenuto.serving.text import Words
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 from tests.toys import spoken
 
-from .running import Counting, assert_nothing_is_left, engine_of, serving, wait_for
+from .running import (
+    Counting,
+    Throttle,
+    assert_nothing_is_left,
+    engine_of,
+    serving,
+    unvetted,
+    wait_for,
+)
 from .wire import Conversation, array, chunk, connect, ending, opening, text
 
 PROMPT = "abc 😀"
@@ -233,30 +241,6 @@ def test_who_leaves_in_the_middle_leaves_nothing(server: Server, client: Client)
 # Elsewhere.
 
 
-class Throttle:
-    """In front of a model's runs: each takes a permit."""
-
-    def __init__(self, server: Server, model: str) -> None:
-        self._engine = engine_of(server, model)
-        self._runner: Any = self._engine._runner
-        self._permits = threading.Semaphore(0)
-        self._engine._runner = self
-
-    def allow(self, runs: int) -> None:
-        self._permits.release(runs)
-
-    def run(self, feeds: dict[str, Any]) -> list[Any]:
-        assert self._permits.acquire(timeout=30), "a run was not allowed"
-        results: list[Any] = self._runner.run(feeds)
-        return results
-
-    def enter_thread(self) -> None:
-        self._runner.enter_thread()
-
-    def probe(self) -> None:
-        self._runner.probe()
-
-
 @pytest.fixture
 def pair(toy_repository: Path, tmp_path: Path, transport: str) -> Iterator[list[Server]]:
     """Two servers of one fleet."""
@@ -270,7 +254,7 @@ def pair(toy_repository: Path, tmp_path: Path, transport: str) -> Iterator[list[
 @contextmanager
 def generating(servers: list[Server]) -> Iterator[tuple[Stream, Throttle]]:
     """A stream on the first of them, which runs as often as it is allowed to."""
-    throttle = Throttle(servers[0], "speaker")
+    throttle = Throttle(engine_of(servers[0], "speaker"))
     target = ",".join(f"127.0.0.1:{server.port}" for server in servers)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tenuto.servers.first_turn", lambda count: 0)
@@ -357,3 +341,37 @@ def test_the_seed_survives_a_server_that_dies_before_any_token(toy_repository: P
     assert sampling is not None
     assert sampling.seed is not None
     assert said(outputs) == spoken([("abc", 60)], seed=sampling.seed)
+
+
+def test_a_newer_version_goes_on_in_the_middle_of_a_chunk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sequence is sent away from the old one between two parts, not behind the last of four thousand."""
+    monkeypatch.setattr(loader, "vet", unvetted)
+    toys.write(tmp_path, "speaker", toys.speaker())
+    with (
+        serving(tmp_path, max_age_seconds=0.3) as server,
+        Client(f"127.0.0.1:{server.port}") as client,
+        client.stream("speaker", sampling=Sampling(seed=11)) as stream,
+    ):
+        old = engine_of(server, "speaker")
+        throttle = Throttle(old)
+        stream.send("abc", generate=4000)
+        throttle.allow(20)
+        outputs = [next(stream) for _ in range(15)]
+        fingerprint = server.catalogue.find("speaker").fingerprint
+        toys.write(tmp_path, "speaker", toys.speaker(resumes_from=[fingerprint]), 2)
+        for _ in range(2):
+            server.rollout.poll()
+
+        def is_sent_away() -> bool:
+            throttle.allow(1)
+            return bool(old.metrics.ended)
+
+        wait_for(is_sent_away, "max age to be over")
+        outputs += [next(stream) for _ in range(4001 - 15)]
+        assert (stream.version, stream.resumes) == (2, 1)
+        assert old.metrics.ended == {"MAX_AGE": 1}
+        assert engine_of(server, "speaker").metrics.generated_parts + old.metrics.generated_parts == 4000
+    assert [o.part for o in outputs] == [*range(4001)]
+    assert said(outputs) == spoken([("abc", 4000)], seed=11)

@@ -49,7 +49,7 @@ REPEATS_BYTES = 64 << 20
 SEALED_BYTES = 16 << 20
 # What one part that was generated takes in memory, roughly.
 PART_BYTES = 256
-# How long what waits for a token, to be sent away, or for its caller to read, waits at most for the next look.
+# How long those who wait for a token, to be sent away, or for their caller to read, wait for the next look.
 _LOOK_SECONDS = 0.02
 # Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
 _ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.SUPERSEDED})
@@ -145,7 +145,7 @@ class Population:
         if self._sampler is not None and self._goes_on(sequence, chunk, output, now):
             return
         sequence.pending.pop(0)
-        sequence.answered, sequence.part = chunk.step, chunk.part
+        sequence.answered = chunk.step
         self._delivery.send(sequence, output, chunk.nbytes)
         if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
             self._keep(sequence, output)
@@ -358,7 +358,6 @@ class Population:
             tuple([feed.rest() for feed in sequence.feeds]),
             self._pool.read(sequence.slot) if self._manifest.stateful else (),
             sequence.feeds[0].waiting,
-            sequence.part,
             replace(sequence.generation) if sequence.generation else None,
         )
         token = sealing.seal(snapshot)
@@ -451,7 +450,7 @@ class Population:
             return True
         if not any(padding) and not sequence.feeds[0].waiting:
             return False
-        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=sequence.part + 1)
+        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
         self._metrics.pending_chunks += 1
         sequence.pending.insert(0, tail)
         return True
@@ -525,9 +524,7 @@ class Population:
                 self._leaving.append((sequence, reason))
                 continue
             if sequence.closing and sequence.generates and isinstance(sequence.pending[-1], Ending):
-                sequence.pending[-1] = (
-                    reason  # its End is said elsewhere, behind what is still to be generated
-                )
+                sequence.pending[-1] = reason  # its End is said elsewhere, behind what is still generated
             self.end_after_pending(sequence, reason)
 
     def retire(self, max_age_seconds: float, _: None) -> None:

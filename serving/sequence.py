@@ -267,7 +267,7 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "checkpoint_every", "constants", "ended", "expected", "feeds",
-        "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number", "part",
+        "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number",
         "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
     )  # fmt: skip
 
@@ -303,7 +303,6 @@ class Sequence:
         self.heard = now  # when the last chunk was accepted, monotonic seconds
         self.accepted = 0  # the last step accepted
         self.answered = 0  # the last step answered
-        self.part = 0  # the last part of that step
         self.last_outputs: tuple[Output, ...] = ()  # all of that step, if they are small
         self.generation = Generation(sampling) if sampling else None
         self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
@@ -396,7 +395,6 @@ class Sequence:
             feed.restore(rest)
         if isinstance(self.feeds[0], TextFeed):
             self.feeds[0].waiting = snapshot.text
-        self.part = snapshot.part
         if self.generation is not None and snapshot.generation is not None:
             self.generation = replace(snapshot.generation)
 

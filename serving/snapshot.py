@@ -22,7 +22,7 @@ _OVERHEAD_BYTES = 1024
 class Snapshot:
     """A sequence after `step`: `feeds` holds each input's left context and samples not yet eaten, `states`
     each state's values of its slot, C order, both in the manifest's order. `text` is what waits for the rest
-    of its word or character, `part` the last part of that step. With a `generation` of which parts are done
+    of its word or character. With a `generation` of which parts are done
     it stands behind these parts of the step that comes next."""
 
     model: str
@@ -35,7 +35,6 @@ class Snapshot:
     feeds: tuple[bytes, ...]
     states: tuple[bytes, ...]
     text: bytes = b""
-    part: int = 0
     generation: Generation | None = None
 
     def to_bytes(self) -> bytes:
@@ -43,7 +42,7 @@ class Snapshot:
         position = [*dataclasses.astuple(g.sampling), g.done, g.digest] if g else None
         blobs = (*self.feeds, *self.states, self.text, g.frame if g else b"")
         header = [
-            self.model, self.version, self.fingerprint, self.schema, self.sequence_id, self.step, self.part,
+            self.model, self.version, self.fingerprint, self.schema, self.sequence_id, self.step,
             self.constants, position, len(self.feeds), [len(blob) for blob in blobs],
         ]  # fmt: skip
         text = json.dumps(header, separators=(",", ":")).encode()
@@ -78,8 +77,8 @@ class Snapshot:
             (length,) = _LENGTH.unpack_from(data)
             at = _LENGTH.size + length
             header = json.loads(data[_LENGTH.size : at])
-            model, version, fingerprint, schema, sequence_id, step, part = header[:7]
-            constants, position, feeds, lengths = header[7:]
+            model, version, fingerprint, schema, sequence_id, step = header[:6]
+            constants, position, feeds, lengths = header[6:]
             blobs = []
             for size in lengths:
                 blobs.append(data[at : at + size])
@@ -97,7 +96,7 @@ class Snapshot:
         chosen = tuple((str(name), float(value)) for name, value in constants)
         return cls(
             model, version, fingerprint, schema, sequence_id, step,
-            chosen, tuple(blobs[:feeds]), tuple(states), waiting, part, generation,
+            chosen, tuple(blobs[:feeds]), tuple(states), waiting, generation,
         )  # fmt: skip
 
 

@@ -535,7 +535,7 @@ def test_a_token_holds_the_sampling_and_the_last_output() -> None:
     assert snapshot.generation.sampling == Sampling(9, 0.7, 2)
     total = 5 + sum(stage.said(one))
     assert snapshot.generation.frame == toys.SPEECH[total % 97].tobytes()
-    assert (snapshot.step, snapshot.part, snapshot.generation.done) == (1, 2, 0)
+    assert (snapshot.step, snapshot.generation.done) == (1, 0)
     assert Snapshot.from_bytes(snapshot.to_bytes()) == snapshot
 
 
@@ -708,28 +708,6 @@ def test_a_model_that_goes_on_takes_the_text_so_far_as_ended() -> None:
     stage.engine.finish(one, Ending.END)
     stage.settle()
     assert stage.parts(one)[-1] == (1, 4, True)
-
-
-def test_what_ends_behind_generated_parts_counts_on() -> None:
-    def toy() -> tuple[bytes, dict[str, Any]]:
-        model, fields = toys.reader()
-        rule = {"output": "logits", "input": "id", "sampling": "categorical"}
-        return model, fields | {"generate": rule}
-
-    stage, other = Stage(toy), Stage(toy)
-    one = stage.begin(seed=6)
-    stage.say(one, 1, "one", 4)
-    stage.settle()
-    stage.engine.drain()
-    stage.settle()
-    snapshot = stage.last_token(one)
-    assert snapshot.part == 4
-    again = other.resume(snapshot)
-    other.say(again, 2, "two", 2)
-    other.say(again, 3, "three")
-    other.engine.finish(again, Ending.END)
-    other.settle()
-    assert other.parts(again)[-3:] == [(2, 2, True), (3, 0, True), (3, 1, True)]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tenuto import Client, Output, Sampling, Stream, aio
+from tenuto.cli import main
 from tenuto.serving import loader
 from tenuto.serving.server import Server
 from tenuto.serving.text import Words
@@ -22,6 +24,7 @@ from tests.toys import spoken
 
 from .running import (
     Counting,
+    Gate,
     Throttle,
     assert_nothing_is_left,
     engine_of,
@@ -150,6 +153,17 @@ def test_a_character_may_be_cut_in_two(conversation: Conversation) -> None:
     assert values == [[2], [9], [15], [18]]
 
 
+def test_a_text_counts_as_what_it_may_become(server: Server, conversation: Conversation) -> None:
+    """Eight bytes an id: what waits is bounded by what it takes, not by what was sent."""
+    with Gate(engine_of(server, "speaker")) as gate:
+        conversation.send(opening("speaker"), chunk(1, text("a" * 1000)), ending())
+        gate.wait_for_arrival()
+        wait_for(lambda: server.metrics.pending_bytes() >= 9_000, "the text to be counted")
+    conversation.opened()
+    assert conversation.output(1).outputs[1].shape == [1000]
+    assert conversation.closed().reason == pb.END
+
+
 # The same words.
 
 
@@ -202,6 +216,17 @@ def test_chords_are_the_same_again(client: Client) -> None:
         tunes.append(np.concatenate([part["keys"] for part in parts]))
     assert tunes[0].tolist() == tunes[1].tolist()
     assert 0.2 < tunes[0].mean() < 0.8
+
+
+def test_the_command_prints_the_same_words_for_the_same_seed(server: Server, capsys: Any) -> None:
+    words = ["generate", "speaker", "--server", f"127.0.0.1:{server.port}", "--prompt", PROMPT]
+    assert main([*words, "--count", "1500", "--seed", "5", "--top-k", "4"]) == 0
+    ids = spoken([(PROMPT, 1024), ("", 476)], seed=5, top_k=4)
+    assert capsys.readouterr().out == PROMPT + "".join(toys.ALPHABET[i] for i in ids) + "\n"
+    assert main([*words, "--count", "40"]) == 0
+    first = capsys.readouterr()
+    assert main([*words, "--count", "40", "--seed", first.err.split()[-1]]) == 0
+    assert capsys.readouterr().out == first.out
 
 
 # A caller who does not read, or leaves.
@@ -329,7 +354,8 @@ def test_a_drain_does_not_wait_for_all_parts(pair: list[Server]) -> None:
 def test_the_seed_survives_a_server_that_dies_before_any_token(toy_repository: Path) -> None:
     """Then the sequence begins anew elsewhere: with the seed that its caller was told."""
     with ExitStack() as stack:
-        pair = [stack.enter_context(serving(toy_repository)) for _ in range(2)]  # no tokens, no common keys
+        pair = [stack.enter_context(serving(toy_repository)) for _ in range(2)]
+        engine_of(pair[0], "speaker")._population._checkpoints = None  # no last token either
         with generating(pair) as (stream, throttle):
             stream.send("abc", generate=60)
             throttle.allow(20)

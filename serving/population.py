@@ -142,7 +142,7 @@ class Population:
         output = Output(chunk.step, chunk.part, True, tensors, queued, chunk.compute, rows)
         if not sequence.answered and not chunk.part:
             self._metrics.first_output.add(now - sequence.begun)
-        if self._sampler is not None and self._goes_on(sequence, chunk, output, now):
+        if self._sampler and sequence.generation and self._goes_on(sequence, chunk, output, now):
             return
         sequence.pending.pop(0)
         sequence.answered = chunk.step

@@ -175,6 +175,38 @@ def test_a_chunk_without_samples_goes_on_from_the_last_output() -> None:
     assert stage.said(one) == spoken([(PROMPT, 0), ("", 5)])
 
 
+class Stepper:
+    """`speaker` without a time axis: one id a run, one row of logits."""
+
+    def enter_thread(self) -> None: ...
+    def probe(self) -> None: ...
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        assert feeds["id"].shape == (len(feeds["total"]),)
+        total = feeds["total"] + feeds["id"][:, None]
+        return [toys.SPEECH[total[:, 0] % 97], total]
+
+
+def test_a_model_without_a_time_axis_goes_on_as_well() -> None:
+    fields = toys.speaker()[1] | {
+        "inputs": [{"name": "id", "dtype": "int64", "shape": ["batch"]}],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", 8]}],
+    }
+    bench = Bench(Manifest.model_validate(fields), Stepper())
+    crowd = [Sequence(bench.sink, bench.manifest, sampling=Sampling(seed, 1.0, 0)) for seed in range(3)]
+    for seed, one in enumerate(crowd):
+        bench.engine.open(one)
+        for step, (data, count) in enumerate([(np.int64(2).tobytes(), 20), (b"", 10)], 1):
+            bench.engine.accept(one, Chunk(step, (data,), bench.now, 0, generate=count + seed))
+    bench.settle()
+    for seed, one in enumerate(crowd):
+        drawn = [o.tensors[0] for o in outputs(bench, one) if o.drawn]
+        assert {shape for shape, _ in drawn} == {()}
+        ids = [int(np.frombuffer(data, np.int64)[0]) for _, data in drawn]
+        assert ids == spoken([("a", 20 + seed), ("", 10 + seed)], seed=seed)
+    bench.check_at_rest()
+
+
 def test_chords_are_struck_key_by_key() -> None:
     stage = Stage(toys.player)
     one = stage.begin(seed=4)

@@ -383,9 +383,9 @@ def _speak(arguments: argparse.Namespace, stream: "Stream", manifest: dict[str, 
     if arguments.output:
         raise invalid(f"model {arguments.model!r} generates text; leave -o out", "WRONG_INPUT")
     prompt = arguments.prompt if arguments.prompt is not None else "\n" if "\n" in alphabet else alphabet[0]
-    print(prompt, end="", flush=True)
     for output in _parts(stream, prompt, arguments.count or 500):
-        print(said(output, manifest, alphabet), end="", flush=True)
+        first = (output.step, output.part) == (1, 0)  # the server has taken the prompt
+        print(prompt if first else said(output, manifest, alphabet), end="", flush=True)
     print(flush=True)
 
 

@@ -8,7 +8,6 @@ random numbers: as easy as 1, 2, 3", SC 2011), as numpy gives them for `key=seed
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import RunFailed, WrongInput, WrongSetting
-from .manifest import Manifest
+from .manifest import LEAST_TEMPERATURE, MOST_TEMPERATURE, Manifest
 
 MOST_SEED = 2**64 - 1
 
@@ -37,10 +36,10 @@ class Sampling:
         """Raises: WrongSetting."""
         if not 0 <= self.seed <= MOST_SEED:
             raise WrongSetting(f"sampling: seed is {self.seed}, expected 0 to 2^64 - 1")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if not LEAST_TEMPERATURE <= self.temperature <= MOST_TEMPERATURE:
             raise WrongSetting(
-                f"sampling: temperature is {self.temperature:g}, expected a number above 0; for the most "
-                "probable choice set top_k to 1"
+                f"sampling: temperature is {self.temperature:g}, expected {LEAST_TEMPERATURE:g} to "
+                f"{MOST_TEMPERATURE:g}; for the most probable choice set top_k to 1"
             )
 
 
@@ -119,7 +118,8 @@ def _categorical(logits: Floats, sampling: Sampling, uniforms: Callable[[int], F
     most = logits.max()
     if not np.isfinite(most):
         raise RunFailed(f"the largest logit is {most:g}, of which nothing can be drawn")
-    weights = np.exp((logits - most) / sampling.temperature)
+    with np.errstate(over="ignore"):  # two float64 outputs may be that far apart
+        weights = np.exp((logits - most) / sampling.temperature)
     if 0 < sampling.top_k < logits.size:
         # Of equal ones, those of the lower index.
         weights[np.argsort(-logits, kind="stable")[sampling.top_k :]] = 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tenuto.serving.errors import RunFailed, WrongInput, WrongSetting
-from tenuto.serving.manifest import Manifest
+from tenuto.serving.manifest import LEAST_TEMPERATURE, MOST_TEMPERATURE, Manifest
+from tenuto.serving.model_runner import flush_denormals
 from tenuto.serving.sampling import Generation, Sampler, Sampling, Uniforms
 from tests import toys
 
@@ -131,6 +133,28 @@ def test_a_low_temperature_takes_the_best_and_a_high_one_each_alike() -> None:
     assert chi_square(counts, np.full(8, DRAWS / 8)) < CHI_SQUARE_999[7]
 
 
+@pytest.mark.parametrize("temperature", [LEAST_TEMPERATURE, MOST_TEMPERATURE])
+def test_the_ends_of_what_is_allowed_draw_from_the_largest_numbers(temperature: float) -> None:
+    """Also where denormal numbers are taken for zero, as on an engine's thread."""
+    extreme = f32([3e38, -3e38, 1e-40, -1e-40, 0, -np.inf, 2e38, 3e38])
+    keys = f32([3e38, -3e38, 1e-40, -1e-40, 0, -np.inf])
+    drawn_there: list[Array] = []
+
+    def draw() -> None:
+        flush_denormals()
+        drawn_there.append(indices(extreme, temperature=temperature))
+        drawn_there.append(drawn(create_sampler(toys.player), keys, "float32", temperature=temperature))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    thread.join()
+    got, struck = drawn_there
+    assert set(got.tolist()) == {0, 7}
+    assert (struck[:, 0] == 1).all()
+    assert (struck[:, [1, 5]] == 0).all()
+    assert 0.4 < struck[:, 2:5].mean() < 0.6
+
+
 def test_what_has_no_probability_is_never_drawn() -> None:
     masked = LOGITS.copy()
     masked[[0, 4, 7]] = -np.inf
@@ -210,7 +234,8 @@ def test_numbers_that_are_no_distribution_are_named(toy: Any, activation: str, b
 @pytest.mark.parametrize(
     "seed, temperature, text",
     [(-1, 1.0, "seed is -1"), (2**64, 1.0, "seed is 18446744073709551616"), (0, 0.0, "temperature is 0"),
-     (0, -1.0, "temperature is -1"), (0, float("inf"), "temperature is inf"), (0, float("nan"), "is nan")],
+     (0, -1.0, "temperature is -1"), (0, 1e-7, "is 1e-07, expected 1e-06 to 1e"), (0, 2e6, "is 2e"),
+     (0, float("inf"), "temperature is inf"), (0, float("nan"), "is nan")],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused(seed: int, temperature: float, text: str) -> None:
     with pytest.raises(WrongSetting, match=text):

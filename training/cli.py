@@ -111,14 +111,13 @@ def _study(options: argparse.Namespace, task: "Task", device: "torch.device", jo
     from .study import Study
     from .trainer import Fitted, Trainer
 
-    recipe = _recipe(options, task)
     again = options.command == "train"
 
     def fit(one: "Task", seed: int, label: str) -> Fitted:
         folder = options.runs / task.name / label / f"seed-{seed}"
-        return Trainer(one, recipe, seed, folder, device, joined).run(again)
+        return Trainer(one, _recipe(options, one), seed, folder, device, joined).run(again)
 
-    seeds = recipe.seeds if options.seed is None else (options.seed,)
+    seeds = task.recipe.seeds if options.seed is None else (options.seed,)
     return Study.run(task, seeds, fit, with_variants=options.seed is None)
 
 

@@ -128,7 +128,19 @@ def add_rnn(
     state_next: str,
 ) -> str:
     """Add a one-layer tanh RNN with the `weights` of a `torch.nn.RNN`; the rest as in `add_lstm`."""
-    return _recurrent(graph, "RNN", name, weights, inputs, lengths, (state,), (state_next,))
+    # ONNX Runtime's RNN multiplies a lone row by another routine than several: alone and in a batch a
+    # sequence would differ by 1e-6 (measured; LSTM and GRU do not). So each row runs twice, and none
+    # is ever alone.
+    inputs, lengths, state = (
+        graph.node("Concat", [value, value], f"{name}_{what}_twice", axis=axis)
+        for what, value, axis in (("inputs", inputs, 1), ("lengths", lengths, 0), ("state", state, 1))
+    )
+    after = f"{name}_state_next_twice"
+    hidden = _recurrent(graph, "RNN", name, weights, inputs, lengths, (state,), (after,))
+    graph.nodes("Split", [after], [state_next, f"{name}_state_next_again"], axis=1)
+    once = f"{name}_hidden_once"
+    graph.nodes("Split", [hidden], [once, f"{name}_hidden_again"], axis=1)
+    return once
 
 
 def _recurrent(

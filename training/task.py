@@ -45,7 +45,7 @@ class Task(ABC):
     """
 
     name: ClassVar[str]  # the model's name: its folder in exported/
-    recipe: ClassVar[Recipe]
+    recipe: Recipe  # of the class; a variant may have its own
     data: ClassVar[Mapping[str, Any]]  # name, licence, sha256 and split, for metrics.json and the card
     card: ClassVar[str]  # what the model is for and where it fails, for MODEL_CARD.md
 

@@ -20,16 +20,6 @@ def _digits() -> Any:
     return digits.candidate(digits.fit(images, labels, seed=5, epochs=1), seed=5)
 
 
-def _spoken_digits() -> Any:
-    from tenuto.training import spoken_digits
-    from tenuto.training.datasets.fsdd import Recording
-
-    recordings = [
-        Recording(f"{n}_a_9.wav", n % 10, "a", 9, spoken_digits.tones(n, seconds=0.3)) for n in range(20)
-    ]
-    return spoken_digits.candidate(spoken_digits.fit(recordings, seed=5, epochs=1), seed=5)
-
-
 def _oil_temperature() -> Any:
     from tenuto.training import oil_temperature
 
@@ -39,7 +29,7 @@ def _oil_temperature() -> Any:
     return oil_temperature.candidate(fitted.network, seed=5)
 
 
-RECIPES = {"digits": _digits, "spoken-digits": _spoken_digits, "oil-temperature": _oil_temperature}
+RECIPES = {"digits": _digits, "oil-temperature": _oil_temperature}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,15 +1,22 @@
 """What the tasks on MNIST share: the split, distortion, synthetic images and the count of right answers."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tenuto.serving.manifest import Manifest
+
 from .datasets import mnist
+from .progress import progress
+from .stepper import replay
+from .task import Batch, Figures
 
 SPLIT = "official: 60,000 to train on, of which 5,000 are held out for validation; 10,000 to test"
 DATA = {"name": "MNIST", "licence": mnist.LICENCE, "sha256": mnist.CHECKSUMS, "split": SPLIT}
@@ -39,8 +46,19 @@ def split() -> tuple[Images, Images]:
     return Images.of(pixels[used], digits[used]), Images.of(pixels[held], digits[held])
 
 
-def distort(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Rotate, scale, shear and shift each image [batch, 28, 28] by its own random amount."""
+def batches_of(images: Images, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Yield whole batches of pixels [size, 28, 28] and digits [size], in a random order, each image once."""
+    order = torch.from_numpy(rng.permutation(len(images.digits)))
+    for chosen in order[: len(order) // size * size].split(size):
+        yield images.pixels[chosen], images.digits[chosen]
+
+
+def distort(images: Tensor, rng: np.random.Generator, elastic: float = 0.0) -> Tensor:
+    """Rotate, scale, shear and shift each image [batch, 28, 28] by its own random amount.
+
+    With `elastic`, 7 x 7 points of the paper are also moved by that many pixels (standard deviation), and
+    what is between them with them, smoothly (Simard 2003 smooths noise of every pixel instead).
+    """
 
     def spread(width: float) -> Tensor:
         return torch.from_numpy(rng.uniform(-width, width, len(images)).astype(np.float32))
@@ -55,7 +73,36 @@ def distort(images: Tensor, rng: np.random.Generator) -> Tensor:
         1,
     )
     grid = F.affine_grid(rows, [len(images), 1, 28, 28], align_corners=False)
+    if elastic:
+        moved = torch.from_numpy(rng.standard_normal((len(images), 2, 7, 7), np.float32)) * (elastic * 2 / 28)
+        moved = F.interpolate(moved, size=(28, 28), mode="bicubic", align_corners=True)
+        grid = grid + moved.permute(0, 2, 3, 1)
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+
+
+def wrong_part(network: nn.Module, images: Images) -> float:
+    """Return the part of the images whose most probable answer is wrong."""
+    pairs = zip(images.pixels.split(500), images.digits.split(500), strict=True)
+    wrong = sum(int((network(pixels).argmax(1) != digits).sum()) for pixels, digits in pairs)
+    return wrong / len(images.digits)
+
+
+def accuracy_on_test(session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
+    """Accuracy of a model of whole images on MNIST's test images, in batches of its `max_batch`."""
+    images, digits = mnist.test()
+    right = 0
+    with progress(f"{manifest.name}: test", len(images)) as bar:
+        for start in range(0, len(images), manifest.max_batch):
+            batch = images[start : start + manifest.max_batch].astype(np.float32) / np.float32(255)
+            answer = replay(session, manifest, [batch])[0]["log_probabilities"].argmax(1)
+            right += int((answer == digits[start : start + len(batch)]).sum())
+            bar.update(len(batch))
+    return {
+        "metric": "accuracy",
+        "value": right / len(images),
+        "n": len(images),
+        "test_set": "MNIST, the 10,000 test images",
+    }
 
 
 def strokes(n: int, seed: int) -> NDArray[np.float32]:

@@ -36,7 +36,7 @@ python:
 	  'error: PYTHON_MISSING: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=...' >&2; exit 1; }
 
 .venv/.stamp: $(SETUP) | python
-	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,training,demo]' --group dev
+	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,diagnosis,demo]' --group dev
 	@touch $@
 
 .venv-demo/.stamp: $(SETUP) | python

@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     refusals = (DataUnavailable, ChecksumMismatch, checks.CheckFailed, NotOurs, NotTrained, UnknownTask)
     try:
         if options.command == "evaluate":
-            _print_figures(evaluate.evaluate(options.folder))
+            _print_figures(evaluate.evaluate(options.folder, options.task))
         else:
             _train(options)
     except (*refusals, OSError) as error:
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--no-export", action="store_true", help="train only; see tenuto export")
     evaluate = commands.add_parser("evaluate", help="measure an exported model on its test set")
     evaluate.add_argument("folder", type=Path, metavar="MODEL_DIR", help="such as exported/digits/1")
+    evaluate.add_argument("--task", help="the task's file, if it is none of ours: ./mine.py")
     return parser
 
 
@@ -133,6 +134,7 @@ def _export(options: argparse.Namespace, study: "Study") -> None:
         "recipe": dataclasses.asdict(recipe),
         "device": options.device,
         "cpu_seconds": round(fitted.cpu_seconds, 1),
+        "curve": [{name: float(f"{value:.5g}") for name, value in line.items()} for line in fitted.curve],
         "cpu_seconds_with_other_seeds_and_variants": round(study.cpu_seconds(), 1),
         "data": study.task.data,
     }

@@ -1,14 +1,14 @@
 """What the tasks on MNIST share: the split, distortion, synthetic images and the count of right answers."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from tenuto.serving.manifest import Manifest
@@ -80,8 +80,8 @@ def distort(images: Tensor, rng: np.random.Generator, elastic: float = 0.0) -> T
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
 
 
-def wrong_part(network: nn.Module, images: Images) -> float:
-    """Return the part of the images whose most probable answer is wrong."""
+def wrong_part(network: Callable[[Tensor], Tensor], images: Images) -> float:
+    """Return the part of the images whose most probable answer, of [batch, 10], is wrong."""
     pairs = zip(images.pixels.split(500), images.digits.split(500), strict=True)
     wrong = sum(int((network(pixels).argmax(1) != digits).sum()) for pixels, digits in pairs)
     return wrong / len(images.digits)

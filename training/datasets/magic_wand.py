@@ -75,8 +75,6 @@ def _read(digit: int) -> list[Stroke]:
     content = path.read_bytes()
     store.check("magic_wand", store.sha256(content), CHECKSUMS[name], path)
     return [
-        Stroke(
-            digit, place, np.array([(p["x"], p["y"]) for p in stroke["strokePoints"]], np.float32)
-        )
+        Stroke(digit, place, np.array([(p["x"], p["y"]) for p in stroke["strokePoints"]], np.float32))
         for place, stroke in enumerate(json.loads(content)["strokes"])
     ]

@@ -20,10 +20,10 @@ from tenuto.training.handwriting import (
     DATA,
     PIXEL_MEAN,
     PIXEL_STD,
+    accuracy_on_test,
     batches_of,
     distort,
     split,
-    accuracy_on_test,
     wrong_part,
 )
 from tenuto.training.images_graph import Block
@@ -84,7 +84,7 @@ class DigitsTask(Task):
 
     name = "digits"
     recipe = Recipe(
-        epochs=20,
+        epochs=15,
         learning_rate=4e-3,
         weight_decay=0.02,
         clip_norm=None,
@@ -117,7 +117,7 @@ write 1 and 7 in other ways.
     def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
         """Yield images [128, 28, 28] and digits [128]."""
         for pixels, digits in batches_of(self._train, BATCH, rng):
-            yield distort(pixels, rng, elastic=1.0), digits
+            yield distort(pixels, rng, elastic=0.5), digits
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy."""

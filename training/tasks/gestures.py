@@ -20,7 +20,6 @@ from tenuto.serving.manifest import Manifest
 from tenuto.training import gestures_graph
 from tenuto.training.candidate import AnyArray, Candidate, Tensors
 from tenuto.training.datasets import magic_wand
-from tenuto.training.datasets.magic_wand import Stroke
 from tenuto.training.progress import progress
 from tenuto.training.recipe import Recipe
 from tenuto.training.recurrent import RecurrentNetwork, Shape, State
@@ -31,6 +30,12 @@ from tenuto.training.weights import count, exported
 BATCH = 50
 SHAPE = Shape(inputs=4, hidden=(64,), outputs=10)
 STEP_STD, AWAY_STD = 0.025, 0.25  # about what the training strokes have, in their own unit
+DATA = {
+    "name": "magic wand digits",
+    "licence": magic_wand.LICENCE,
+    "sha256": magic_wand.CHECKSUMS,
+    "split": "ours: of each digit 60 strokes to train on, 10 for validation, 30 to test, by a hash",
+}
 Points = NDArray[np.float32]
 
 
@@ -73,12 +78,7 @@ class GesturesTask(Task):
 
     name = "gestures"
     recipe = Recipe(epochs=100, learning_rate=5e-3, weight_decay=0.02, average=0.98, seeds=(0, 1, 2))
-    data = {
-        "name": "magic wand digits",
-        "licence": magic_wand.LICENCE,
-        "sha256": magic_wand.CHECKSUMS,
-        "split": "ours: of each digit 60 strokes to train on, 10 for validation, 30 to test, by a hash",
-    }
+    data = DATA
     card = """
 Says which digit is being drawn in the air, from the points of one stroke as a wand with an orientation
 sensor gives them.
@@ -104,7 +104,7 @@ sensor gives them.
             yield collate([vary(one.points, rng) for one in strokes], [one.digit for one in strokes])
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross entropy after the last point and, as much, over the stroke, more towards its end."""
+        """Return the cross entropy, half of it after the last point, half over the stroke, late more."""
         points, lengths, digits = batch
         answers: Tensor = _forward(network, points)
         time = torch.arange(points.shape[1], device=points.device)
@@ -187,7 +187,8 @@ def vary(points: Points, rng: np.random.Generator) -> Points:
     size = math.exp(rng.uniform(-0.3, 0.3)) * np.exp(rng.uniform(-0.12, 0.12, 2))
     path = path @ turn.T * size + rng.normal(0, 0.002, path.shape)
     most = max(1, len(path) // 20)
-    return path[rng.integers(most) : len(path) - rng.integers(most)].astype(np.float32)
+    kept = path[rng.integers(most) : len(path) - rng.integers(most)]
+    return np.asarray(kept, np.float32)
 
 
 def collate(strokes: Sequence[Points], digits: Sequence[int]) -> Batch:

@@ -1,22 +1,17 @@
-"""What the tasks on MNIST share: the split, distortion, synthetic images and the count of right answers."""
+"""What the tasks on MNIST share: the split, distortion and synthetic images."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from tenuto.serving.manifest import Manifest
-
 from .datasets import mnist
-from .progress import progress
-from .stepper import replay
-from .task import Batch, Figures
+from .task import Batch
 
 SPLIT = "official: 60,000 to train on, of which 5,000 are held out for validation; 10,000 to test"
 DATA = {"name": "MNIST", "licence": mnist.LICENCE, "sha256": mnist.CHECKSUMS, "split": SPLIT}
@@ -85,24 +80,6 @@ def wrong_part(network: Callable[[Tensor], Tensor], images: Images) -> float:
     pairs = zip(images.pixels.split(500), images.digits.split(500), strict=True)
     wrong = sum(int((network(pixels).argmax(1) != digits).sum()) for pixels, digits in pairs)
     return wrong / len(images.digits)
-
-
-def accuracy_on_test(session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
-    """Accuracy of a model of whole images on MNIST's test images, in batches of its `max_batch`."""
-    images, digits = mnist.test()
-    right = 0
-    with progress(f"{manifest.name}: test", len(images)) as bar:
-        for start in range(0, len(images), manifest.max_batch):
-            batch = images[start : start + manifest.max_batch].astype(np.float32) / np.float32(255)
-            answer = replay(session, manifest, [batch])[0]["log_probabilities"].argmax(1)
-            right += int((answer == digits[start : start + len(batch)]).sum())
-            bar.update(len(batch))
-    return {
-        "metric": "accuracy",
-        "value": right / len(images),
-        "n": len(images),
-        "test_set": "MNIST, the 10,000 test images",
-    }
 
 
 def strokes(n: int, seed: int) -> NDArray[np.float32]:

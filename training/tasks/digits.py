@@ -5,32 +5,17 @@ random affine and elastic distortion of every image (Simard 2003), in bfloat16 w
 and with the weights averaged over the last steps.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenuto.serving.manifest import Manifest
 from tenuto.training import images_graph
 from tenuto.training.candidate import Candidate
-from tenuto.training.handwriting import (
-    DATA,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    accuracy_on_test,
-    batches_of,
-    distort,
-    split,
-    wrong_part,
-)
+from tenuto.training.handwriting import PIXEL_MEAN, PIXEL_STD
 from tenuto.training.images_graph import Block
+from tenuto.training.images_task import ImagesTask
 from tenuto.training.recipe import Recipe
-from tenuto.training.task import Batch, Figures, Task
 
-BATCH = 128
 BLOCKS = (
     Block(1, 24, pool=True),
     Block(24, 32),
@@ -79,7 +64,7 @@ class DigitNetwork(nn.Module):
         return F.log_softmax(self.head(self.dropout(features.flatten(1))), dim=1)
 
 
-class DigitsTask(Task):
+class DigitsTask(ImagesTask):
     """MNIST, an image at once."""
 
     name = "digits"
@@ -92,7 +77,7 @@ class DigitsTask(Task):
         precision="bfloat16",
         seeds=(0, 1, 2),
     )
-    data = DATA
+    elastic = 0.5
     card = """
 Reads one handwritten digit: 28 x 28 pixels, light ink on dark paper, the digit centred and about 20
 pixels high, as in MNIST. For demonstrations and tests of image batches. It answers with a digit for
@@ -101,32 +86,10 @@ paper must be inverted first. Trained on digits by American writers around 1990;
 write 1 and 7 in other ways.
 """
 
-    def load(self) -> None:
-        """Read MNIST's training images; 5,000 are held out."""
-        self._train, self._held = split()
-
     def network(self) -> nn.Module:
         """Return the network, its kernels channels last like the images: half the time of a step."""
         network: nn.Module = DigitNetwork().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
-
-    def steps(self) -> int:
-        """Return the number of whole batches."""
-        return len(self._train.digits) // BATCH
-
-    def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
-        """Yield images [128, 28, 28] and digits [128]."""
-        for pixels, digits in batches_of(self._train, BATCH, rng):
-            yield distort(pixels, rng, elastic=0.5), digits
-
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross entropy."""
-        images, digits = batch
-        return F.nll_loss(network(images), digits)
-
-    def validate(self, network: nn.Module) -> float:
-        """Return the part of the held-out images that is read wrongly."""
-        return wrong_part(network, self._held)
 
     def candidate(self, network: nn.Module, seed: int) -> Candidate:
         """Build the ONNX file, and synthetic images to check it with."""
@@ -135,7 +98,3 @@ write 1 and 7 in other ways.
         )
         model = images_graph.convolutional(network, BLOCKS, described)
         return images_graph.candidate(network, described, model, seed, self.card)
-
-    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
-        """Accuracy on MNIST's test images, in batches of the model's `max_batch`."""
-        return accuracy_on_test(session, manifest)

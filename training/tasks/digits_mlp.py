@@ -4,31 +4,16 @@ One to one, without knowing that pixels have neighbours: 784 of them, two hidden
 (backpropagation: Rumelhart 1986). Trained on MNIST with a random affine distortion of every image.
 """
 
-from collections.abc import Iterator
-
-import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tenuto.serving.manifest import Manifest
 from tenuto.training import images_graph
 from tenuto.training.candidate import Candidate
-from tenuto.training.handwriting import (
-    DATA,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    accuracy_on_test,
-    batches_of,
-    distort,
-    split,
-    wrong_part,
-)
+from tenuto.training.handwriting import PIXEL_MEAN, PIXEL_STD
+from tenuto.training.images_task import ImagesTask
 from tenuto.training.recipe import Recipe
-from tenuto.training.task import Batch, Figures, Task
 
-BATCH = 128
 SIZES = (28 * 28, 256, 128)
 
 
@@ -66,12 +51,11 @@ class PerceptronNetwork(nn.Module):
         return F.log_softmax(self.head(self.layers(x)), dim=1)
 
 
-class DigitsMlpTask(Task):
+class DigitsMlpTask(ImagesTask):
     """MNIST, an image at once, as a list of pixels."""
 
     name = "digits-mlp"
     recipe = Recipe(epochs=25, learning_rate=4e-3, average=0.998, seeds=(0, 1, 2))
-    data = DATA
     card = """
 Reads one handwritten digit as `digits` does, with a perceptron in place of convolutions: the simplest
 network of the notes, to compare the others with. It has more parameters than `digits` and makes about
@@ -79,31 +63,9 @@ three times as many errors. All that is said of `digits` about ink, paper, cats 
 sevens holds here too.
 """
 
-    def load(self) -> None:
-        """Read MNIST's training images; 5,000 are held out."""
-        self._train, self._held = split()
-
     def network(self) -> nn.Module:
         """Return the network."""
         return PerceptronNetwork()
-
-    def steps(self) -> int:
-        """Return the number of whole batches."""
-        return len(self._train.digits) // BATCH
-
-    def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
-        """Yield images [128, 28, 28] and digits [128]."""
-        for pixels, digits in batches_of(self._train, BATCH, rng):
-            yield distort(pixels, rng), digits
-
-    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross entropy."""
-        images, digits = batch
-        return F.nll_loss(network(images), digits)
-
-    def validate(self, network: nn.Module) -> float:
-        """Return the part of the held-out images that is read wrongly."""
-        return wrong_part(network, self._held)
 
     def candidate(self, network: nn.Module, seed: int) -> Candidate:
         """Build the ONNX file, and synthetic images to check it with."""
@@ -113,7 +75,3 @@ sevens holds here too.
         )
         model = images_graph.perceptron(network, len(SIZES) - 1, described)
         return images_graph.candidate(network, described, model, seed, self.card)
-
-    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
-        """Accuracy on MNIST's test images, in batches of the model's `max_batch`."""
-        return accuracy_on_test(session, manifest)

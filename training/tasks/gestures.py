@@ -24,7 +24,7 @@ from tenuto.training.progress import progress
 from tenuto.training.recipe import Recipe
 from tenuto.training.recurrent import RecurrentNetwork, Shape, State
 from tenuto.training.stepper import Stepper
-from tenuto.training.task import Batch, Figures, Task
+from tenuto.training.task import Answers, Batch, Figures, Task
 from tenuto.training.weights import count, exported
 
 BATCH = 50
@@ -146,24 +146,24 @@ sensor gives them.
             card=self.card,
         )
 
-    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
-        """Accuracy on the test strokes after their last point, fed one point at a time."""
+    def answers(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Answers:
+        """Read the test strokes, one point at a time; what is said after the last one counts."""
         strokes = magic_wand.strokes("test")
-        right = 0
+        said = np.empty(len(strokes), np.int64)
         with progress("gestures: test", len(strokes)) as bar:
-            for stroke in strokes:
+            for place, stroke in enumerate(strokes):
                 stepper = Stepper(session, manifest)
                 for point in stroke.points:
-                    said = stepper.step(point[None])
-                right += int(said["log_probabilities"][-1].argmax() == stroke.digit)
+                    output = stepper.step(point[None])
+                said[place] = output["log_probabilities"][-1].argmax()
                 bar.update()
-        return {
-            "metric": "accuracy",
-            "value": right / len(strokes),
-            "n": len(strokes),
-            "test_set": "magic wand digits, 30 strokes of each digit, one person; fed point by point, the "
-            "answer after the last",
-        }
+        truth = np.array([stroke.digit for stroke in strokes], np.int64)
+        return Answers(truth, said, magic_wand.LABELS)
+
+    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
+        """Accuracy after the last point."""
+        test_set = "30 strokes of each digit by the same person, point by point, the answer after the last"
+        return self.answers(session, manifest).figures(test_set)
 
 
 def _forward(network: nn.Module, points: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint format types stubs check-stubs models bench soak clean python
+.PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -24,6 +24,7 @@ help:
 	@echo 'make stubs         write tenuto/v1 anew from proto/'
 	@echo 'make check-stubs   compare tenuto/v1 with proto/'
 	@echo 'make models        train and export the models anew (MODELS="digits" for some)'
+	@echo 'make networks      draw the pictures of docs/networks.md and write it (3 CPU minutes)'
 	@echo 'make bench         run the benchmarks and write docs/performance.md (ARGS="paced --rounds 1" for some)'
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make clean         remove environments, caches and builds'
@@ -62,6 +63,10 @@ demo: .venv-demo/.stamp
 
 models: .venv/.stamp
 	@for model in $(MODELS); do .venv/bin/tenuto train $$model $(ARGS) || exit 1; done
+
+# The pictures and figures of docs/networks.md, from the exported models.
+networks: .venv/.stamp
+	.venv/bin/tenuto diagnose $(ARGS)
 
 # All of them go into the page, some of them to the terminal alone.
 bench: .venv/.stamp

@@ -40,7 +40,7 @@ def test_a_csv_becomes_a_served_model(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert _commands() == [
         "python make_pump.py",
-        "tenuto train ./pump.py",
+        "tenuto train ./pump.py --diagnose",
         "tenuto evaluate exported/pump/1 --task ./pump.py",
     ]
     said = [_run(command.split(), tmp_path) for command in _commands()]
@@ -48,7 +48,9 @@ def test_a_csv_becomes_a_served_model(tmp_path: Path) -> None:
     assert trained is not None
     assert evaluated is not None
     assert trained[1] == evaluated[1]
-    assert float(trained[1]) > 0.6  # three states: a third by guessing
+    assert float(trained[1]) > 0.8  # three states: a third by guessing
+    drawn = [path.name for path in sorted((tmp_path / "runs/pump/diagnosis").iterdir())]
+    assert drawn == ["confusion.svg", "curve.svg"]
     command = [str(BIN / "tenuto"), "serve", "exported", "--port", "0", "--metrics-port", "0"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

@@ -8,6 +8,7 @@ import sys
 import wave
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_etth1_shape(reachable: Callable[[Callable[[], Any]], Any]) -> None:
 
 
 def test_magic_wand_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
-    parts = [reachable(lambda part=part: magic_wand.strokes(part)) for part in PARTS]
+    parts = [reachable(partial(magic_wand.strokes, part)) for part in PARTS]
     assert [len(part) for part in parts] == [600, 100, 300]
     names = [{(stroke.digit, stroke.place) for stroke in part} for part in parts]
     assert len(names[0] | names[1] | names[2]) == 1000

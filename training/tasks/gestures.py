@@ -83,15 +83,15 @@ class GesturesTask(Task):
 Says which digit is being drawn in the air, from the points of one stroke as a wand with an orientation
 sensor gives them (x to the right, y up, a digit about 0.6 high in 80 to 110 points). A demonstration of
 gestures as "many to one": it answers after every point, and the answer after the last one counts. One
-sequence is one stroke; begin another sequence for the next. Where on the paper the stroke is does not matter.
+sequence is one stroke; begin another sequence for the next. Where on the paper a stroke is does not matter.
 
 All strokes are of one person, in training and test: the figure says how well it knows that hand, and
 nothing about others. Someone who draws a 7 with a bar, or a 4 from another end, should expect worse and
-train it anew. On the 100 validation strokes it is right in 100 as they are and in 98 to 100 turned by up to 30
-degrees, but in 80 at 45 degrees and 16 at 90; in 97 at half the size and 64 at a third; in 95 or more at a
-third to three times the speed; with the first 3/4 of the points in 99, with the first half in 69, and then
-it is less sure. A second stroke in the same sequence is read right one time in five. It has no answer
-for "no digit": mirrored strokes are read wrongly with a probability of 73 % on average.
+train it anew. Of the 100 validation strokes it reads 100 as they are, 98 or more turned by up to 30 degrees,
+but 80 at 45 degrees and 16 at 90; 97 at half their size and 64 at a third; 95 or more at a third to three
+times their speed; 99 with the first three quarters of the points, and 69 with the first half, of which it
+is less sure. A second stroke in the same sequence is read right one time in five. It has no answer for
+"no digit": mirrored strokes get a wrong one, with a probability of 73 % on average.
 """
 
     def load(self) -> None:

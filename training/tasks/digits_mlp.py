@@ -58,9 +58,15 @@ class DigitsMlpTask(ImagesTask):
     recipe = Recipe(epochs=25, learning_rate=4e-3, average=0.998, seeds=(0, 1, 2))
     card = """
 Reads one handwritten digit as `digits` does, with a perceptron in place of convolutions: the simplest
-network of the notes, to compare the others with. It has more parameters than `digits` and makes about
-three times as many errors. All that is said of `digits` about ink, paper, cats and American
-sevens holds here too.
+network of the notes, to compare the others with. It does not know that pixels have neighbours, has a quarter
+more parameters than `digits`, and makes twice as many errors. 28 x 28 pixels, light ink on dark paper, the
+digit centred and about 20 pixels high, as in MNIST.
+
+Of the 5,000 validation images it reads 99.2 % as they are, 97.7 % with half the ink, 93.4 % moved 4 pixels to
+the side, 95.9 % at 70 % of their size and 92.7 % turned by 30 degrees. It has no answer for "no digit": a
+blank image is called a digit with a probability of 87 %; dark ink on light paper, which must be inverted
+first, is read right in 11 % of all cases and believed with 66 % on average; and of images under noise
+(a standard deviation of 0.3 of full ink) 40 % are read right, believed with 82 %.
 """
 
     def network(self) -> nn.Module:

@@ -44,9 +44,18 @@ class DigitsRowsTask(Task):
     recipe = Recipe(epochs=14, learning_rate=4e-3, average=0.998, seeds=(0, 1, 2))
     data = DATA
     card = """
-Reads one handwritten digit from its rows, as a line scanner would see them: 28 rows of 28 pixels, light
-ink on dark paper, from the top. Its answer counts after the last row; before that it is a guess. A
-demonstration of "many to one"; for reading digits `digits` is better and cheaper.
+Reads one handwritten digit from its rows, as a line scanner would see them: 28 rows of 28 pixels, light ink
+on dark paper, from the top, the digit centred and about 20 pixels high, as in MNIST. A demonstration of
+"many to one": it answers after every row, and the answer after the last one counts. One sequence is one
+image; begin another sequence for the next. For reading digits `digits` makes fewer errors and does not need
+28 steps.
+
+Of the 5,000 validation images it knows 35 % after 8 rows, 80 % after 12, 94 % after 16, 98 % after 20 and
+99.5 % after 28. It reads 99.2 % if the first 4 rows never came, 98.0 % with half the ink, 95.7 % moved 4
+pixels to the side, 97.8 % at 70 % of their size and 93.6 % turned by 30 degrees. A second image in the same
+sequence is read right in 37 % of all cases, and rows from the bottom up in 44 %. It has no answer for "no
+digit": dark ink on light paper, which must be inverted first, is read right in 10 % and believed with 77 %
+on average.
 """
 
     def load(self) -> None:

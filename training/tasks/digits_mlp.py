@@ -59,8 +59,8 @@ class DigitsMlpTask(ImagesTask):
     card = """
 Reads one handwritten digit as `digits` does, with a perceptron in place of convolutions: the simplest
 network of the notes, to compare the others with. It does not know that pixels have neighbours, has a quarter
-more parameters than `digits`, and makes twice as many errors. 28 x 28 pixels, light ink on dark paper, the
-digit centred and about 20 pixels high, as in MNIST.
+more parameters than `digits`, and makes two to three times as many errors. 28 x 28 pixels, light ink on dark
+paper, the digit centred and about 20 pixels high, as in MNIST.
 
 Of the 5,000 validation images it reads 99.2 % as they are, 97.7 % with half the ink, 93.4 % moved 4 pixels to
 the side, 95.9 % at 70 % of their size and 92.7 % turned by 30 degrees. It has no answer for "no digit": a

@@ -87,12 +87,14 @@ sequence is one stroke; begin another sequence for the next. Where on the paper 
 
 All strokes are of one person, in training and test: the figure says how well it knows that hand, and
 nothing about others. Someone who draws a 7 with a bar, or a 4 from another end, should expect worse and
-train it anew. 300 strokes are few: the same recipe, cross-validated on the 700 others, read 417 of 420 right,
-so the figure below may be two per cent too low, or that one too high. Of the 100 validation strokes it reads 100 as they are, 98 or more turned by up to 30 degrees,
-but 80 at 45 degrees and 16 at 90; 97 at half their size and 64 at a third; 95 or more at a third to three
-times their speed; 99 with the first three quarters of the points, and 69 with the first half, of which it
-is less sure. A second stroke in the same sequence is read right one time in five. It has no answer for
-"no digit": mirrored strokes get a wrong one, with a probability of 73 % on average.
+train it anew. 300 test strokes are few: the same recipe, cross-validated on the 700 others, read 417 of 420
+right, so one of the two figures is a per cent or more off by chance.
+
+Of the 100 validation strokes it reads 100 as they are, 98 or more turned by up to 30 degrees, but 80 at 45
+degrees and 16 at 90; 97 at half their size and 64 at a third; 95 or more at a third to three times their
+speed; 99 with the first three quarters of the points, and 69 with the first half, of which it is less sure.
+A second stroke in the same sequence is read right one time in five. It has no answer for "no digit":
+mirrored strokes get a wrong one, with a probability of 73 % on average.
 """
 
     def load(self) -> None:

@@ -1,6 +1,7 @@
-"""What the tasks on MNIST share: the split, distortion, synthetic images and the count of right answers."""
+"""What the tasks on MNIST share: the split, distortion and synthetic images."""
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .datasets import mnist
+from .task import Batch
 
 SPLIT = "official: 60,000 to train on, of which 5,000 are held out for validation; 10,000 to test"
 DATA = {"name": "MNIST", "licence": mnist.LICENCE, "sha256": mnist.CHECKSUMS, "split": SPLIT}
@@ -39,8 +41,19 @@ def split() -> tuple[Images, Images]:
     return Images.of(pixels[used], digits[used]), Images.of(pixels[held], digits[held])
 
 
-def distort(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Rotate, scale, shear and shift each image [batch, 28, 28] by its own random amount."""
+def batches_of(images: Images, size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Yield whole batches of pixels [size, 28, 28] and digits [size], in a random order, each image once."""
+    order = torch.from_numpy(rng.permutation(len(images.digits)))
+    for chosen in order[: len(order) // size * size].split(size):
+        yield images.pixels[chosen], images.digits[chosen]
+
+
+def distort(images: Tensor, rng: np.random.Generator, elastic: float = 0.0) -> Tensor:
+    """Rotate, scale, shear and shift each image [batch, 28, 28] by its own random amount.
+
+    With `elastic`, 7 x 7 points of the paper are also moved by that many pixels (standard deviation), and
+    what is between them with them, smoothly (Simard 2003 smooths noise of every pixel instead).
+    """
 
     def spread(width: float) -> Tensor:
         return torch.from_numpy(rng.uniform(-width, width, len(images)).astype(np.float32))
@@ -55,7 +68,18 @@ def distort(images: Tensor, rng: np.random.Generator) -> Tensor:
         1,
     )
     grid = F.affine_grid(rows, [len(images), 1, 28, 28], align_corners=False)
+    if elastic:
+        moved = torch.from_numpy(rng.standard_normal((len(images), 2, 7, 7), np.float32)) * (elastic * 2 / 28)
+        moved = F.interpolate(moved, size=(28, 28), mode="bicubic", align_corners=True)
+        grid = grid + moved.permute(0, 2, 3, 1)
     return F.grid_sample(images[:, None], grid, align_corners=False)[:, 0]
+
+
+def wrong_part(network: Callable[[Tensor], Tensor], images: Images) -> float:
+    """Return the part of the images whose most probable answer, of [batch, 10], is wrong."""
+    pairs = zip(images.pixels.split(500), images.digits.split(500), strict=True)
+    wrong = sum(int((network(pixels).argmax(1) != digits).sum()) for pixels, digits in pairs)
+    return wrong / len(images.digits)
 
 
 def strokes(n: int, seed: int) -> NDArray[np.float32]:

@@ -101,18 +101,27 @@ def build(weights: dict[str, Array], shape: Shape, described: Manifest) -> bytes
         graph.input(state.input, state.dtype, state.shape)
     graph.input(entry.name, entry.dtype, entry.shape)
     graph.input("lengths", "int32", ["batch"])
-    value = _by_time(graph, weights, shape, entry.name)
+    add_network(graph, weights, shape, entry.name, out.name)
+    graph.output(out.name, out.dtype, out.shape)
+    for state in described.states:
+        graph.output(state.output, state.dtype, state.shape)
+    return graph.model({METADATA_KEY: described.to_json()})
+
+
+def add_network(graph: Graph, weights: dict[str, Array], shape: Shape, name: str, output: str) -> None:
+    """Add a `RecurrentNetwork` between the tensor `name` and the tensor `output`, both [batch, time, ...].
+
+    The graph needs an input `lengths` and the network's states as inputs; their next values are left to
+    be declared as outputs.
+    """
+    value = _by_time(graph, weights, shape, name)
     for layer in range(len(shape.hidden)):
         value = _layer(graph, weights, shape, layer, value)
     value = graph.node("MatMul", [value, graph.constant("head_w", weights["head.weight"].T)], "head_product")
     value = graph.node("Add", [value, graph.constant("head_b", weights["head.bias"])], "head_sum")
     axis = {"axis": -1} if shape.activation == "log_softmax" else {}
     value = graph.node(OPERATORS[shape.activation], [value], "head_by_time", **axis)
-    graph.node("Transpose", [value], out.name, perm=[1, 0, 2])
-    graph.output(out.name, out.dtype, out.shape)
-    for state in described.states:
-        graph.output(state.output, state.dtype, state.shape)
-    return graph.model({METADATA_KEY: described.to_json()})
+    graph.node("Transpose", [value], output, perm=[1, 0, 2])
 
 
 def _by_time(graph: Graph, weights: dict[str, Array], shape: Shape, name: str) -> str:

@@ -8,17 +8,25 @@ import sys
 import wave
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tenuto.training.datasets import etth1, fsdd, mnist, store
+from tenuto.training.datasets import etth1, fsdd, magic_wand, mnist, store
 from tenuto.training.datasets.store import ChecksumMismatch, DataUnavailable
 
 FOLDER = Path(mnist.__file__).parent
-LOADS: list[Callable[[], Any]] = [mnist.test, lambda: fsdd.recordings("test"), etth1.series]
+LOADS: list[Callable[[], Any]] = [
+    mnist.test,
+    lambda: fsdd.recordings("test"),
+    etth1.series,
+    lambda: magic_wand.strokes("test"),
+]
+
+PARTS: tuple[magic_wand.Split, ...] = ("train", "validation", "test")
 
 
 def test_source_imports_numpy_and_pooch_alone() -> None:
@@ -34,7 +42,7 @@ def test_source_imports_numpy_and_pooch_alone() -> None:
 def test_importing_the_loaders_brings_no_other_package() -> None:
     code = (
         "import sys, tenuto.training.datasets.mnist, tenuto.training.datasets.fsdd\n"
-        "import tenuto.training.datasets.etth1\n"
+        "import tenuto.training.datasets.etth1, tenuto.training.datasets.magic_wand\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'pydantic', 'grpc', 'google.protobuf'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -43,12 +51,14 @@ def test_importing_the_loaders_brings_no_other_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("load", LOADS, ids=["mnist", "fsdd", "etth1"])
+@pytest.mark.parametrize("load", LOADS, ids=["mnist", "fsdd", "etth1", "magic_wand"])
 def test_missing_file_is_named_with_its_source(
     load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    with pytest.raises(DataUnavailable, match=r"no file (mnist|fsdd|etth1)/\S+; put it .*https://"):
+    with pytest.raises(
+        DataUnavailable, match=r"no file (mnist|fsdd|etth1|magic_wand)/\S+; put it .*https://"
+    ):
         load()
 
 
@@ -70,10 +80,11 @@ def test_failed_download_tries_every_mirror_and_says_so(
 
 def test_wrong_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    for folder in ("mnist", "fsdd", "etth1"):
+    for folder in ("mnist", "fsdd", "etth1", "magic_wand"):
         (tmp_path / folder).mkdir()
     (tmp_path / "mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
     (tmp_path / "etth1/ETTh1.csv").write_bytes(b"date,OT\n")
+    (tmp_path / "magic_wand/petewarden_0.json").write_bytes(b'{"strokes": []}')
     _zip(tmp_path / "fsdd/recordings.zip", "recordings/")
     for load in LOADS:
         with pytest.raises(ChecksumMismatch, match="expected"):
@@ -146,3 +157,22 @@ def test_etth1_shape(reachable: Callable[[Callable[[], Any]], Any]) -> None:
     mean, std = series.statistics()
     np.testing.assert_allclose(mean[-1], 17.128262, rtol=1e-6)
     np.testing.assert_allclose(std[-1], 9.176491, rtol=1e-6)
+
+
+def test_magic_wand_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    parts = [reachable(partial(magic_wand.strokes, part)) for part in PARTS]
+    assert [len(part) for part in parts] == [600, 100, 300]
+    names = [{(stroke.digit, stroke.place) for stroke in part} for part in parts]
+    assert len(names[0] | names[1] | names[2]) == 1000
+    for part in parts:
+        assert {sum(stroke.digit == digit for stroke in part) for digit in range(10)} == {len(part) // 10}
+    points = parts[2][0].points
+    assert (points.shape, points.dtype) == ((96, 2), np.float32)
+    assert (points * 128 == np.round(points * 128)).all()
+    # These very strokes: another order would move test strokes into the training part, unseen.
+    assert [stroke.place for stroke in parts[2][:5]] == [16, 46, 31, 87, 92]
+
+
+def test_magic_wand_knows_no_other_split() -> None:
+    with pytest.raises(ValueError, match="'train', 'validation' or 'test', got 'dev'"):
+        magic_wand.strokes("dev")  # type: ignore[arg-type]

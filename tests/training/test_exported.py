@@ -14,16 +14,26 @@ from tenuto.training import checks, evaluate
 from tenuto.training.stepper import load, replay
 
 EXPORTED = Path(__file__).resolve().parents[2] / "exported"
-MODELS = ["digits", "spoken-digits", "spoken-digits-rnn", "digit-strings", "oil-temperature"]
-FILES = ["MODEL_CARD.md", "golden.npz", "manifest.json", "metrics.json", "model.onnx"]
-TYPES = {
-    "tensor(float)": "float32",
-    "tensor(int16)": "int16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
+# The test figure that each model has to reach: accuracies at least, errors at most.
+GOALS = {
+    "digits": 0.996,
+    "digits-mlp": 0.987,
+    "digits-rows": 0.990,
+    "gestures": 0.97,  # to be 0.98: two strokes of 300 are missing
+    "spoken-digits": 0.97,
+    "oil-temperature": 0.45,
 }
-EAR = 200 * 256 + 128 * 40  # constants of the models that listen, not trained
-LISTEN = ("spoken-digits", "spoken-digits-rnn", "digit-strings")
+MOST_PARAMETERS = {
+    "digits": 200_000,
+    "digits-mlp": 250_000,
+    "digits-rows": 100_000,
+    "gestures": 20_000,
+    "spoken-digits": 250_000,
+    "oil-temperature": 100_000,
+}
+MODELS = list(GOALS)
+FILES = ["MODEL_CARD.md", "golden.npz", "manifest.json", "metrics.json", "model.onnx"]
+TYPES = {"tensor(float)": "float32", "tensor(int16)": "int16", "tensor(int32)": "int32"}
 
 pytestmark = pytest.mark.parametrize("model", MODELS)
 
@@ -104,7 +114,6 @@ def test_any_batch_and_chunking_gives_the_same_bits(threads: int, model: str) ->
     assert checks.invariance(session, manifest, source, trials=25) == 0.0
 
 
-@pytest.mark.timeout(300)  # digit-strings listens to 24 streams of 11 minutes
 def test_answer_is_as_good_as_the_card_says(
     model: str, reachable: Callable[[Callable[[], Any]], Any]
 ) -> None:
@@ -113,29 +122,16 @@ def test_answer_is_as_good_as_the_card_says(
     assert (figures["metric"], figures["n"]) == (stated["metric"], stated["n"])
     # Another CPU rounds otherwise; one image or recording may then fall on the other side.
     assert abs(figures["value"] - stated["value"]) <= 1.5 / figures["n"]
-    bound = {
-        "digits": 0.995,
-        "spoken-digits": 0.97,
-        "spoken-digits-rnn": 0.7,
-        "digit-strings": 0.3,
-        "oil-temperature": 0.45,
-    }[model]
-    if figures["metric"] == "accuracy":
-        assert figures["value"] >= bound
+    if figures["metric"] == "mse":
+        assert figures["value"] <= GOALS[model]
     else:
-        assert figures["value"] <= bound
+        assert figures["value"] >= GOALS[model]
 
 
 def test_parameters_are_few(model: str) -> None:
-    most = {
-        "digits": 200_000,
-        "spoken-digits": 250_000,
-        "spoken-digits-rnn": 60_000,
-        "digit-strings": 250_000,
-        "oil-temperature": 100_000,
-    }[model]
+    most = MOST_PARAMETERS[model]
     assert _metrics(model)["training"]["parameters"] <= most
     proto = onnx.load(EXPORTED / model / "1/model.onnx")
     stored = sum(int(np.prod(t.dims)) for t in proto.graph.initializer if t.data_type == 1)
-    fixed = EAR if model in LISTEN else 0
+    fixed = {"spoken-digits": 200 * 256 + 128 * 40}.get(model, 0)  # the front end, not trained
     assert stored - fixed <= most + 1000  # and means, deviations and other constants

@@ -3,46 +3,69 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 from tenuto.training import checks
+from tenuto.training.datasets import magic_wand, mnist
+from tenuto.training.datasets.magic_wand import Stroke
 from tenuto.training.stepper import load
 
-
-def _digits() -> Any:
-    from tenuto.training import digits
-
-    labels = np.arange(256, dtype=np.uint8) % 10
-    images = (digits.strokes(256, seed=3) * 255).astype(np.uint8)
-    return digits.candidate(digits.fit(images, labels, seed=5, epochs=1), seed=5)
+if TYPE_CHECKING:
+    from tenuto.training.study import Study
 
 
-def _oil_temperature() -> Any:
-    from tenuto.training import oil_temperature
+def _some_images(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    from tenuto.training import handwriting
 
-    train = oil_temperature.seasons(seed=3, hours=700)
-    validation = oil_temperature.seasons(seed=4, hours=460)
-    fitted = oil_temperature.fit(train, validation, seed=5, epochs=1)
-    return oil_temperature.candidate(fitted.network, seed=5)
-
-
-RECIPES = {"digits": _digits, "oil-temperature": _oil_temperature}
+    images = (handwriting.strokes(n + 50, seed=3) * 255).astype(np.uint8)
+    labels = np.arange(n + 50, dtype=np.uint8) % 10
+    monkeypatch.setattr(handwriting, "VALIDATION", 50)
+    monkeypatch.setattr(mnist, "train", lambda: (images, labels))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_same_seed_gives_the_same_bytes(
-    recipe: str, one_thread: Any, monkeypatch: pytest.MonkeyPatch
+def _some_strokes(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    from tenuto.training.tasks import gestures
+
+    strokes = [Stroke(place % 10, place, gestures.loops(place, points=30 + place % 60)) for place in range(n)]
+    monkeypatch.setattr(magic_wand, "strokes", lambda split: strokes)
+
+
+# What stands for the data set of each task, and how many examples of it are enough for two steps.
+SLICES: dict[str, tuple[Callable[[pytest.MonkeyPatch, int], None], int]] = {
+    "digits": (_some_images, 256),
+    "digits-mlp": (_some_images, 256),
+    "digits-rows": (_some_images, 256),
+    "gestures": (_some_strokes, 100),
+}
+
+
+def _trained(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> "Study":
+    """Train one of our tasks for one epoch on a synthetic slice, with its own recipe but for that."""
+    from tenuto.training import tasks
+    from tenuto.training.study import Study
+    from tenuto.training.trainer import Trainer
+
+    prepare, examples = SLICES[name]
+    prepare(monkeypatch, examples)
+    task = tasks.find(name)
+    recipe = dataclasses.replace(task.recipe, epochs=1)
+    return Study.run(task, [5], lambda one, seed, _: Trainer(one, recipe, seed, folder).run())
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_a_slice_gives_the_same_bytes_twice(
+    name: str, one_thread: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tenuto.training import oil_temperature
-
-    monkeypatch.setattr(oil_temperature, "STEPS", 3)
-    first, second = RECIPES[recipe](), RECIPES[recipe]()
+    studies = [_trained(name, tmp_path / run, monkeypatch) for run in ("first", "second")]
+    first, second = (study.candidate() for study in studies)
     assert first.model == second.model
+    assert studies[0].seeds[5].curve[0]["gradient_norm"] > 0
     session, manifest = load(first.model)
     assert manifest == first.manifest
+    assert manifest.name == name
     assert checks.parity(first, session) <= first.tolerance
     assert checks.invariance(session, manifest, first.probe, trials=5) == 0.0
 
@@ -50,33 +73,28 @@ def test_same_seed_gives_the_same_bytes(
 def test_export_writes_all_or_nothing(
     one_thread: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tenuto.training import export
+    from tenuto.training.export import export
+    from tenuto.training.study import Study
 
+    study, output = _trained("gestures", tmp_path / "runs", monkeypatch), tmp_path / "exported"
     figures = {"metric": "accuracy", "value": 0.1, "n": 10, "test_set": "none"}
-    data = {"name": "synthetic", "licence": "none", "sha256": {}}
-    facts = {"command": "tenuto train digits", "data": data}
-    measured: list[list[str]] = []
+    monkeypatch.setattr(type(study.task), "test", lambda *_: figures)
+    facts = {"command": "tenuto train gestures", "data": study.task.data, "cpu_seconds": 1.0, "threads": 1}
+    whole = study.candidate()
+    broken = dataclasses.replace(whole, reference=_shifted(whole.reference))
+    monkeypatch.setattr(Study, "candidate", lambda self: broken)
+    with pytest.raises(checks.CheckFailed, match="gestures: ONNX differs from torch by 0.5"):
+        export(study, facts, output)
+    assert not output.exists()
 
-    def evaluate(folder: Path) -> dict[str, Any]:
-        measured.append(sorted(file.name for file in folder.iterdir()))
-        return figures
-
-    monkeypatch.setattr(export, "evaluate", evaluate)
-    candidate = _digits()
-    broken = dataclasses.replace(candidate, reference=_shifted(candidate.reference))
-    with pytest.raises(checks.CheckFailed, match="digits: ONNX differs from torch by 0.5"):
-        export.export(broken, facts, tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    assert measured == []
-
+    monkeypatch.setattr(Study, "candidate", lambda self: whole)
     for _ in range(2):  # the second replaces the first
-        folder = export.export(candidate, facts, tmp_path)
-        assert folder == tmp_path / "digits/1"
-        assert [entry.name for entry in tmp_path.iterdir()] == ["digits"]
-        assert [entry.name for entry in (tmp_path / "digits").iterdir()] == ["1"]
-        assert (folder / "model.onnx").read_bytes() == candidate.model
+        folder = export(study, facts, output)
+        assert folder == output / "gestures/1"
+        assert [entry.name for entry in output.iterdir()] == ["gestures"]
+        assert [entry.name for entry in (output / "gestures").iterdir()] == ["1"]
+        assert (folder / "model.onnx").read_bytes() == whole.model
         assert "10.00%" in (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert measured == [["golden.npz", "manifest.json", "model.onnx"]] * 2
 
 
 def _shifted(reference: Callable[..., Any]) -> Callable[..., Any]:

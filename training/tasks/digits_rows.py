@@ -16,7 +16,16 @@ from tenuto.serving.manifest import Manifest
 from tenuto.training import recurrent_graph
 from tenuto.training.candidate import Candidate
 from tenuto.training.datasets import mnist
-from tenuto.training.handwriting import DATA, PIXEL_MEAN, PIXEL_STD, distort, split, strokes
+from tenuto.training.handwriting import (
+    DATA,
+    PIXEL_MEAN,
+    PIXEL_STD,
+    batches_of,
+    distort,
+    split,
+    strokes,
+    wrong_part,
+)
 from tenuto.training.progress import progress
 from tenuto.training.recipe import Recipe
 from tenuto.training.recurrent import RecurrentNetwork, Shape
@@ -24,6 +33,7 @@ from tenuto.training.stepper import replay_batch
 from tenuto.training.task import Answers, Batch, Figures, Task
 
 BATCH = 128
+RAMP = 6  # a row's weight in the loss is its part of the image to this power: half the rows, one per cent
 SHAPE = Shape(inputs=28, hidden=(128,), outputs=10)
 
 
@@ -31,12 +41,21 @@ class DigitsRowsTask(Task):
     """MNIST, a row a step."""
 
     name = "digits-rows"
-    recipe = Recipe(epochs=14, learning_rate=4e-3)
+    recipe = Recipe(epochs=14, learning_rate=4e-3, average=0.998, seeds=(0, 1, 2))
     data = DATA
     card = """
-Reads one handwritten digit from its rows, as a line scanner would see them: 28 rows of 28 pixels, light
-ink on dark paper, from the top. Its answer counts after the last row; before that it is a guess. A
-demonstration of "many to one"; for reading digits `digits` is better and cheaper.
+Reads one handwritten digit from its rows, as a line scanner would see them: 28 rows of 28 pixels, light ink
+on dark paper, from the top, the digit centred and about 20 pixels high, as in MNIST. A demonstration of
+"many to one": it answers after every row, and the answer after the last one counts. One sequence is one
+image; begin another sequence for the next. For reading digits `digits` makes fewer errors and does not need
+28 steps.
+
+Of the 5,000 validation images it knows 35 % after 8 rows, 80 % after 12, 94 % after 16, 98 % after 20 and
+99.5 % after 28. It reads 99.2 % if the first 4 rows never came, 98.0 % with half the ink, 95.7 % moved 4
+pixels to the side, 97.8 % at 70 % of their size and 93.6 % turned by 30 degrees. A second image in the same
+sequence is read right in 37 % of all cases, and rows from the bottom up in 44 %. It has no answer for "no
+digit": dark ink on light paper, which must be inverted first, is read right in 10 % and believed with 77 %
+on average.
 """
 
     def load(self) -> None:
@@ -56,22 +75,20 @@ demonstration of "many to one"; for reading digits `digits` is better and cheape
 
     def batches(self, rng: np.random.Generator) -> Iterator[Batch]:
         """Yield rows [128, 28, 28] and digits [128]."""
-        order = torch.from_numpy(rng.permutation(len(self._train.digits)))
-        for chosen in order[: self.steps() * BATCH].split(BATCH):
-            yield distort(self._train.pixels[chosen], rng), self._train.digits[chosen]
+        for pixels, digits in batches_of(self._train, BATCH, rng):
+            yield distort(pixels, rng), digits
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Return the cross entropy of the answer after the last row."""
+        """Return the cross entropy of the answers, those after the lower rows weighing more."""
         rows, digits = batch
-        return F.nll_loss(_answers(network, rows), digits)
+        every = _answers(network, rows).transpose(1, 2)
+        nats = F.nll_loss(every, digits[:, None].expand(-1, every.shape[2]), reduction="none")
+        weights = (torch.arange(1, every.shape[2] + 1, device=rows.device) / every.shape[2]) ** RAMP
+        return (nats * weights).sum(1).mean() / weights.sum()
 
     def validate(self, network: nn.Module) -> float:
         """Return the part of the held-out images that is read wrongly."""
-        wrong = sum(
-            int((_answers(network, rows).argmax(1) != digits).sum())
-            for rows, digits in zip(self._held.pixels.split(500), self._held.digits.split(500), strict=True)
-        )
-        return wrong / len(self._held.digits)
+        return wrong_part(lambda rows: _answers(network, rows)[:, -1], self._held)
 
     def candidate(self, network: nn.Module, seed: int) -> Candidate:
         """Build the ONNX file, and synthetic images to check it with."""
@@ -106,7 +123,7 @@ demonstration of "many to one"; for reading digits `digits` is better and cheape
 def _answers(network: nn.Module, rows: Tensor) -> Tensor:
     assert isinstance(network, RecurrentNetwork)
     answers: Tensor = network(rows, network.initial_state(len(rows)))[0]
-    return answers[:, -1]
+    return answers
 
 
 def manifest() -> Manifest:

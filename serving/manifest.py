@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ManifestInvalid
+from .text import Characters, Cutter, Words
 
 METADATA_KEY = "tenuto.manifest"
 FORMAT = 1
@@ -62,6 +63,38 @@ class WireEncoding(_Frozen):
     encoding: Encoding
 
 
+class WireWords(_Frozen):
+    """UTF-8 text, cut into words, each hashed to one of `buckets` ids: `text.Words` says how."""
+
+    encoding: Literal["utf8"]
+    tokens: Literal["words"]
+    buckets: Annotated[int, Field(ge=1, le=2**31 - 1)]
+    lower: bool = False
+
+    @cached_property
+    def cutter(self) -> Cutter:
+        return Words(self.buckets, self.lower)
+
+
+class WireCharacters(_Frozen):
+    """UTF-8 text, each character its place in `alphabet`."""
+
+    encoding: Literal["utf8"]
+    tokens: Literal["characters"]
+    alphabet: Annotated[str, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> WireCharacters:
+        twice = sorted({c for c in self.alphabet if self.alphabet.count(c) > 1})
+        if twice:
+            raise ValueError(f"alphabet holds {', '.join(map(repr, twice))} more than once")
+        return self
+
+    @cached_property
+    def cutter(self) -> Cutter:
+        return Characters(self.alphabet)
+
+
 class Value(_Frozen):
     """Every element starts at that value."""
 
@@ -101,7 +134,7 @@ class Input(_Tensor):
     lengths: Name | None = None  # the int32 input that takes each row's length in samples of this input
     range: tuple[int, int] | None = None  # inclusive; integer inputs
     finite: bool = True
-    wire: tuple[WireDtype | WireEncoding, ...] = ()
+    wire: tuple[WireDtype | WireEncoding | WireWords | WireCharacters, ...] = ()
     tail: Literal["drop", "pad"] = "drop"
     unit: str = ""
     rate_hz: Annotated[float, Field(gt=0)] | None = None  # samples a second along the time axis
@@ -125,7 +158,29 @@ class Input(_Tensor):
                 f"{self.name}: png and jpeg need [height, width] and perhaps colours in the shape"
             )
         self._row_shape(self.time_axis)
+        self._check_text()
         return self
+
+    def _check_text(self) -> None:
+        texts = [w for w in self.wire if isinstance(w, WireWords | WireCharacters)]
+        if not texts:
+            return
+        if len(texts) > 1:
+            raise ValueError(f"{self.name}: wire has {len(texts)} entries of utf8, of which one can hold")
+        if self.dtype != "int64" or self.time_axis is None or self.sample_shape:
+            raise ValueError(
+                f"{self.name}: utf8 needs int64 [batch, time] with a time_axis, one id a sample; this is "
+                f"{self.dtype} {list(self.shape)}"
+            )
+        last = texts[0].cutter.count - 1
+        if self.range is not None and not self.range[0] <= 0 <= last <= self.range[1]:
+            raise ValueError(f"{self.name}: utf8 gives ids from 0 to {last}, range is {list(self.range)}")
+
+    @cached_property
+    def text(self) -> Cutter | None:
+        """How text that clients send becomes ids; None: they send none."""
+        cutters = [w.cutter for w in self.wire if isinstance(w, WireWords | WireCharacters)]
+        return cutters[0] if cutters else None
 
     @cached_property
     def multiple(self) -> int:
@@ -245,8 +300,19 @@ class Output(_Tensor):
         return math.prod(self.frame_shape) * self.numpy_dtype.itemsize
 
 
+# Those that an output cannot have from which is sampled in that way.
+_OTHER_ACTIVATIONS = {"categorical": ("sigmoid",), "bernoulli": ("softmax", "log_softmax")}
+
+
 class Generate(_Frozen):
-    """Which output feeds which input, and how it is sampled."""
+    """Which output feeds which input, and how it is sampled.
+
+    categorical: the output's last axis holds one number a choice, and the index of the choice that is drawn
+    is fed back. bernoulli: each number is drawn by itself, and the ones and zeros are fed back. What the
+    numbers are, the output's `activation` says: log_softmax, softmax, sigmoid, or "" for logits.
+    `temperature` divides the logits (or log probabilities); `top_k` keeps the k largest, 0: all. Clients may
+    choose others at Open.
+    """
 
     output: Name
     input: Name
@@ -330,7 +396,56 @@ class Manifest(_Frozen):
                 )
         if self.timed and not self.stateful:
             raise ValueError("a time_axis needs states (or a left_context): else the axis is part of the row")
+        if self.generate:
+            self._check_generate(self.generate)
         return self
+
+    def _check_generate(self, generate: Generate) -> None:
+        """Whether what is sampled from the output is a sample of the input.
+
+        Raises: ValueError.
+        """
+        output = next((o for o in self.outputs if o.name == generate.output), None)
+        if output is None or [i.name for i in self.inputs] != [generate.input] or not self.stateful:
+            raise ValueError(
+                f"generate feeds output {generate.output!r} to input {generate.input!r}: it needs a stateful "
+                "model with that output, and that input alone"
+            )
+        fed = self.inputs[0]
+        if fed.multiple != 1 or (fed.time_axis is None) != (output.time_axis is None):
+            raise ValueError(
+                "generate: one sample in must give one frame out, so chunk is free, multiple 1 or exact 1, "
+                "and both have a time_axis or neither"
+            )
+        frame, sample = list(output.frame_shape), list(fed.sample_shape)
+        if output.numpy_dtype.kind != "f" or len(frame) != 1:
+            raise ValueError(
+                f"generate samples from float numbers, one axis a frame; {output.name} is {output.dtype} "
+                f"with {frame} a frame"
+            )
+        if generate.sampling == "categorical":
+            if fed.numpy_dtype.kind not in "iu" or sample:
+                raise ValueError(
+                    f"generate, categorical: the input takes one index a sample; {fed.name} is {fed.dtype} "
+                    f"with {sample} a sample"
+                )
+            low, high = fed.range or (0, np.iinfo(fed.numpy_dtype).max)
+            if not low <= 0 <= frame[0] - 1 <= high:
+                raise ValueError(f"generate: indices go from 0 to {frame[0] - 1}, range is {[low, high]}")
+        elif frame != sample or fed.numpy_dtype.kind not in "fiub":
+            raise ValueError(
+                f"generate, bernoulli: {output.name} has {frame} a frame, {fed.name} {sample} a sample; they "
+                "must be the same"
+            )
+        if output.activation in _OTHER_ACTIVATIONS[generate.sampling]:
+            raise ValueError(
+                f"generate, {generate.sampling}: {output.name}'s activation is {output.activation}"
+            )
+        if generate.top_k > (frame[0] if generate.sampling == "categorical" else 0):
+            raise ValueError(
+                f"generate: top_k is {generate.top_k}; of a categorical output it is at most {frame[0]}, "
+                "of a bernoulli one 0"
+            )
 
     @cached_property
     def stateful(self) -> bool:
@@ -408,6 +523,7 @@ def state_schema(manifest: Manifest) -> str:
     states = [[s.input, s.dtype, list(s.slot_shape), s.batch_axis] for s in manifest.states]
     inputs = [
         [i.name, i.dtype, list(i.sample_shape), i.time_axis is None, i.multiple, i.left_context]
+        + ([repr(i.text)] if i.text else [])  # a part of a word waits there
         for i in manifest.inputs
     ]
     return hashlib.sha256(json.dumps([states, inputs]).encode()).hexdigest()

@@ -199,8 +199,6 @@ def _check_supported(manifest: Manifest, where: str) -> None:
     lacking = []
     if manifest.controls:
         lacking.append("controls")
-    if manifest.generate:
-        lacking.append("generate")
     if any(o.lengths_output for o in manifest.outputs):
         lacking.append("lengths_output")
     if any(o.batch_axis is None for o in manifest.outputs) and not manifest.alone:

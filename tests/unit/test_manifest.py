@@ -73,6 +73,44 @@ def test_what_is_no_json_object_is_refused_by_name(text: str | bytes) -> None:
         Manifest.parse(text, "toy/1/manifest.json")
 
 
+LETTERS = {"encoding": "utf8", "tokens": "characters", "alphabet": "abcd"}
+WORDS = {"encoding": "utf8", "tokens": "words", "buckets": 8}
+IDS: dict[str, Any] = {"name": "x", "dtype": "int64", "shape": ["batch", "time"], "time_axis": 1}
+NEXT = Y | {"shape": ["batch", "time", 4]}
+KEYS: dict[str, Any] = {"inputs": [X | {"shape": ["batch", "time", 4]}], "outputs": [NEXT]}
+
+
+def text(wire: dict[str, Any], **x: Any) -> dict[str, Any]:
+    return create_fields(inputs=[IDS | {"wire": [wire]} | x])
+
+
+def generating(sampling: str = "categorical", **changes: Any) -> dict[str, Any]:
+    """Its output has four numbers a frame, and its input takes an index."""
+    rule = {"output": "y", "input": "x", "sampling": sampling} | changes.pop("rule", {})
+    return create_fields(**({"inputs": [IDS], "outputs": [NEXT], "generate": rule} | changes))
+
+
+WRONG_GENERATE: dict[str, tuple[dict[str, Any], str]] = {
+    "an output that is not there": (generating(rule={"output": "z"}), "output 'z' to input 'x'"),
+    "an input that is not there": (generating(rule={"input": "z"}), "output 'y' to input 'z'"),
+    "a second input": (generating(inputs=[IDS, IDS | {"name": "z"}]), "that input alone"),
+    "no state": (generating(states=[], inputs=[{"name": "x", "dtype": "int64", "shape": ["batch"]}],
+                            outputs=[{"name": "y", "dtype": "float32", "shape": ["batch", 4]}]), "stateful"),
+    "two samples a frame": (generating(inputs=[IDS | {"chunk": {"multiple": 2}}]), "one sample in must give"),
+    "an output of the whole": (generating(outputs=[{"name": "y", "dtype": "float32", "shape": ["batch", 4]}]),
+                               "both have a time_axis or neither"),
+    "integers to sample from": (generating(outputs=[NEXT | {"dtype": "int64"}]), "samples from float"),
+    "a number to sample from": (generating(outputs=[Y]), r"one axis a frame; y is float32 with \[\]"),
+    "an index for a float": (generating(**KEYS), "one index a sample; x is float32"),
+    "a range without the last index": (generating(inputs=[IDS | {"range": [0, 2]}]), "go from 0 to 3, range"),
+    "keys for one number": (generating("bernoulli"), r"y has \[4\] a frame, x \[\] a sample"),
+    "keys by softmax": (generating("bernoulli", **KEYS | {"outputs": [NEXT | {"activation": "softmax"}]}),
+                        "activation is softmax"),
+    "an index by sigmoid": (generating(outputs=[NEXT | {"activation": "sigmoid"}]), "activation is sigmoid"),
+    "more than all": (generating(rule={"top_k": 5}), "top_k is 5; .* at most 4"),
+    "the best keys": (generating("bernoulli", **KEYS, rule={"top_k": 1}), "top_k is 1; .* bernoulli one 0"),
+    "a temperature of nothing": (generating(rule={"temperature": 0}), "temperature: .*greater than 0"),
+}  # fmt: skip
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "format of another version": (create_fields(format=2), "format: Input should be 1"),
     "no inputs": (create_fields(inputs=[]), "inputs: .*at least 1"),
@@ -116,6 +154,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "value holds 2 numbers, the shape 3",
     ),
 }  # fmt: skip
+
+
+WRONG_TEXT: dict[str, tuple[dict[str, Any], str]] = {
+    "text for floats": (text(WORDS, dtype="float32"), "utf8 needs int64"),
+    "text for rows": (text(WORDS, shape=["batch", "time", 2]), "one id a sample"),
+    "text without time": (text(WORDS, shape=["batch"], time_axis=None), "with a time_axis"),
+    "two ways to cut it": (create_fields(inputs=[IDS | {"wire": [WORDS, LETTERS]}]), "of which one can hold"),
+    "ids out of range": (text(WORDS, range=[0, 6]), "ids from 0 to 7, range is"),
+    "range without the first": (text(LETTERS, range=[1, 9]), "ids from 0 to 3, range is"),
+    "a letter twice": (text(LETTERS | {"alphabet": "abca"}), "alphabet holds 'a' more than once"),
+    "no letter": (text(LETTERS | {"alphabet": ""}), "alphabet: .*at least 1"),
+    "no bucket": (text(WORDS | {"buckets": 0}), "buckets: .*greater than or equal to 1"),
+}
+WRONG |= WRONG_TEXT | WRONG_GENERATE
 
 
 @pytest.mark.parametrize("fields, message", WRONG.values(), ids=WRONG.keys())
@@ -191,6 +243,14 @@ ROUND_TRIPS = {
 }  # fmt: skip
 
 
+ROUND_TRIPS |= {
+    "words": text(WORDS | {"lower": True}, range=[0, 7]),
+    "characters": text(LETTERS),
+    "categorical": generating(rule={"temperature": 0.5, "top_k": 4}),
+    "bernoulli": generating("bernoulli", **KEYS),
+}
+
+
 @pytest.mark.parametrize("fields", ROUND_TRIPS.values(), ids=ROUND_TRIPS.keys())
 def test_to_json_says_the_same_again(fields: dict[str, Any]) -> None:
     manifest = parse(fields)
@@ -198,6 +258,20 @@ def test_to_json_says_the_same_again(fields: dict[str, Any]) -> None:
     assert Manifest.parse(text, "again") == manifest
     assert Manifest.parse(text, "again").to_json() == text
     assert json.loads(text)["format"] == 1
+
+
+def test_an_input_knows_how_its_text_is_cut() -> None:
+    assert create_manifest().inputs[0].text is None
+    letters = parse(text(LETTERS)).inputs[0].text
+    assert letters is not None
+    assert letters.ids("dab").tolist() == [3, 0, 1]
+
+
+def test_a_sequence_that_waits_for_the_rest_of_a_word_has_another_schema() -> None:
+    schemas = {
+        state_schema(parse(fields)) for fields in (text(WORDS), text(LETTERS), create_fields(inputs=[IDS]))
+    }
+    assert len(schemas) == 3
 
 
 def test_to_json_leaves_defaults_out() -> None:

@@ -92,7 +92,6 @@ def test_a_manifest_that_disagrees_is_refused() -> None:
 Y = {"name": "y", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
 NOT_YET: dict[str, tuple[dict[str, Any], str]] = {
     "controls": ({"controls": [{"name": "start", "kind": "start", "dtype": "int32"}]}, "uses controls,"),
-    "generate": ({"generate": {"output": "y", "input": "x", "sampling": "categorical"}}, "uses generate,"),
     "lengths_output": ({"outputs": [Y | {"lengths_output": "n"}]}, "uses lengths_output,"),
     "an output without a batch axis": (
         {"outputs": [Y | {"shape": ["time"], "batch_axis": None, "time_axis": 0}]},

@@ -6,13 +6,13 @@
 
 PYTHON ?= python3
 ARGS ?=
-MODELS ?= digits oil-temperature spoken-digits
+MODELS ?= $(sort $(subst _,-,$(basename $(notdir $(filter-out %/__init__.py,$(wildcard training/tasks/*.py))))))
 PROTOS := $(wildcard proto/tenuto/*/*.proto)
 SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oldest lint format types stubs check-stubs models bench soak clean python
+.PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -23,7 +23,8 @@ help:
 	@echo 'make types         mypy, strict'
 	@echo 'make stubs         write tenuto/v1 anew from proto/'
 	@echo 'make check-stubs   compare tenuto/v1 with proto/'
-	@echo 'make models        train and export the models anew (MODELS="digits" for some)'
+	@echo 'make models        train and export the models anew (-j2: two at once; MODELS="digits" for some)'
+	@echo 'make networks      draw the pictures of docs/networks.md and write it (3 CPU minutes)'
 	@echo 'make bench         run the benchmarks and write docs/performance.md (ARGS="paced --rounds 1" for some)'
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make clean         remove environments, caches and builds'
@@ -36,7 +37,7 @@ python:
 	  'error: PYTHON_MISSING: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=...' >&2; exit 1; }
 
 .venv/.stamp: $(SETUP) | python
-	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,training,demo]' --group dev
+	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,diagnosis,demo]' --group dev
 	@touch $@
 
 .venv-demo/.stamp: $(SETUP) | python
@@ -60,8 +61,15 @@ python:
 demo: .venv-demo/.stamp
 	@.venv-demo/bin/python examples/demo.py $(ARGS)
 
-models: .venv/.stamp
-	@for model in $(MODELS); do .venv/bin/tenuto train $$model $(ARGS) || exit 1; done
+# One finished model a step: a killed `make models` goes on where it was (runs/ holds what is done), and
+# `make -j2 models` trains two at once, each with one thread.
+models: $(MODELS:%=model-%)
+model-%: .venv/.stamp
+	OMP_NUM_THREADS=1 .venv/bin/tenuto train $* $(ARGS)
+
+# The pictures and figures of docs/networks.md, from the exported models.
+networks: .venv/.stamp
+	.venv/bin/tenuto diagnose $(ARGS)
 
 # All of them go into the page, some of them to the terminal alone.
 bench: .venv/.stamp

@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "train": ("tenuto.training.cli", "training", True),
     "export": ("tenuto.training.cli", "training", True),
     "evaluate": ("tenuto.training.cli", "training", True),
+    "diagnose": ("tenuto.training.cli", "diagnosis", True),
 }
 
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="train and export a model (extra: training)")
     commands.add_parser("export", help="export a trained model anew (extra: training)")
     commands.add_parser("evaluate", help="score an exported model (extra: training)")
+    commands.add_parser("diagnose", help="draw what the networks do (extra: diagnosis)")
 
     models = _client_command(commands, "models", _models, "list the models of a server")
     models.add_argument("--json", action="store_true", help="print a JSON list")

@@ -1,4 +1,4 @@
-"""`tenuto train TASK`, `tenuto export TASK` and `tenuto evaluate MODEL_DIR`."""
+"""`tenuto train TASK`, `tenuto export TASK`, `tenuto evaluate MODEL_DIR` and `tenuto diagnose`."""
 
 import argparse
 import dataclasses
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Run `train ...`, `export ...` or `evaluate ...`; return the exit code.
+    """Run a command and return the exit code.
 
     Failures are one line on stderr.
     """
     options = _parser().parse_args(argv)
-    said_by = f"tenuto {options.command}"
+    said_by, extra = f"tenuto {options.command}", "training"
     try:
         # Imported here: `--help` must not need them, and a missing one is worth a sentence.
         from . import checks, evaluate
@@ -30,13 +30,19 @@ def main(argv: list[str]) -> int:
         from .stepper import NotOurs
         from .tasks import UnknownTask
         from .trainer import NotTrained
+
+        if options.command == "diagnose" or getattr(options, "diagnose", False):
+            extra = "diagnosis"
+            from .diagnosis import diagnose
     except ModuleNotFoundError as error:
-        print(f"{said_by}: {error.name} is missing; pip install 'tenuto[training]'", file=sys.stderr)
+        print(f"{said_by}: {error.name} is missing; pip install 'tenuto[{extra}]'", file=sys.stderr)
         return 2
     refusals = (DataUnavailable, ChecksumMismatch, checks.CheckFailed, NotOurs, NotTrained, UnknownTask)
     try:
         if options.command == "evaluate":
-            _print_figures(evaluate.evaluate(options.folder))
+            _print_figures(evaluate.evaluate(options.folder, options.task))
+        elif options.command == "diagnose":
+            print(diagnose.diagnose(options.exported, options.docs))
         else:
             _train(options)
     except (*refusals, OSError) as error:
@@ -65,8 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--runs", type=Path, default=Path("runs"), help="checkpoints and curves (runs)")
         command.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (cpu)")
     train.add_argument("--no-export", action="store_true", help="train only; see tenuto export")
+    train.add_argument("--diagnose", action="store_true", help="draw its learning curve and what it can show")
+    diagnose = commands.add_parser("diagnose", help="draw the pictures of docs/networks.md, write it")
+    diagnose.add_argument("--exported", type=Path, default=Path("exported"), help="the models (exported)")
+    diagnose.add_argument("--docs", type=Path, default=Path("docs"), help="gets networks.md and networks/")
     evaluate = commands.add_parser("evaluate", help="measure an exported model on its test set")
     evaluate.add_argument("folder", type=Path, metavar="MODEL_DIR", help="such as exported/digits/1")
+    evaluate.add_argument("--task", help="the task's file, if it is none of ours: ./mine.py")
     return parser
 
 
@@ -133,6 +144,7 @@ def _export(options: argparse.Namespace, study: "Study") -> None:
         "recipe": dataclasses.asdict(recipe),
         "device": options.device,
         "cpu_seconds": round(fitted.cpu_seconds, 1),
+        "curve": [{name: float(f"{value:.5g}") for name, value in line.items()} for line in fitted.curve],
         "cpu_seconds_with_other_seeds_and_variants": round(study.cpu_seconds(), 1),
         "data": study.task.data,
     }
@@ -140,6 +152,10 @@ def _export(options: argparse.Namespace, study: "Study") -> None:
     print(folder)
     metrics = json.loads((folder / "metrics.json").read_bytes())
     _print_figures(metrics["test"])
+    if getattr(options, "diagnose", False):
+        from .diagnosis.diagnose import diagnose_model
+
+        print(*diagnose_model(study.task, folder, options.runs / study.task.name / "diagnosis"), sep="\n")
     if len(study.seeds) > 1:
         _print_figures({f"{name} of {len(study.seeds)} seeds": v for name, v in metrics["seeds"].items()})
 

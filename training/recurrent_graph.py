@@ -121,8 +121,8 @@ def _by_time(graph: Graph, weights: dict[str, Array], shape: Shape, name: str) -
         symbols = graph.node("Transpose", [name], "symbols_by_time", perm=[1, 0])
         table = graph.constant("embedding", weights["embedding.weight"])
         return graph.node("Gather", [table, symbols], "vectors", axis=0)
-    value = graph.node("Sub", [name, graph.constant("mean", weights["mean"])], "centred")
-    value = graph.node("Div", [value, graph.constant("std", weights["std"])], "normal")
+    value = graph.node("Sub", [name, graph.constant("inputs_mean", weights["mean"])], "centred")
+    value = graph.node("Div", [value, graph.constant("inputs_std", weights["std"])], "normal")
     return graph.node("Transpose", [value], "normal_by_time", perm=[1, 0, 2])
 
 

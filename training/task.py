@@ -2,11 +2,13 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tenuto.serving.manifest import Manifest
@@ -18,6 +20,21 @@ from .recipe import Recipe
 # between processes without asking the task.
 Batch = tuple[Tensor, ...]
 Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """A classifier's test: `truth` and `said` int64 [n], the right classes and its own; `labels` by class."""
+
+    truth: NDArray[np.int64]
+    said: NDArray[np.int64]
+    labels: Sequence[str]
+
+    def figures(self, test_set: str) -> Figures:
+        """Return the accuracy as the figures of a test."""
+        right = int((self.truth == self.said).sum())
+        n = len(self.truth)
+        return {"metric": "accuracy", "value": right / n, "n": n, "test_set": test_set}
 
 
 class Task(ABC):
@@ -69,6 +86,10 @@ class Task(ABC):
 
         The one place that reads the test part; it must not need `load`.
         """
+
+    def answers(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Answers | None:
+        """Return what a classifier says of each test example, for `test` and for the confusion matrix."""
+        return None
 
     def variants(self) -> Mapping[str, "Task"]:
         """Return other trainings of the same network whose test figures belong beside it, by label.

@@ -21,7 +21,7 @@ from tenuto.training.progress import progress
 from tenuto.training.recipe import Recipe
 from tenuto.training.recurrent import RecurrentNetwork, Shape
 from tenuto.training.stepper import replay_batch
-from tenuto.training.task import Batch, Figures, Task
+from tenuto.training.task import Answers, Batch, Figures, Task
 
 BATCH = 128
 SHAPE = Shape(inputs=28, hidden=(128,), outputs=10)
@@ -84,23 +84,23 @@ demonstration of "many to one"; for reading digits `digits` is better and cheape
             card=self.card,
         )
 
-    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
-        """Accuracy on MNIST's test images, each one sequence, seven rows at a time."""
+    def answers(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Answers:
+        """Read MNIST's test images, each one sequence, seven rows at a time."""
         images, digits = mnist.test()
-        right = 0
+        said = np.empty(len(images), np.int64)
         with progress("digits-rows: test", len(images)) as bar:
             for start in range(0, len(images), manifest.max_batch):
                 rows = images[start : start + manifest.max_batch].astype(np.float32) / np.float32(255)
-                answers = replay_batch(session, manifest, np.split(rows, 4, axis=1))
-                said = np.stack([answer["log_probabilities"][-1] for answer in answers]).argmax(1)
-                right += int((said == digits[start : start + len(rows)]).sum())
+                outputs = replay_batch(session, manifest, np.split(rows, 4, axis=1))
+                for row, output in enumerate(outputs, start):
+                    said[row] = output["log_probabilities"][-1].argmax()
                 bar.update(len(rows))
-        return {
-            "metric": "accuracy",
-            "value": right / len(images),
-            "n": len(images),
-            "test_set": "MNIST, the 10,000 test images, seven rows a chunk, the answer after the last",
-        }
+        return Answers(digits.astype(np.int64), said, mnist.LABELS)
+
+    def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
+        """Accuracy after the last row."""
+        test_set = "MNIST, the 10,000 test images, seven rows a chunk, the answer after the last"
+        return self.answers(session, manifest).figures(test_set)
 
 
 def _answers(network: nn.Module, rows: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def manifest() -> Manifest:
         "rows of 28 pixels, light ink on dark paper.",
         licence="CC-BY-SA-3.0",
         entry={"name": "rows", "unit": "ink, 0 to 1", "wire": [{"dtype": "uint8", "scale": 1 / 255}]},
-        output={"name": "log_probabilities", "labels": [str(digit) for digit in range(10)]},
+        output={"name": "log_probabilities", "labels": mnist.LABELS},
         max_batch=64,
         max_frames=28,
     )

@@ -1,8 +1,8 @@
-"""The network of `sentiment`: an LSTM that reads, beside a count of words and pairs of words that takes sides.
+"""The network of `sentiment`: an LSTM that reads, beside a count of words and of pairs of words.
 
-The count is the naive Bayes of Wang and Manning 2012 ("Baselines and bigrams"): each word and each pair of
-neighbours adds the logarithm of how much more often it stands in favourable sentences. The LSTM's (Hochreiter
-and Schmidhuber 1997) own opinion is a linear map of its mean output over all words so far.
+The count takes sides as the naive Bayes of Wang and Manning 2012 does ("Baselines and bigrams"): each word
+and each pair of neighbours adds the logarithm of how much more often it stands in favourable sentences. The
+LSTM's (Hochreiter and Schmidhuber 1997) own opinion is a linear map of its mean output over all words so far.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,13 @@ class Lexicon:
 
     @classmethod
     def count(
-        cls, sentences: Sequence[Words], favourable: NDArray[np.bool_], *, buckets: int, pairs: int, least: int
+        cls,
+        sentences: Sequence[Words],
+        favourable: NDArray[np.bool_],
+        *,
+        buckets: int,
+        pairs: int,
+        least: int,
     ) -> "Lexicon":
         """Count in hashed sentences; words seen less than `least` times share the vector 0."""
         seen = np.bincount(np.concatenate(sentences), minlength=buckets) >= least
@@ -72,8 +78,8 @@ def pair_ids(words: Words, pairs: int) -> Words:
 class SentimentState:
     """What one word leaves for the next.
 
-    `before` int64 [batch, 1]: the last word's id + 1, 0 before the first; `sums` int64 [batch, 2 + hidden], in
-    UNITs: words so far, the count's log odds, the LSTM's outputs; `memory`: h and c, each [1, batch, hidden].
+    `before` int64 [batch, 1]: the last word's id + 1, 0 before the first; `sums` int64 [batch, 2 + hidden],
+    in UNITs: words so far, the count's log odds, the LSTM's outputs; `memory`: h and c, [1, batch, hidden].
     """
 
     before: Tensor
@@ -107,11 +113,11 @@ class SentimentNetwork(nn.Module):
         """Return the state before the first word: zeros."""
         hidden = self.lstm.hidden_size
         memory = torch.zeros(1, batch, hidden), torch.zeros(1, batch, hidden)
-        integers = {"dtype": torch.int64}
-        return SentimentState(torch.zeros(batch, 1, **integers), torch.zeros(batch, 2 + hidden, **integers), memory)
+        before, sums = (torch.zeros(batch, size, dtype=torch.int64) for size in (1, 2 + hidden))
+        return SentimentState(before, sums, memory)
 
     def read(self, words: Tensor, memory: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the LSTM's outputs [batch, time, hidden] and its new state; in training some words are rare."""
+        """Return the LSTM's outputs [batch, time, hidden] and its new state; in training, drop words."""
         rows = self.rows[words]
         if self.training:
             rows = rows.masked_fill(torch.rand(rows.shape) < self.word_dropout, 0)
@@ -130,7 +136,9 @@ class SentimentNetwork(nn.Module):
         """Return the running answer after each word, and the state after the last one."""
         hidden, memory = self.read(words, state.memory)
         before = torch.cat([state.before, words[:, :-1] + 1], 1)
-        votes = self.single[words].double() + self.pair[(before * PAIR_FACTOR + words) % len(self.pair)].double()
+        votes = (
+            self.single[words].double() + self.pair[(before * PAIR_FACTOR + words) % len(self.pair)].double()
+        )
         news = torch.cat([torch.full_like(votes, UNIT)[..., None], votes[..., None], hidden.double()], -1)
         sums = state.sums[:, None] + torch.round(news / UNIT).long().cumsum(1)
         count = sums[..., :1].double()

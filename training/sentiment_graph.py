@@ -112,7 +112,10 @@ def _votes(graph: Graph, weights: dict[str, Array]) -> str:
 
 
 def _sums(graph: Graph, votes: str, hidden: str) -> str:
-    """Add the running sums, int64 [batch, time, 2 + hidden]: integers, since sums of floats depend on the cut."""
+    """Add the running sums, int64 [batch, time, 2 + hidden].
+
+    Integers: a sum of floats would depend on where a chunk ends.
+    """
     node, ints = graph.node, graph.integers
     per_unit = graph.constant("units", 1 / UNIT, "float64")
     said = node("Concat", [votes, node("Cast", [hidden], "hidden_double", to=11)], "said", axis=2)

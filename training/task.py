@@ -103,6 +103,6 @@ class Task(ABC):
         return {}
 
     def source(self) -> str:
-        """Return the text of the task's module: a change there makes its unfinished trainings stale."""
+        """Return the text of the task's module without its card: a change there makes its trainings stale."""
         module = inspect.getmodule(type(self))
-        return inspect.getsource(module) if module is not None else ""
+        return inspect.getsource(module).replace(self.card, "") if module is not None else ""

@@ -31,19 +31,23 @@ TRANSPOSITIONS = (-5, 6)  # semitones, both included: every key signature once
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 LABELS = [f"{NOTES[pitch % 12]}{pitch // 12 - 1}" for pitch in range(LOWEST, LOWEST + KEYS)]
 
+DATA = {
+    "name": "JSB chorales",
+    "licence": jsb.LICENCE,
+    "sha256": {jsb.FILENAME: jsb.CHECKSUM},
+    "split": "Boulanger-Lewandowski 2012: 229 chorales to train on, 76 for validation, 77 to test",
+}
+
 
 class ChoralesTask(Task):
     """JSB chorales, a quarter note a step."""
 
     name = "chorales"
     recipe = Recipe(epochs=100, learning_rate=4e-3, weight_decay=0.01, average=0.99, keep="best")
-    data = {
-        "name": "JSB chorales",
-        "licence": jsb.LICENCE,
-        "sha256": {jsb.FILENAME: jsb.CHECKSUM},
-        "split": "Boulanger-Lewandowski 2012: 229 chorales to train on, 76 for validation, 77 to test",
-    }
-    card = ""
+    data = DATA
+    card = """
+To be written.
+"""
 
     def load(self) -> None:
         """Read the chorales to train on, and those for validation."""

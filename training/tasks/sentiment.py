@@ -36,20 +36,24 @@ BATCH = 50
 FOLDS = 10
 CUTTER = Words(BUCKETS, lower=True)
 
+DATA = {
+    "name": "rt-polarity",
+    "licence": rt_polarity.LICENCE,
+    "sha256": rt_polarity.CHECKSUMS,
+    "split": "none is official: sentences shuffled with seed 0, ten folds of 1,066 or 1,067; the first one "
+    "to test, the second for validation, eight to train on; as variants, every fold in its turn",
+}
+
 
 class SentimentTask(Task):
     """rt-polarity, a word a step: fold `fold` to test, the one after it for validation."""
 
     name = "sentiment"
     recipe = Recipe(epochs=8, learning_rate=3e-3)
-    data = {
-        "name": "rt-polarity",
-        "licence": rt_polarity.LICENCE,
-        "sha256": rt_polarity.CHECKSUMS,
-        "split": "none is official: sentences shuffled with seed 0, ten folds of 1,066 or 1,067; the first one to "
-        "test, the second for validation, eight to train on; as variants, every fold in its turn",
-    }
-    card = ""
+    data = DATA
+    card = """
+To be written.
+"""
 
     def __init__(self, fold: int = 0) -> None:
         self._fold = fold
@@ -65,7 +69,9 @@ class SentimentTask(Task):
 
     def network(self) -> nn.Module:
         """Return an LSTM over words; what is counted is in it already."""
-        return SentimentNetwork(self._lexicon, vector=VECTOR, hidden=HIDDEN, weights=WEIGHTS, word_dropout=0.2)
+        return SentimentNetwork(
+            self._lexicon, vector=VECTOR, hidden=HIDDEN, weights=WEIGHTS, word_dropout=0.2
+        )
 
     def steps(self) -> int:
         """Return the number of batches."""
@@ -119,7 +125,9 @@ class SentimentTask(Task):
         with progress("sentiment: test", len(reviews.words)) as bar:
             for words, favourable in zip(reviews.words, reviews.favourable, strict=True):
                 stepper = Stepper(session, manifest)
-                said = [stepper.step(part)["log_probabilities"] for part in np.array_split(words, 2) if len(part)]
+                said = [
+                    stepper.step(part)["log_probabilities"] for part in np.array_split(words, 2) if len(part)
+                ]
                 right.append((said[-1][-1].argmax() == 1) == favourable)
                 bar.update()
         return {

@@ -26,7 +26,8 @@ from tenuto.training.task import Batch, Figures, Task
 
 BATCH = 16
 SHAPE = Shape(inputs=KEYS, hidden=(256,), outputs=KEYS, activation="sigmoid")
-DROPOUT = 0.4  # of keys heard and of what the LSTM says
+DROPOUT = 0.5  # of what the LSTM says
+INPUT_DROPOUT = 0.0  # of keys heard
 TRANSPOSITIONS = (-5, 6)  # semitones, both included: every key signature once
 NOTES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 LABELS = [f"{NOTES[pitch % 12]}{pitch // 12 - 1}" for pitch in range(LOWEST, LOWEST + KEYS)]
@@ -51,11 +52,15 @@ To be written.
 
     def load(self) -> None:
         """Read the chorales to train on, and those for validation."""
-        self._train, self._held = jsb.chorales("train"), collate(jsb.chorales("valid"))
+        self.take(jsb.chorales("train"), jsb.chorales("valid"))
+
+    def take(self, train: Sequence[Chorale], held: Sequence[Chorale]) -> None:
+        """Train on chorales, validate on others."""
+        self._train, self._held = train, collate(held)
 
     def network(self) -> nn.Module:
         """Return an LSTM over chords."""
-        return RecurrentNetwork(SHAPE, dropout=DROPOUT)
+        return RecurrentNetwork(SHAPE, dropout=DROPOUT, input_dropout=INPUT_DROPOUT)
 
     def steps(self) -> int:
         """Return the number of batches; the last may be smaller."""

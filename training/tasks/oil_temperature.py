@@ -2,8 +2,8 @@
 
 Many to many: one hour of seven values in, the next 96 hours of all seven out. Each forecast looks at the
 last 336 hours, normalised by their own mean and standard deviation (Kim 2022, RevIN): one linear map shared
-by the seven series (Zeng 2023, DLinear) plus what an LSTM (Hochreiter and Schmidhuber 1997) adds from all hours
-since the sequence began.
+by the seven series (Zeng 2023, DLinear) plus what an LSTM (Hochreiter and Schmidhuber 1997) adds from all
+hours since the sequence began.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -5,6 +5,7 @@ rt-polarity, ten-fold, of which the first fold's model is exported. The sentence
 that model is not in the repository.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.text import Words
+from tenuto.training import sentiment as sentiment_network
 from tenuto.training import sentiment_graph
 from tenuto.training.candidate import AnyArray, Candidate, Reference, Tensors
 from tenuto.training.datasets import rt_polarity
@@ -62,7 +64,11 @@ To be written.
         """Read the sentences of eight folds, and those for validation."""
         held = (self._fold + 1) % FOLDS
         used = [fold for fold in range(FOLDS) if fold not in (self._fold, held)]
-        self._train, self._held = Reviews.read(used), Reviews.read([held])
+        self.take(Reviews.read(used), Reviews.read([held]))
+
+    def take(self, train: "Reviews", held: "Reviews") -> None:
+        """Count in sentences and train on them, validate on others."""
+        self._train, self._held = train, held
         self._lexicon = Lexicon.count(
             self._train.words, self._train.favourable, buckets=BUCKETS, pairs=PAIRS, least=LEAST
         )
@@ -137,6 +143,10 @@ To be written.
             "test_set": f"rt-polarity, fold {self._fold} of {FOLDS}, each sentence in two chunks, the answer "
             "after its last word",
         }
+
+    def source(self) -> str:
+        """Return the texts of this module and of the network's."""
+        return super().source() + inspect.getsource(sentiment_network)
 
     def variants(self) -> Mapping[str, Task]:
         """Return all ten folds; their mean is the cross-validated accuracy."""

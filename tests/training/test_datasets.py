@@ -14,11 +14,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tenuto.training.datasets import etth1, fsdd, mnist, store
+from tenuto.training.datasets import etth1, fsdd, jsb, mnist, rt_polarity, store, tinyshakespeare
 from tenuto.training.datasets.store import ChecksumMismatch, DataUnavailable
 
 FOLDER = Path(mnist.__file__).parent
-LOADS: list[Callable[[], Any]] = [mnist.test, lambda: fsdd.recordings("test"), etth1.series]
+LOADS: list[Callable[[], Any]] = [
+    mnist.test,
+    lambda: fsdd.recordings("test"),
+    etth1.series,
+    lambda: jsb.chorales("test"),
+    lambda: rt_polarity.sentences("pos"),
+    tinyshakespeare.text,
+]
+SETS = ["mnist", "fsdd", "etth1", "jsb", "rt_polarity", "tinyshakespeare"]
 
 
 def test_source_imports_numpy_and_pooch_alone() -> None:
@@ -34,7 +42,8 @@ def test_source_imports_numpy_and_pooch_alone() -> None:
 def test_importing_the_loaders_brings_no_other_package() -> None:
     code = (
         "import sys, tenuto.training.datasets.mnist, tenuto.training.datasets.fsdd\n"
-        "import tenuto.training.datasets.etth1\n"
+        "import tenuto.training.datasets.etth1, tenuto.training.datasets.jsb\n"
+        "import tenuto.training.datasets.rt_polarity, tenuto.training.datasets.tinyshakespeare\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'pydantic', 'grpc', 'google.protobuf'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -43,12 +52,12 @@ def test_importing_the_loaders_brings_no_other_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("load", LOADS, ids=["mnist", "fsdd", "etth1"])
+@pytest.mark.parametrize("load", LOADS, ids=SETS)
 def test_missing_file_is_named_with_its_source(
     load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    with pytest.raises(DataUnavailable, match=r"no file (mnist|fsdd|etth1)/\S+; put it .*https://"):
+    with pytest.raises(DataUnavailable, match=rf"no file ({'|'.join(SETS)})/\S+; put it .*https://"):
         load()
 
 
@@ -70,10 +79,13 @@ def test_failed_download_tries_every_mirror_and_says_so(
 
 def test_wrong_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    for folder in ("mnist", "fsdd", "etth1"):
+    for folder in SETS:
         (tmp_path / folder).mkdir()
     (tmp_path / "mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
     (tmp_path / "etth1/ETTh1.csv").write_bytes(b"date,OT\n")
+    (tmp_path / "jsb/jsb-chorales-quarter.json").write_bytes(b'{"test": []}')
+    (tmp_path / "rt_polarity/rt-polarity.pos").write_bytes(b"good\n")
+    (tmp_path / "tinyshakespeare/input.txt").write_bytes(b"To be\n")
     _zip(tmp_path / "fsdd/recordings.zip", "recordings/")
     for load in LOADS:
         with pytest.raises(ChecksumMismatch, match="expected"):
@@ -146,3 +158,29 @@ def test_etth1_shape(reachable: Callable[[Callable[[], Any]], Any]) -> None:
     mean, std = series.statistics()
     np.testing.assert_allclose(mean[-1], 17.128262, rtol=1e-6)
     np.testing.assert_allclose(std[-1], 9.176491, rtol=1e-6)
+
+
+def test_jsb_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    splits = [reachable(lambda name=name: jsb.chorales(name)) for name in ("train", "valid", "test")]
+    assert [len(split) for split in splits] == [229, 76, 77]
+    assert [sum(map(len, split)) for split in splits] == [13807, 4602, 4725]
+    rolls = np.concatenate([np.concatenate(split) for split in splits])
+    assert (rolls.shape[1], rolls.dtype, rolls.max()) == (88, np.uint8, 1)
+    first = np.flatnonzero(splits[2][0][0]) + jsb.LOWEST
+    assert first.tolist() == [72, 76, 79, 84]  # MIDI pitches, as the file has them
+
+
+def test_rt_polarity_sides(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    good, bad = (reachable(lambda side=side: rt_polarity.sentences(side)) for side in ("pos", "neg"))
+    assert (len(good), len(bad)) == (5331, 5331)
+    assert all(one == one.strip() and one for one in good + bad)
+    assert any("\u00e9" in one for one in good)  # UTF-8, not what Latin-1 makes of it
+    assert not any("\u00c3" in one for one in good)
+
+
+def test_tiny_shakespeare_alphabet(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    text = reachable(tinyshakespeare.text)
+    assert "".join(sorted(set(text))) == tinyshakespeare.ALPHABET
+    assert (len(text), len(tinyshakespeare.ALPHABET)) == (1115394, 65)
+    assert (0, int(0.9 * len(text))) == tinyshakespeare.TRAIN
+    assert (int(0.9 * len(text)), len(text)) == tinyshakespeare.TEST

@@ -231,8 +231,7 @@ class TestOilTemperature:
         train = oil_temperature.seasons(seed=1, hours=600)
         held = np.random.default_rng(0).standard_normal((500, 7)).astype(np.float32)
         one, three = (
-            dlinear.forecaster(train - train.mean(0), held, 48, 24, epochs=epochs)
-            for epochs in (1, 3)
+            dlinear.forecaster(train - train.mean(0), held, 48, 24, epochs=epochs) for epochs in (1, 3)
         )
         for kept, first in zip(three.parameters(), one.parameters(), strict=True):
             assert torch.equal(kept, first)

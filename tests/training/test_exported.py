@@ -11,6 +11,7 @@ import pytest
 
 from tenuto.serving.manifest import METADATA_KEY, GraphTensor, Manifest
 from tenuto.training import checks, evaluate
+from tenuto.training.candidate import AnyArray
 from tenuto.training.stepper import load, replay
 
 EXPORTED = Path(__file__).resolve().parents[2] / "exported"
@@ -110,7 +111,7 @@ def test_any_batch_and_chunking_gives_the_same_bits(threads: int, file: Path) ->
     session, manifest = load(file, threads)
     entry = manifest.inputs[0]
     rng = np.random.default_rng(7)
-    noise = rng.standard_normal((2000, *entry.sample_shape))
+    noise: AnyArray = rng.standard_normal((2000, *entry.sample_shape))
     if entry.dtype == "int16":
         noise = rng.standard_normal(40000) * 3000
     if entry.range is not None:

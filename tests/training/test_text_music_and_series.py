@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="torch is missing: pip install 'tenuto[train
 import torch
 from torch import nn
 
-from tenuto.training import checks, dlinear
+from tenuto.training import checks, dlinear, sentiment_graph
 from tenuto.training.datasets import etth1
 from tenuto.training.sentiment import UNIT, Lexicon, SentimentNetwork, pair_ids
 from tenuto.training.stepper import load, replay
@@ -197,7 +197,7 @@ class TestSentiment:
         assert odds == pytest.approx((float(heard[1] - heard[0]) + votes) / 2, abs=1e-5)
 
     def test_text_on_the_wire_is_cut_as_for_training(self) -> None:
-        cutter = sentiment.sentiment_graph.manifest(sentiment.BUCKETS, sentiment.HIDDEN).inputs[0].text
+        cutter = sentiment_graph.manifest(sentiment.BUCKETS, sentiment.HIDDEN).inputs[0].text
         assert cutter is not None
         text = "It's NOT a good film."
         assert (cutter.ids(text) == sentiment.CUTTER.ids(text)).all()
@@ -219,7 +219,9 @@ class TestOilTemperature:
         monkeypatch.setattr(etth1, "series", lambda: made_up)
         monkeypatch.setattr(etth1, "TRAIN", (7000, 8640))
         whole = dlinear.forecaster
-        monkeypatch.setattr(dlinear, "forecaster", lambda *given: whole(*given, epochs=1))
+        monkeypatch.setattr(
+            dlinear, "forecaster", lambda *given: whole(given[0], given[1], given[2], given[3], epochs=1)
+        )
         found = oil_temperature.OilTemperatureTask().baselines()
         assert found["the last day, repeated"]["value"] == pytest.approx(0, abs=1e-9)
         assert found["the last hour, repeated"]["value"] > 0.5

@@ -51,7 +51,7 @@ class SentimentTask(Task):
     """rt-polarity, a word a step: fold `fold` to test, the one after it for validation."""
 
     name = "sentiment"
-    recipe = Recipe(epochs=8, learning_rate=3e-3)
+    recipe = Recipe(epochs=6, learning_rate=3e-3)
     data = DATA
     card = """
 To be written.

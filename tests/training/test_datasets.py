@@ -165,7 +165,9 @@ def test_jsb_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
     assert [len(split) for split in splits] == [229, 76, 77]
     assert [sum(map(len, split)) for split in splits] == [13807, 4602, 4725]
     rolls = np.concatenate([np.concatenate(split) for split in splits])
-    assert (rolls.shape[1], rolls.dtype, int(rolls.max())) == (88, np.uint8, 1)
+    assert rolls.shape[1] == 88
+    assert rolls.dtype == np.uint8
+    assert set(np.unique(rolls)) == {0, 1}
     first = np.flatnonzero(splits[2][0][0]) + jsb.LOWEST
     assert first.tolist() == [72, 76, 79, 84]  # MIDI pitches, as the file has them
 

@@ -135,7 +135,7 @@ LIMITS = {
     "digits": (0.995, 200_000),
     "spoken-digits": (0.97, 250_000),
     "oil-temperature": (0.39, 100_000),
-    "shakespeare": (1.5, 900_000),
+    "shakespeare": (1.7, 900_000),
     "chorales": (8.45, 500_000),
     "sentiment": (0.78, 1_000_000),
 }

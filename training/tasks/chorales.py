@@ -48,7 +48,17 @@ class ChoralesTask(Task):
     )
     data = DATA
     card = """
-To be written.
+Hears chords, one a quarter note, and says of each of a piano's 88 keys how likely it sounds at the next one.
+Drawing from that and feeding it back writes music in the manner of Bach's four-part chorales, in any key.
+For demonstrations of "one to many".
+
+The keys of a chord are drawn one by one: given what was before, they do not know of each other. So of 4,096
+chords drawn at temperature 1, beginning with silence, 22 % have five keys or more and 2 % none (Bach: none
+and 0.6 %), and 71 % have a shape, intervals above the lowest key with octaves aside, that occurs in the
+training part (Bach: 99.8 %). It keeps no metre and plans no end: it hears one chord a quarter note, cannot
+tell a held note from a repeated one, and knows no shorter notes. On the validation part the first chord
+costs 11.9 nats, each of the next three 7.9, those after the 32nd 8.0. The longest chorale that it was
+trained on has 129 steps.
 """
 
     def load(self) -> None:

@@ -59,8 +59,8 @@ the part held out, 92 %), at temperature 0.7 95 %. On the part held out it costs
 character after a cold start in the middle of a line, 1.7 for the next four, and 1.53 from there on; that
 part's first 10,000 characters, of a play that it knows, cost 1.29, its last 10,000, of a new one, 1.65, and
 the test part is new plays throughout. A few of its cells count without an end: over 50,000 characters one
-state grew to 13,000, while no output got worse. `worst` in metrics.json says what the worst of 64 starts in
-the test part costs: a network of this kind can fall into a state that it never leaves, and an earlier one did.
+state grew to 13,000, while no output got worse. `worst` in metrics.json is the worst of 64 starts in the
+test part: such a network can fall into a state that it never leaves, and an earlier one did.
 """
 
     def load(self) -> None:

@@ -61,10 +61,10 @@ on, since the sentences are for research use.
 It knows sentences of American film reviews from before 2005. On the part held out 81 % of its answers are
 right, the LSTM's alone 79 %; after half of the words 73 %, after the first one 56 %. Short sentences are
 easier (87 % below ten words) than long ones (78 % from thirty on). It knows how sure it may be: of answers
-given with a probability of 0.9 to 0.99 92 % are right, of those below 0.6 48 %. It negates badly: "never dull"
-is unfavourable to it (0.99), "not a good film" favourable (0.65); with "not" or "never" in it 75 % of the
-sentences are judged rightly. About anything but films it guesses: "the food was terrible and the waiter was
-rude" gets 0.45. Two words may share a number (131,072 buckets), and so be one word to it.
+given with a probability of 0.9 to 0.99 92 % are right, of those below 0.6 48 %. It negates badly: "never
+dull" is unfavourable to it (0.99), "not a good film" favourable (0.65); with "not" or "never" in it 75 % of
+the sentences are judged rightly. About anything but films it guesses: "the food was terrible and the waiter
+was rude" gets 0.45. Two words may share a number (131,072 buckets), and so be one word to it.
 """
 
     def __init__(self, fold: int = 0) -> None:

@@ -56,6 +56,9 @@ class ServerConfig(BaseModel):
     ] = 256 << 20
     max_message_bytes: Annotated[Positive, Field(description="bytes of one request message")] = 64 << 20
     window: Annotated[int, Field(ge=1, le=1024, description="unanswered chunks of one sequence")] = 4
+    max_generate: Annotated[
+        int, Field(ge=1, le=1_000_000, description="samples that one chunk may have generated")
+    ] = 4096
     idle_seconds: Annotated[
         SecondsOrZero, Field(description="a silent sequence ends after that; 0: never")
     ] = 300.0

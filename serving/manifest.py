@@ -300,6 +300,9 @@ class Output(_Tensor):
         return math.prod(self.frame_shape) * self.numpy_dtype.itemsize
 
 
+# Beyond these all choices are alike, or one is certain; and none is denormal: an engine's thread takes such
+# numbers for zero.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-6, 1e6
 # Those that an output cannot have from which is sampled in that way.
 _OTHER_ACTIVATIONS = {"categorical": ("sigmoid",), "bernoulli": ("softmax", "log_softmax")}
 
@@ -317,7 +320,7 @@ class Generate(_Frozen):
     output: Name
     input: Name
     sampling: Literal["categorical", "bernoulli"]
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(ge=LEAST_TEMPERATURE, le=MOST_TEMPERATURE)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
 
 
@@ -396,6 +399,8 @@ class Manifest(_Frozen):
                 )
         if self.timed and not self.stateful:
             raise ValueError("a time_axis needs states (or a left_context): else the axis is part of the row")
+        if len(self.inputs) > 1 and any(i.text for i in self.inputs):
+            raise ValueError("utf8 is for a model of one input: a text gives as many ids as it gives")
         if self.generate:
             self._check_generate(self.generate)
         return self

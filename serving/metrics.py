@@ -85,6 +85,7 @@ class ModelMetrics:
     ended: Counter[str] = field(default_factory=Counter)  # by reason
     rejected: Counter[str] = field(default_factory=Counter)  # sequences, by reason
     rejected_calls: Counter[str] = field(default_factory=Counter)  # Predicts, by reason; the servicer's
+    generated_parts: int = 0
     deadline_misses: int = 0
     late_arrivals: int = 0
     rows_rerun: int = 0
@@ -133,6 +134,11 @@ _MODEL_COUNTERS = (
     ),
     _Series("tenuto_sequences_started", "Sequences admitted.", lambda m: m.sequences_started),
     _Series("tenuto_steps_repeated", "Steps that a client sent again.", lambda m: m.steps_repeated),
+    _Series(
+        "tenuto_generated_parts",
+        "Parts of answers that were generated from the part before.",
+        lambda m: m.generated_parts,
+    ),
     _Series(
         "tenuto_deadline_misses",
         "Chunks answered later than their period.",

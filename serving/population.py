@@ -12,6 +12,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from .admission import Admission
 from .delivery import Delivery
@@ -19,8 +20,10 @@ from .errors import AlreadyOpen, ModelNotReady, PoolFull, ServerDraining, StepGa
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
+from .sampling import Sampler
 from .scheduler import Scheduler
 from .sequence import (
+    LEAVING,
     RESUMABLE,
     Checkpoint,
     Chunk,
@@ -44,7 +47,9 @@ REPEATS_BYTES = 64 << 20
 # The tokens of one delivery take no more than that. Whoever comes later gets his with a later one: many
 # chunks and wishes in one message, or a drain, must not become as many large tokens at once.
 SEALED_BYTES = 16 << 20
-# How long what waits for a token, or for its turn to be sent away, waits at most for the next look.
+# What one part that was generated takes in memory, roughly.
+PART_BYTES = 256
+# How long those who wait for a token, to be sent away, or for their caller to read, wait for the next look.
 _LOOK_SECONDS = 0.02
 # Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
 _ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.SUPERSEDED})
@@ -99,13 +104,16 @@ class Population:
         self._owed: dict[int, Sequence] = {}  # by number: those that wait for a token
         self._leaving: deque[tuple[Sequence, Ending]] = deque()  # are still to be sent away
         self._latencies: list[float] = []  # of chunks answered, not yet in the metrics
+        self._sampler = Sampler(manifest) if manifest.generate else None
+        self._paused: dict[int, Sequence] = {}  # by number: go on once their callers take their replies
+        self._wake_at = 0.0
         self._draining = False
         self._retiring = False
         self._max_age_at = math.inf  # when a retiring version's live sequences end
 
     def next_look(self) -> float:
         """When somebody waits for a token, was silent or here for too long; infinity: nobody."""
-        if self._owed or self._leaving:
+        if self._owed or self._leaving or self._paused:
             return self._clock() + _LOOK_SECONDS
         return min(self._idle[0][0] if self._idle else math.inf, self._max_age_at)
 
@@ -114,6 +122,9 @@ class Population:
         self._expire(now)
         self._come_of_age(now)
         self._send_away()
+        if self._paused and now >= self._wake_at:
+            self._wake_at = now + _LOOK_SECONDS  # thousands may wait: not at every turn of the others
+            self._wake()
 
     def hand_over(self) -> None:
         """All replies go out, and what was answered is counted."""
@@ -126,17 +137,18 @@ class Population:
         self._delivery.hand_over()
 
     def answer(self, sequence: Sequence, chunk: Chunk, queued: float, rows: int, now: float) -> None:
-        """The first pending chunk is done: its Output goes out."""
+        """The first pending chunk is done, or a part of it: its Output goes out."""
         tensors = self._layout.join(chunk.parts)
         output = Output(chunk.step, chunk.part, True, tensors, queued, chunk.compute, rows)
-        sequence.pending.pop(0)
-        if not sequence.answered:
+        if not sequence.answered and not chunk.part:
             self._metrics.first_output.add(now - sequence.begun)
+        if self._sampler and sequence.generation and self._goes_on(sequence, chunk, output, now):
+            return
+        sequence.pending.pop(0)
         sequence.answered = chunk.step
         self._delivery.send(sequence, output, chunk.nbytes)
         if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
-            small = sum([len(data) for _, data in tensors]) <= self._kept_bytes
-            sequence.last_output = output if small else None
+            self._keep(sequence, output)
             every = sequence.checkpoint_every  # the first one at once: until then a resume is a new sequence
             due = every and (not sequence.sealed or chunk.step - sequence.sealed >= every)
             if due or (self._owed and sequence.number in self._owed):
@@ -150,6 +162,38 @@ class Population:
             self.late += waited or chunk.came_late
             self._metrics.chunk_lag.add(max(lag, 0.0))
             self._metrics.deadline_misses += lag > 0
+
+    def _keep(self, sequence: Sequence, output: Output) -> None:
+        """Keeps the outputs of the last step for a client who sends it again, if all of them are small."""
+        kept = sequence.last_outputs
+        if not output.part:
+            small = sum([len(data) for _, data in output.tensors]) <= self._kept_bytes
+            sequence.last_outputs = (output,) if small else ()
+        elif kept and kept[0].step == output.step:
+            small = len(kept) * PART_BYTES <= self._kept_bytes
+            sequence.last_outputs = (*kept, output) if small else ()
+
+    def _goes_on(self, sequence: Sequence, chunk: Chunk, output: Output, now: float) -> bool:
+        """Takes from the chunk's outputs what the next part is drawn from. Whether there is a next part: then
+        this one goes out, and the chunk stays where it is."""
+        generation, sampler = sequence.generation, self._sampler
+        assert generation is not None and sampler is not None
+        if chunk.parts:
+            generation.frame = sampler.last_frame(chunk.parts[-1])
+        if chunk.part and chunk.generate:
+            output.tensors, output.drawn = ((sampler.shape, chunk.data[0]),), True
+            self._metrics.generated_parts += 1
+            sequence.heard = now  # nobody is idle whose parts go out
+        output.last = chunk.part >= chunk.generate
+        if output.last:
+            generation.done = 0
+            return False
+        generation.done = chunk.part = chunk.part + 1
+        # As if its client had sent the sample now: so it shares batches with all others, and is timed alike.
+        chunk.parts, chunk.compute, chunk.arrived = (), 0.0, now
+        self._keep(sequence, output)
+        self._delivery.send(sequence, output)
+        return True
 
     def _account(self) -> None:
         """What was answered since the last time, at once: a lock and a histogram cost as much as a row."""
@@ -182,7 +226,14 @@ class Population:
         self._metrics.sequences_started += 1
         self._count_live()
         self._delivery.send(
-            sequence, Opened(sequence.id, self._version, sequence.accepted + 1, sequence.window)
+            sequence,
+            Opened(
+                sequence.id,
+                self._version,
+                sequence.accepted + 1,
+                sequence.window,
+                sequence.generation.sampling if sequence.generation else None,
+            ),
         )
 
     def _admit(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
@@ -233,11 +284,12 @@ class Population:
         self._delivery.settle(sequence, chunk.nbytes)
         if 0 < chunk.step <= sequence.accepted:
             self._metrics.steps_repeated += 1
-            again = sequence.last_output if chunk.step == sequence.answered else None
+            again = sequence.last_outputs if chunk.step == sequence.answered else ()
             # Once a delivery: a message of many small repeats must not become as many large outputs.
-            if again is not None and sequence.number not in self._repeated:
+            if again and sequence.number not in self._repeated:
                 self._repeated.add(sequence.number)
-                self._delivery.send(sequence, again)
+                for output in again:
+                    self._delivery.send(sequence, output)
             return
         text = f"step {chunk.step} came, expected {sequence.accepted + 1}; number chunks without gaps"
         self.end_after_pending(sequence, StepGap(text))
@@ -305,6 +357,8 @@ class Population:
             sequence.constants,
             tuple([feed.rest() for feed in sequence.feeds]),
             self._pool.read(sequence.slot) if self._manifest.stateful else (),
+            sequence.feeds[0].waiting,
+            replace(sequence.generation) if sequence.generation else None,
         )
         token = sealing.seal(snapshot)
         self._sealed.add(sequence.number)
@@ -331,8 +385,8 @@ class Population:
         while sequence.pending:
             head = sequence.pending[0]
             if isinstance(head, Chunk):
-                if head.frames < 0:
-                    sequence.begin(head)
+                if not self._prepare(sequence, head):
+                    return
                 if head.frames:
                     self._scheduler.add(sequence)
                     return
@@ -344,19 +398,57 @@ class Population:
             elif isinstance(head, TenutoError):
                 self.close(sequence, Ending.FAILED, head)
                 return
-            elif head is Ending.END and self._tail(sequence):
-                continue
-            else:
+            elif head is not Ending.END or not self._tail(sequence):
                 self.close(sequence, head)
                 return
 
+    def _prepare(self, sequence: Sequence, chunk: Chunk) -> bool:
+        """Gives the first pending chunk what it runs next: its own samples, then those that are drawn. False
+        if the sequence ends here, or waits for its caller to take its replies."""
+        try:
+            if chunk.frames < 0:
+                sequence.begin(chunk)
+            if chunk.is_between_parts:
+                return self._draw(sequence, chunk)
+        except TenutoError as error:
+            place = f"part {chunk.part} of step {chunk.step}" if chunk.part else f"step {chunk.step}"
+            self.close(sequence, Ending.FAILED, type(error)(f"{error}, in {place}"))
+            return False
+        return True
+
+    def _draw(self, sequence: Sequence, chunk: Chunk) -> bool:
+        """Draws the next part's sample, unless that has to wait. Whoever is to leave does so between two
+        parts, if he can take a token along, and generates the others elsewhere."""
+        assert self._sampler is not None and sequence.generation is not None
+        ending = sequence.pending[-1]
+        if sequence.sink.full:
+            self._paused[sequence.number] = sequence
+            return False
+        if isinstance(ending, Ending) and ending in LEAVING and self._sealed_bytes < SEALED_BYTES:
+            self.close(sequence, ending)
+            return False
+        sequence.feed_back(chunk, self._sampler.draw(sequence.generation, chunk.step, chunk.part))
+        return True
+
+    def _wake(self) -> None:
+        """Those whose callers take their replies again."""
+        paused, self._paused = self._paused, {}
+        for sequence in paused.values():
+            if not sequence.ended:
+                self.advance(sequence)
+
     def _tail(self, sequence: Sequence) -> bool:
-        """At End, what is left over is padded to a frame where the manifest says so. Whether it was."""
+        """At End, a text ends, and what is left over is padded to a frame where the manifest says so. Whether
+        there was any of both; it is a further part of the last step."""
         specs = self._manifest.inputs
-        padding = tuple(
-            f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True)
-        )
-        if not any(padding):
+        try:
+            padding = tuple(
+                f.padding() if s.tail == "pad" else b"" for s, f in zip(specs, sequence.feeds, strict=True)
+            )
+        except TenutoError as error:  # the text ends within a character
+            self.close(sequence, Ending.FAILED, error)
+            return True
+        if not any(padding) and not sequence.feeds[0].waiting:
             return False
         tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
         self._metrics.pending_chunks += 1
@@ -375,7 +467,7 @@ class Population:
                 self._metrics.pending_chunks -= 1
                 self._drop(sequence, item, "failed" if error else "dropped")
         sequence.pending.clear()
-        sequence.last_output = None
+        sequence.last_outputs = ()
         if self.live.pop(sequence.id, None) is not None:
             self._metrics.ended[reason.name] += 1
             if sequence.slot >= 0:
@@ -412,7 +504,7 @@ class Population:
             if sequence is None:  # ended; only its id was kept
                 continue
             deadline = sequence.heard + sequence.idle_seconds
-            if deadline <= now and not sequence.pending:
+            if deadline <= now and (not sequence.pending or sequence.number in self._paused):
                 self.close(sequence, Ending.IDLE_EXPIRED)
             else:
                 self._watch_idle(max(deadline, now + 1.0), sequence)
@@ -430,8 +522,10 @@ class Population:
             sequence, reason = self._leaving.popleft()
             if sequence.sink.full and not sequence.ended:
                 self._leaving.append((sequence, reason))
-            else:
-                self.end_after_pending(sequence, reason)
+                continue
+            if sequence.closing and sequence.generates and isinstance(sequence.pending[-1], Ending):
+                sequence.pending[-1] = reason  # its End is said elsewhere, behind what is still generated
+            self.end_after_pending(sequence, reason)
 
     def retire(self, max_age_seconds: float, _: None) -> None:
         self._retiring = True

@@ -32,6 +32,7 @@ class OutputWriter:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
+        self._input = manifest.inputs[0]  # of what is fed back
         self._renew()
 
     def _renew(self) -> None:
@@ -46,10 +47,12 @@ class OutputWriter:
 
     def write(self, key: int, output: Output) -> bytes:
         """A StreamResponse of that one reply."""
-        if not output.tensors:  # the chunk completed no frame
+        if not output.tensors or output.drawn:  # the chunk completed no frame, or went on by itself
             response = pb.StreamResponse()
             message = response.replies.add(sequence=key).output
             message.step, message.part, message.last = output.step, output.part, output.last
+            for shape, data in output.tensors:
+                message.outputs.add(name=self._input.name, dtype=self._input.dtype, shape=shape, data=data)
             write_timing(message.timing, output)
             return response.SerializeToString()
         self._reply.sequence = key
@@ -87,6 +90,9 @@ def opened(key: int, reply: Opened) -> bytes:
     message = pb.Opened(
         sequence_id=reply.id, version=reply.version, next_step=reply.next_step, window=reply.window
     )
+    if reply.sampling is not None:
+        s = reply.sampling
+        message.sampling.CopyFrom(pb.Sampling(seed=s.seed, temperature=s.temperature, top_k=s.top_k))
     return _response(pb.Reply(sequence=key, opened=message))
 
 

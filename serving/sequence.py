@@ -7,19 +7,22 @@ Everything here is owned by the engine thread of the sequence's model. Other thr
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
 import math
 import secrets
 from collections.abc import Mapping
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
-from .errors import TenutoError
+from .errors import TenutoError, WrongInput
 from .manifest import Input, Manifest
+from .sampling import Generation, Sampling
 from .snapshot import Snapshot
+from .text import Cutter, Text
 
 DEFAULT_PERIOD_SECONDS = 0.2
 # What a chunk costs beyond its samples, as counted against the pending limits.
@@ -75,14 +78,20 @@ class Chunk:
     """
 
     step: int
-    data: tuple[bytes, ...]  # empty once begun
+    data: tuple[bytes, ...]  # empty once begun; then the sample that was drawn for this part
     arrived: float  # monotonic seconds
     nbytes: int  # as counted against the pending limit
-    part: int = 0  # 1: the padded tail at End
+    part: int = 0  # that is run next
+    generate: int = 0  # the last part that is drawn from the one before
     frames: int = -1  # frames still to run; -1: not begun
     compute: float = 0.0  # seconds inside the model
     parts: tuple[tuple[bytes, ...], ...] = ()  # per turn, per output
     came_late: bool = False  # by its sequence's clock of periods
+
+    @property
+    def is_between_parts(self) -> bool:
+        """Whether some parts are answered, and none is under way."""
+        return self.frames == 0 and 0 < self.part <= self.generate
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +102,13 @@ class Opened:
     version: int
     next_step: int
     window: int
+    sampling: Sampling | None = None  # of a model that generates
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond, and one is made for each chunk
 class Output:
-    """The answer to one step. `tensors`: per manifest output (shape without the batch axis, bytes)."""
+    """The answer to one step, or a part of it. `tensors`: per manifest output (shape without the batch axis,
+    bytes); if it was `drawn`, the sample that was fed to the model's input instead."""
 
     step: int
     part: int
@@ -106,6 +117,7 @@ class Output:
     queue_seconds: float
     compute_seconds: float
     batch_size: int
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +145,10 @@ class Failed:
     token: bytes = b""
 
 
+# Endings that need not wait for what a sequence still generates.
+LEAVING = frozenset({Ending.EVICTED, Ending.DRAINING, Ending.REBALANCE, Ending.MAX_AGE})
+
+
 Reply = Opened | Output | Checkpoint | Closed | Failed
 
 
@@ -158,6 +174,8 @@ class Feed:
 
     __slots__ = ("_context", "_data", "_frame_bytes", "_multiple", "_sample_bytes", "_start")
 
+    waiting = b""  # text that waits for more
+
     def __init__(self, spec: Input, sample_bytes: int) -> None:
         self._sample_bytes = sample_bytes
         self._multiple = spec.multiple
@@ -170,6 +188,7 @@ class Feed:
         self._start = self._context  # bytes before the first sample not eaten
 
     def add(self, samples: bytes) -> None:
+        """Raises: TenutoError for a text that cannot be cut; then nothing is added."""
         keep = self._start - self._context
         # The common case, nothing left over and no context, keeps the client's bytes as they are.
         self._data = samples if keep == len(self._data) else self._data[keep:] + samples
@@ -210,6 +229,32 @@ class Feed:
             self._data, self._start = self._data[self._start - self._context :], self._context
 
 
+class TextFeed(Feed):
+    """Of an input that takes text as well. `waiting` is UTF-8 that a later text may still change; samples
+    that come as ids end it."""
+
+    __slots__ = ("_cutter", "waiting")
+
+    def __init__(self, spec: Input, cutter: Cutter) -> None:
+        super().__init__(spec, spec.sample_bytes)
+        self._cutter = cutter
+        self.waiting = b""
+
+    def add(self, samples: bytes) -> None:
+        text = isinstance(samples, Text)
+        if not text and not self.waiting:
+            super().add(samples)
+            return
+        ids, waiting = self._cutter.cut(self.waiting, samples if text else b"", final=not text)
+        super().add(ids.tobytes() if text else ids.tobytes() + samples)
+        self.waiting = waiting
+
+    def padding(self) -> bytes:
+        ids, _ = self._cutter.cut(self.waiting, b"", final=True)
+        over = (self.unread + len(ids)) % self._multiple
+        return bytes((self._multiple - over) * self._sample_bytes) if over else b""
+
+
 _numbers = itertools.count(1)
 
 
@@ -222,8 +267,8 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "checkpoint_every", "constants", "ended", "expected", "feeds",
-        "heard", "id", "idle_seconds", "key", "label", "last_output", "number", "patience_seconds", "pending",
-        "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
+        "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number",
+        "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
     )  # fmt: skip
 
     def __init__(
@@ -239,6 +284,7 @@ class Sequence:
         constants: Mapping[str, float] | None = None,
         label: str = "",
         checkpoint_every: int = 0,
+        sampling: Sampling | None = None,
     ) -> None:
         self.sink = sink
         self.key = key  # the client's number on its stream
@@ -257,7 +303,8 @@ class Sequence:
         self.heard = now  # when the last chunk was accepted, monotonic seconds
         self.accepted = 0  # the last step accepted
         self.answered = 0  # the last step answered
-        self.last_output: Output | None = None
+        self.last_outputs: tuple[Output, ...] = ()  # all of that step, if they are small
+        self.generation = Generation(sampling) if sampling else None
         self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
         self.sealed = 0  # the step of the last checkpoint
         # A list: a few at most, and an empty deque takes half a kilobyte.
@@ -267,7 +314,13 @@ class Sequence:
         self.feeds = feeds_of(manifest)
 
     def begin(self, chunk: Chunk) -> None:
-        """Joins the chunk to what was left over and counts the frames that can run."""
+        """Joins the chunk to what was left over and counts the frames that can run.
+
+        Raises: TenutoError for a text that cannot be cut, or another chunk than the one that was begun.
+        """
+        if self.generation is not None and (chunk.generate or self.generation.done):
+            self._begin_to_generate(chunk, self.generation)
+            return
         if len(self.feeds) == 1:  # without a generator
             self.feeds[0].add(chunk.data[0])
             chunk.data, chunk.frames = (), self.feeds[0].frames
@@ -276,6 +329,28 @@ class Sequence:
             feed.add(samples)
         chunk.data = ()
         chunk.frames = min(feed.frames for feed in self.feeds)
+
+    def _begin_to_generate(self, chunk: Chunk, generation: Generation) -> None:
+        digest = hashlib.blake2b(b"".join((b"%d " % chunk.generate, *chunk.data)), digest_size=8).hexdigest()
+        if generation.done:  # it was begun where the sequence was before
+            if digest != generation.digest:
+                raise WrongInput(
+                    f"parts 0 to {generation.done - 1} of it were answered when the resume token was sealed; "
+                    "send the same chunk again"
+                )
+            chunk.part, chunk.data, chunk.frames = generation.done, (), 0
+            return
+        feed = self.feeds[0]
+        feed.add(chunk.data[0])
+        chunk.frames = feed.frames
+        feed.add(b"")  # a text ends where the model goes on
+        chunk.data, chunk.frames = (), feed.frames
+        generation.digest = digest
+
+    def feed_back(self, chunk: Chunk, sample: bytes) -> None:
+        """The chunk's next part runs that sample."""
+        self.feeds[0].add(sample)
+        chunk.data, chunk.frames = (sample,), 1
 
     def falls_behind(self, arrived: float) -> bool:
         """Whether the next chunk, which came at that time, came more than a period late.
@@ -296,14 +371,21 @@ class Sequence:
         return bool(self.pending) and not isinstance(self.pending[-1], Chunk | Wish)
 
     @property
+    def generates(self) -> bool:
+        """Whether some accepted chunk goes on by itself."""
+        return any(isinstance(item, Chunk) and item.generate for item in self.pending)
+
+    @property
     def unanswered(self) -> int:
         """Chunks accepted and not yet answered."""
         return sum([isinstance(item, Chunk) for item in self.pending])
 
     @property
     def at_rest(self) -> bool:
-        """Whether it stands between two chunks: no part of the first pending one is eaten or joined."""
-        return not (self.pending and isinstance(self.pending[0], Chunk) and self.pending[0].frames >= 0)
+        """Whether it stands between two chunks, or two parts that are generated: no more of the first pending
+        one is eaten or joined than its answered parts."""
+        head = self.pending[0] if self.pending else None
+        return not isinstance(head, Chunk) or head.frames < 0 or head.is_between_parts
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes on where another sequence stood: all but the states, which are in the pool."""
@@ -311,6 +393,10 @@ class Sequence:
         self.accepted = self.answered = self.sealed = snapshot.step
         for feed, rest in zip(self.feeds, snapshot.feeds, strict=True):
             feed.restore(rest)
+        if isinstance(self.feeds[0], TextFeed):
+            self.feeds[0].waiting = snapshot.text
+        if self.generation is not None and snapshot.generation is not None:
+            self.generation = replace(snapshot.generation)
 
     def eat(self, chunk: Chunk, frames: int) -> None:
         """A turn is done: its samples are eaten."""
@@ -321,4 +407,6 @@ class Sequence:
 
 def feeds_of(manifest: Manifest) -> Items[Feed]:
     """Fresh feeds, one an input, in the manifest's order."""
-    return tuple(Feed(spec, spec.sample_bytes) for spec in manifest.inputs)
+    return tuple(
+        TextFeed(spec, spec.text) if spec.text else Feed(spec, spec.sample_bytes) for spec in manifest.inputs
+    )

@@ -85,7 +85,7 @@ class Server:
         self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
         self.rollout.load_newest()
         self.catalogue = self.rollout.catalogue
-        limits = StreamLimits(config.window, config.idle_seconds)
+        limits = StreamLimits(config.window, config.idle_seconds, max_generate=config.max_generate)
         self._conversations = Streams(
             self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal
         )

@@ -7,6 +7,7 @@ the table of sequences is read or changed.
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -35,6 +36,7 @@ from .manifest import Manifest
 from .metrics import ServerMetrics
 from .pending import PendingBytes
 from .population import COMMAND_BYTES
+from .sampling import Sampling
 from .sequence import (
     CHUNK_BYTES,
     Checkpoint,
@@ -49,11 +51,15 @@ from .sequence import (
 )
 from .snapshot import Snapshot
 from .status import code_of, metadata_of
+from .text import Text
 
 log = logging.getLogger("tenuto.stream")
 
 MAX_EVENTS = 4096
 _MAX_LABEL_BYTES = 128
+_ID_BYTES = 8
+# Of a seed that is drawn here: people type it again.
+_SEED_BITS = 32
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
@@ -67,6 +73,7 @@ class StreamLimits:
     window: int
     idle_seconds: float
     unanswered_bytes: int = 16 << 20
+    max_generate: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +299,7 @@ class Stream:
                 snapshot = self._unsealed(wish)
                 served = self._catalogue.resume(snapshot.model, snapshot.fingerprint, snapshot.schema)
                 _constants(dict(snapshot.constants), served.manifest)  # a newer version may offer others
+                _same_sampling(wish, snapshot)
             else:
                 served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)
@@ -339,23 +347,36 @@ class Stream:
             constants=_constants(dict(wish.constants), manifest),
             label=wish.label,
             checkpoint_every=wish.checkpoint_every,
+            sampling=_sampling(wish, manifest),
         )
 
     def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> None:
         engine = held.served.engine
         try:
             if chunk.generate:
-                raise NotSupported(
-                    f"model {held.served.manifest.name!r} does not generate; leave generate at 0"
-                )
-            data = held.served.reader.read(chunk.inputs, engine.manifest.max_batch)
+                self._check_generate(chunk.generate, engine.manifest)
+            if chunk.generate and not chunk.inputs:  # it goes on from the last output
+                data: tuple[bytes, ...] = (b"",)
+            else:
+                data = held.served.reader.read(chunk.inputs, engine.manifest.max_batch)
         except TenutoError as error:
             self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
             return
         nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
+        if isinstance(data[0], Text):
+            nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
         self._pending.add(nbytes)
         self._own.add(nbytes)
-        engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes))
+        engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
+
+    def _check_generate(self, parts: int, manifest: Manifest) -> None:
+        if manifest.generate is None:
+            raise NotSupported(f"model {manifest.name!r} does not generate; leave generate at 0")
+        if parts > self._limits.max_generate:
+            raise TooLarge(
+                f"generate is {parts}, the limit is {self._limits.max_generate} (--max-generate); send "
+                "further chunks without samples, which go on from there"
+            )
 
     def _finish(self, held: _Held, ending: Ending | TenutoError) -> None:
         self._own.add(COMMAND_BYTES)
@@ -409,6 +430,43 @@ def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]
                 f"constant {name!r} is {value:g}; allowed: {', '.join(f'{v:g}' for v in choices[name])}"
             )
     return wished
+
+
+def _sampling(wish: pb.Open, manifest: Manifest) -> Sampling | None:
+    """How the sequence is to be sampled: as its client wishes, else as the manifest says, with a seed drawn
+    here.
+
+    Raises: WrongSetting.
+    """
+    rule, wished = manifest.generate, wish.sampling
+    if rule is None:
+        if wish.HasField("sampling") and not wish.resume_token:
+            raise WrongSetting(f"model {manifest.name!r} does not generate; leave sampling out of Open")
+        return None
+    if wished.top_k and rule.sampling == "bernoulli":
+        raise WrongSetting(f"model {manifest.name!r} draws each number by itself; leave top_k at 0")
+    return Sampling(
+        wished.seed if wished.HasField("seed") else secrets.randbits(_SEED_BITS),
+        wished.temperature or rule.temperature,
+        wished.top_k or rule.top_k,
+    )
+
+
+def _same_sampling(wish: pb.Open, snapshot: Snapshot) -> None:
+    """What the Open of a sequence that resumes says of its sampling must be what it had.
+
+    Raises: WrongSetting.
+    """
+    if snapshot.generation is None:
+        return
+    wished, had = wish.sampling, snapshot.generation.sampling
+    seed = wished.seed if wished.HasField("seed") else had.seed
+    if (seed, wished.temperature or had.temperature, wished.top_k or had.top_k) != (
+        had.seed,
+        had.temperature,
+        had.top_k,
+    ):
+        raise WrongSetting("a sequence that resumes keeps its sampling; leave it out of Open")
 
 
 def _is_expiry(ending: Closed | Failed) -> bool:

@@ -18,8 +18,11 @@ from PIL import Image
 
 from .errors import TooLarge, WrongDtype, WrongEncoding, WrongInput, WrongShape
 from .manifest import Dim, Input, Manifest, WireDtype
+from .text import Text
 
 Array = NDArray[Any]
+# The text of one chunk: the engine cuts it between two batches, in about 1 µs a word.
+_MOST_TEXT_BYTES = 64 << 10
 _FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 
 
@@ -105,8 +108,24 @@ class _InputReader:
             return self._scaled(np.frombuffer(data, wire.dtype), wire), count
         if dtype in spec.wire_encodings:
             return self._decoded(tensor, max_images)
+        if dtype == "utf8" and spec.text is not None:
+            return self._text(tensor), 0
         accepted = ", ".join([spec.dtype, *spec.wire_dtypes, *sorted(spec.wire_encodings)])
+        accepted += ", utf8" if spec.text else ""
         raise WrongDtype(f"input {self.name!r} is {dtype or 'without a dtype'}; accepted: {accepted}")
+
+    def _text(self, tensor: WireTensor) -> Text:
+        """The text as it came: what it is cut into depends on what its sequence sent before."""
+        if len(tensor.shape):
+            raise WrongShape(
+                f"input {self.name!r}: a text has shape {list(tensor.shape)}, expected []; one text a chunk"
+            )
+        if len(tensor.data) > _MOST_TEXT_BYTES:
+            raise TooLarge(
+                f"input {self.name!r}: a text of {len(tensor.data)} bytes, the limit is {_MOST_TEXT_BYTES}; "
+                "send several chunks, cut wherever you like"
+            )
+        return Text(tensor.data)
 
     def _time_first(self, data: bytes, shape: Sequence[int], dtype: np.dtype[Any]) -> tuple[bytes, int]:
         agrees = len(shape) == len(self._fixed)

@@ -31,6 +31,12 @@ _WORD = re.compile(r"\w+(?:['’]\w+)*|\S")
 Ids = NDArray[np.int64]
 
 
+class Text(bytes):
+    """UTF-8 that is still to be cut: where ids go, it may go as well."""
+
+    __slots__ = ()
+
+
 class Cutter(Protocol):
     """Text -> token ids."""
 

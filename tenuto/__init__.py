@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from .reply import Model, Output, Prediction, Sequence, Timing
+    from .sampling import Sampling
     from .stream import Stream
 
     __version__: str
@@ -45,6 +46,7 @@ _HOME = {
     "Model": "reply",
     "Output": "reply",
     "Prediction": "reply",
+    "Sampling": "sampling",
     "Sequence": "reply",
     "Timing": "reply",
     "InvalidInput": "errors",
@@ -75,6 +77,7 @@ __all__ = [
     "ProtocolError",
     "Refused",
     "ReplyTimeout",
+    "Sampling",
     "Sequence",
     "SequenceEnded",
     "SequenceFailed",

@@ -14,6 +14,7 @@ from . import errors, message
 from .backoff import jitter
 from .conversation import Conversation
 from .reply import Model, Output, Prediction, Sequence
+from .sampling import Sampling, sampling_of
 from .servers import Options, Servers, is_elsewhere
 from .settings import Settings
 from .tensor import Inputs
@@ -118,6 +119,7 @@ class Client:
         constants: Mapping[str, float] | None = None,
         label: str = "",
         resume_token: bytes = b"",
+        sampling: Sampling | None = None,
     ) -> "Stream":
         """Return a sequence to be entered by `async with`; see `tenuto.Client.stream`."""
         event = message.open_event(
@@ -128,6 +130,7 @@ class Client:
             constants=constants,
             label=label,
             resume_token=resume_token,
+            sampling=sampling,
         )
         return Stream(self._servers, event, self._settings)
 
@@ -222,7 +225,7 @@ class Stream:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    async def send(self, inputs: Inputs, *, generate: int = 0) -> int:
+    async def send(self, inputs: Inputs | None, *, generate: int = 0) -> int:
         """Send one chunk and return its step; see `tenuto.Stream.send`."""
         began = monotonic()
         async with self._sending:
@@ -253,6 +256,14 @@ class Stream:
             if self._sender.done() and not self._sender.cancelled():
                 self._sender.result()  # raises the cause, if the source was it
             raise
+
+    async def generate(self, inputs: Inputs | None, count: int) -> AsyncIterator[Output]:
+        """Have the model go on from one chunk; see `tenuto.Stream.generate`."""
+        step = await self.send(inputs, generate=count)
+        async for output in self:
+            yield output
+            if output.step == step and output.last:
+                return
 
     async def _send_all(self, chunks: Iterable[Inputs] | AsyncIterable[Inputs]) -> None:
         try:
@@ -301,6 +312,12 @@ class Stream:
         """The model version that this sequence is on; it may change when the sequence moves."""
         opened = self._conversation.opened
         return opened.version if opened is not None else 0
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the sequence is sampled, its seed included; None for a model that does not generate."""
+        opened = self._conversation.opened
+        return sampling_of(opened) if opened is not None else None
 
     @property
     def resume_token(self) -> bytes:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import TenutoError, invalid
 
 if TYPE_CHECKING:
-    from . import Client, Output
+    from . import Client, Output, Stream
     from .recording import Recording
     from .tensor import Array, Inputs
 
@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except TenutoError as error:
         return _fail(arguments.command, str(error))
+    except ModuleNotFoundError as error:
+        return _missing(arguments.command, error, "midi")
     except OSError as error:
         return _fail(arguments.command, f"{error.filename or ''}: {error.strerror or error}")
     return 0
@@ -59,17 +61,19 @@ def _fail(command: str, text: str) -> int:
     return 1
 
 
+def _missing(command: str, error: ImportError, extra: str) -> int:
+    text = f"tenuto {command}: {error}; install what it needs: pip install 'tenuto[{extra}]'"
+    print(text, file=sys.stderr)
+    return 2
+
+
 def _run_elsewhere(words: list[str]) -> int:
     command = words[0]
     module, extra, wants_name = _ELSEWHERE[command]
     try:
         run = import_module(module).main
     except ImportError as error:
-        print(
-            f"tenuto {command}: {error}; install what it needs: pip install 'tenuto[{extra}]'",
-            file=sys.stderr,
-        )
-        return 2
+        return _missing(command, error, extra)
     try:
         return int(run(words if wants_name else words[1:]) or 0)
     except KeyboardInterrupt:
@@ -107,6 +111,23 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--top", type=_count, default=3, help="labels for each file (default 3)")
     predict.add_argument("--json", action="store_true", help="print one JSON object")
     _version_option(predict)
+
+    generate = _client_command(commands, "generate", _generate, "have a model go on by itself")
+    generate.add_argument("model", metavar="MODEL")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", help="what a model of text begins with (default: a new line)"
+    )
+    generate.add_argument("--count", type=_count, help="characters or steps (default 500 or 64)")
+    generate.add_argument("--seed", type=_seed, help="for the same again (default: drawn, and told)")
+    generate.add_argument(
+        "--temperature", type=_positive, help="below 1 it dares less (default: the model's)"
+    )
+    generate.add_argument("--top-k", type=_count, help="of the k most probable ones (default: the model's)")
+    generate.add_argument("-o", "--output", metavar="FILE.mid", help="write chords as MIDI (extra: midi)")
+    generate.add_argument(
+        "--tempo", type=_positive, default=90.0, help="of MIDI, in beats a minute (default 90)"
+    )
+    _version_option(generate)
 
     stream = _client_command(commands, "stream", _stream, "send one recording as a sequence")
     stream.add_argument("model", metavar="MODEL")
@@ -160,6 +181,20 @@ def _count(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^64 - 1, got {text!r}")
+    return number
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
     return number
 
 
@@ -297,6 +332,87 @@ def _load(name: str) -> "Array":
     except (ValueError, EOFError) as error:
         raise invalid(f"{name} is no .npy file of numbers: {error}", "WRONG_ENCODING") from error
     return array
+
+
+# -- tenuto generate -------------------------------------------------------------------------------
+
+# A longer text is asked for in several chunks: so it may have any length, and begins like a shorter one.
+_PARTS = 1024
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from . import Sampling
+    from .alphabet import alphabet_of
+
+    sampling = Sampling(arguments.seed, arguments.temperature, arguments.top_k)
+    if arguments.output:
+        import_module("mido")  # before the work, not behind it
+    with _client(arguments) as client:
+        model = client.model(arguments.model, arguments.model_version)
+        rule, alphabet = model.manifest.get("generate"), alphabet_of(model.manifest)
+        if rule is None:
+            raise invalid(
+                f"model {model.name!r} does not generate; its manifest says no `generate`", "NOT_SUPPORTED"
+            )
+        with client.stream(model.name, version=model.version, sampling=sampling) as stream:
+            if rule["sampling"] == "bernoulli":
+                _play(arguments, stream, model.manifest)
+            elif alphabet is None:
+                raise invalid(
+                    f"model {model.name!r} generates ids that stand for no characters", "NOT_SUPPORTED"
+                )
+            else:
+                _speak(arguments, stream, model.manifest, alphabet)
+            told = stream.sampling
+    if told is not None and arguments.seed is None:
+        print(f"the same again: --seed {told.seed}", file=sys.stderr)
+
+
+def _parts(stream: "Stream", inputs: "Inputs", count: int) -> Iterator["Output"]:
+    """Yield the outputs of a chunk that goes on `count` times, whatever fits into one chunk."""
+    following: Inputs | None = inputs
+    for begun in range(0, count, _PARTS):
+        yield from stream.generate(following, min(_PARTS, count - begun))
+        following = None
+
+
+def _speak(arguments: argparse.Namespace, stream: "Stream", manifest: dict[str, Any], alphabet: str) -> None:
+    """Print the prompt, and each character as it comes."""
+    from .alphabet import said
+
+    if arguments.output:
+        raise invalid(f"model {arguments.model!r} generates text; leave -o out", "WRONG_INPUT")
+    prompt = arguments.prompt if arguments.prompt is not None else "\n" if "\n" in alphabet else alphabet[0]
+    for output in _parts(stream, prompt, arguments.count or 500):
+        first = (output.step, output.part) == (1, 0)  # the server has taken the prompt
+        print(prompt if first else said(output, manifest, alphabet), end="", flush=True)
+    print(flush=True)
+
+
+def _play(arguments: argparse.Namespace, stream: "Stream", manifest: dict[str, Any]) -> None:
+    """Write what is played behind a silent step, or print its pitches, a line a step."""
+    import numpy as np
+
+    from . import midi
+
+    if arguments.prompt is not None:
+        raise invalid(f"model {arguments.model!r} takes no text; leave --prompt out", "WRONG_INPUT")
+    entry = manifest["inputs"][0]
+    shape = [n for axis, n in enumerate(entry["shape"]) if axis != entry.get("batch_axis", 0)]
+    silence = np.zeros([n if isinstance(n, int) else 1 for n in shape], entry["dtype"])
+    if silence.size != midi.KEYS:
+        raise invalid(
+            f"a step of {arguments.model!r} has {silence.size} keys, expected a piano's 88", "WRONG_SHAPE"
+        )
+    steps = []
+    for output in _parts(stream, silence, arguments.count or 64):
+        if entry["name"] in output.outputs:
+            steps.append(output[entry["name"]].reshape(-1))
+            if not arguments.output:
+                print(*(np.flatnonzero(steps[-1]) + midi.LOWEST_PITCH), flush=True)
+    if arguments.output:
+        midi.write(arguments.output, np.stack(steps), arguments.tempo)
+        print(f"{arguments.output}: {len(steps)} steps")
 
 
 # -- tenuto stream ---------------------------------------------------------------------------------

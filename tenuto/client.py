@@ -8,6 +8,7 @@ import grpc
 
 from . import message
 from .reply import Model, Prediction, Sequence
+from .sampling import Sampling
 from .servers import Options, Servers, is_elsewhere
 from .settings import Settings
 from .stream import Stream, rpc_error
@@ -141,13 +142,15 @@ class Client:
         constants: Mapping[str, float] | None = None,
         label: str = "",
         resume_token: bytes = b"",
+        sampling: Sampling | None = None,
     ) -> Stream:
         """Return a sequence to be entered by `with`; see Stream.
 
         `period_ms` is how often chunks come, if they come at a steady pace (0: they do not).
         `idle_seconds` is how long it may say nothing (0: the server's limit). `constants` are
         values that the manifest lets a client choose, by input name. `label`, at most 128 bytes, is
-        shown to operators. With the `resume_token` of an earlier sequence, that one goes on.
+        shown to operators. With the `resume_token` of an earlier sequence, that one goes on. `sampling` is
+        for models that generate.
         """
         event = message.open_event(
             model,
@@ -157,6 +160,7 @@ class Client:
             constants=constants,
             label=label,
             resume_token=resume_token,
+            sampling=sampling,
         )
         return Stream(self._servers, event, self._settings)
 

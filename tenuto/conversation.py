@@ -89,7 +89,7 @@ class Conversation:
 
     # -- what the caller says ----------------------------------------------------------------------
 
-    def chunk(self, inputs: Inputs, generate: int, began: float, now: float) -> int:
+    def chunk(self, inputs: Inputs | None, generate: int, began: float, now: float) -> int:
         """Take in the next chunk and return its step. The caller asked to send it when it `began`.
 
         Call it only when `room()` is true. Raises InvalidInput; then the step is not used up.
@@ -174,6 +174,8 @@ class Conversation:
         if self.opened is not None and not self.resume_token and self._had > (0, 0):
             # The caller has outputs of this version: another one's would be those of another sequence.
             event.version = self.opened.version
+        if self.opened is not None and self.opened.HasField("sampling"):
+            event.sampling.CopyFrom(self.opened.sampling)  # with the seed that the server drew
         return pb.StreamRequest(events=[pb.Event(open=event)])
 
     def _chunks_due(self, call: _Call) -> list[pb.StreamRequest]:

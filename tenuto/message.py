@@ -6,6 +6,7 @@ from typing import Protocol
 
 from . import errors
 from .reply import Model, Prediction, Sequence, Timing
+from .sampling import Sampling
 from .tensor import Inputs, pack, unpack
 from .v1 import tenuto_pb2 as pb
 
@@ -58,6 +59,7 @@ def open_event(
     constants: Mapping[str, float] | None,
     label: str,
     resume_token: bytes,
+    sampling: Sampling | None,
 ) -> pb.Open:
     """Return the event that begins a sequence; raises InvalidInput."""
     try:
@@ -69,6 +71,7 @@ def open_event(
             constants=dict(constants or {}),
             label=label,
             resume_token=resume_token,
+            sampling=sampling.message() if sampling is not None else None,
         )
     except (TypeError, ValueError) as error:
         raise _wrong_field("stream", error) from error

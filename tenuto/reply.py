@@ -39,7 +39,8 @@ class Output:
     the chunk completed, those without one their value after the last of these; it is empty if the
     chunk completed no frame. `step` is the chunk's number, from 1; `part` counts up where one step
     has several outputs, and `last` marks the last of them. `latency_seconds` is from the call of
-    `send` (waiting for the window included) to the arrival here.
+    `send` (waiting for the window included) to the arrival here. A part that was generated holds the
+    sample that the model was fed, under the name of its input.
     """
 
     step: int

@@ -13,6 +13,7 @@ from . import errors, message
 from .backoff import jitter
 from .conversation import Conversation
 from .reply import Output
+from .sampling import Sampling, sampling_of
 from .servers import Servers
 from .settings import Settings
 from .tensor import Inputs
@@ -90,12 +91,14 @@ class Stream:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def send(self, inputs: Inputs, *, generate: int = 0) -> int:
+    def send(self, inputs: Inputs | None, *, generate: int = 0) -> int:
         """Send one chunk, any number of samples, and return its step (1, 2, 3 …).
 
         `inputs` is one array, or name -> array, without the batch axis: [160] for 20 ms of 8 kHz
-        PCM, [3, 7] for three hours of seven sensors. `generate` feeds the output back that many
-        times, for models whose manifest says how.
+        PCM, [3, 7] for three hours of seven sensors; a `str` for models whose manifest says how text
+        becomes ids, in pieces cut anywhere. `generate` draws a sample from the output and feeds it
+        to the model that many times, for models whose manifest says how; None as `inputs` then goes
+        on from the last output.
 
         Blocks while `window` chunks are unanswered, or `replay_bytes` are kept until the server sends
         a resume token. Raises InvalidInput for what cannot travel, ReplyTimeout where no server
@@ -128,6 +131,19 @@ class Stream:
                 yield output
         self.end()
         yield from self
+
+    def generate(self, inputs: Inputs | None, count: int) -> Iterator[Output]:
+        """Send one chunk, have the model go on from it `count` times, and yield each output as it comes.
+
+        The first one, part 0, is the chunk's own; part i holds the sample that the model was fed i-th,
+        under its input's name. None as `inputs` goes on from the last output. Outputs of earlier chunks
+        that are still unread come before them.
+        """
+        step = self.send(inputs, generate=count)
+        for output in self:
+            yield output
+            if output.step == step and output.last:
+                return
 
     # -- receiving ---------------------------------------------------------------------------------
 
@@ -173,6 +189,12 @@ class Stream:
         """The model version that this sequence is on; it may change when the sequence moves."""
         opened = self._conversation.opened
         return opened.version if opened is not None else 0
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """How the sequence is sampled, its seed included; None for a model that does not generate."""
+        opened = self._conversation.opened
+        return sampling_of(opened) if opened is not None else None
 
     @property
     def resume_token(self) -> bytes:

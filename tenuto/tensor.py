@@ -1,4 +1,4 @@
-"""Arrays and encoded images to the wire's Tensor, and back."""
+"""Arrays, texts and encoded images to the wire's Tensor, and back."""
 
 import struct
 from collections.abc import Mapping, Sequence
@@ -11,8 +11,8 @@ from .errors import ProtocolError, invalid
 from .v1 import tenuto_pb2 as pb
 
 Array: TypeAlias = NDArray[Any]
-# One input: an array, the bytes of one PNG or JPEG, or those of several that make one batch.
-Value: TypeAlias = Array | bytes | Sequence[bytes]
+# One input: an array, a text, the bytes of one PNG or JPEG, or those of several that make one batch.
+Value: TypeAlias = Array | str | bytes | Sequence[bytes]
 # What a model is fed: values by input name, or one value for a model of one input.
 Inputs: TypeAlias = Value | Mapping[str, Value]
 
@@ -23,11 +23,13 @@ DTYPES = frozenset(
 _MAGIC = {"png": b"\x89PNG\r\n\x1a\n", "jpeg": b"\xff\xd8\xff"}
 
 
-def pack(inputs: Inputs) -> list[pb.Tensor]:
-    """Return the tensors of `inputs`; a value without a name gets "" (the manifest's order).
+def pack(inputs: Inputs | None) -> list[pb.Tensor]:
+    """Return the tensors of `inputs`, none of None; a value without a name gets "" (the manifest's order).
 
     Raises InvalidInput for a dtype that cannot travel, and for bytes that are neither PNG nor JPEG.
     """
+    if inputs is None:
+        return []
     if isinstance(inputs, Mapping):
         return [_pack_value(name, value) for name, value in inputs.items()]
     return [_pack_value("", inputs)]
@@ -56,16 +58,25 @@ def encoding(what: str, data: bytes) -> str:
 def _pack_value(name: str, value: Value) -> pb.Tensor:
     if isinstance(value, np.ndarray | np.generic):
         return _pack_array(name, value)
+    if isinstance(value, str):
+        return pb.Tensor(name=name, dtype="utf8", data=_encoded(name, value))
     if isinstance(value, bytes | bytearray | memoryview):
         data = bytes(value)
         return pb.Tensor(name=name, dtype=encoding(_what(name), data), data=data)
     if isinstance(value, list | tuple) and value and all(isinstance(one, bytes) for one in value):
         return _pack_images(name, value)
     raise invalid(
-        f"{_what(name)} is a {type(value).__name__}; expected a numpy array, the bytes of a PNG "
-        "or JPEG file, or a list of such bytes; numbers: numpy.asarray(…, dtype)",
+        f"{_what(name)} is a {type(value).__name__}; expected a numpy array, a text, the bytes of "
+        "a PNG or JPEG file, or a list of such bytes; numbers: numpy.asarray(…, dtype)",
         "WRONG_DTYPE",
     )
+
+
+def _encoded(name: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise invalid(f"{_what(name)} is no text that UTF-8 can hold: {error}", "WRONG_ENCODING") from error
 
 
 def _pack_array(name: str, array: Any) -> pb.Tensor:

@@ -14,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tenuto.serving.sampling import Uniforms
+
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
 Manifest = dict[str, Any]
 # Where a graph cuts its sums: all but the first column, and the last one.
@@ -149,6 +151,107 @@ def explosive() -> tuple[bytes, Manifest]:
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 1]}],
     }
     return model(nodes, inputs, outputs), manifest
+
+
+# The characters of `speaker`, and what it says after each sum.
+ALPHABET = "\n abcé€😀"
+UNIFORMS = Uniforms()
+SPEECH = np.random.default_rng(5).normal(0, 1.5, (97, len(ALPHABET))).astype(np.float32)
+
+
+def speaker(**changes: Any) -> tuple[bytes, Manifest]:
+    """Generates: id [batch, time] -> logits [batch, time, 8], the row of a table at the sum of all ids that
+    its sequence ever ate, modulo 97. So what it says next depends on everything before, exactly. `sum` tells
+    that sum."""
+    nodes = [
+        helper.make_node("Concat", ["total", "id"], ["all"], axis=1),
+        helper.make_node("CumSum", ["all", "one"], ["sums"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["sum"]),
+        helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
+        helper.make_node("Mod", ["sum", "rows"], ["row"]),
+        helper.make_node("Gather", ["table", "row"], ["logits"], axis=0),
+        helper.make_node("Identity", ["lengths"], ["seen"]),
+    ]
+    constants = {"one": np.int64(1), "rows": np.int64(len(SPEECH)), "table": SPEECH, **_CUTS}
+    inputs = [value("id", INT64, "batch", "time"), value("total", INT64, "batch", 1)]
+    inputs.append(value("lengths", INT32, "batch"))
+    outputs = [value("logits", FLOAT, "batch", "time", len(ALPHABET)), value("sum", INT64, "batch", "time")]
+    outputs.append(value("total_next", INT64, "batch", 1))
+    letters = {"encoding": "utf8", "tokens": "characters", "alphabet": ALPHABET}
+    steps = {"shape": ["batch", "time"], "time_axis": 1}
+    manifest = {
+        "format": 1,
+        "name": "speaker",
+        "inputs": [
+            {"name": "id", "dtype": "int64", "range": [0, 7], "wire": [letters], "lengths": "lengths"} | steps
+        ],
+        "states": [{"input": "total", "output": "total_next", "dtype": "int64", "shape": ["batch", 1]}],
+        "outputs": [
+            {"name": "logits", "dtype": "float32", "shape": ["batch", "time", 8], "time_axis": 1},
+            {"name": "sum", "dtype": "int64"} | steps,
+        ],
+        "generate": {"output": "logits", "input": "id", "sampling": "categorical"},
+        "max_frames": 8,
+    }
+    return model(nodes, inputs, outputs, constants), manifest | changes
+
+
+def spoken(
+    steps: list[tuple[str, int]], seed: int = 1, temperature: float = 1.0, top_k: int = 0
+) -> list[int]:
+    """What `speaker` must say to each (text, count), step by step: worked out without a server."""
+    total, said = 0, []
+    for step, (text, count) in enumerate(steps, 1):
+        total += sum(ALPHABET.index(c) for c in text)
+        for part in range(1, count + 1):
+            weights = np.exp(SPEECH[total % len(SPEECH)].astype(np.float64) / temperature)
+            kept = sorted(np.argsort(-weights, kind="stable")[: top_k or None].tolist())
+            place = UNIFORMS.draw(seed, step, part, 1)[0] * weights[kept].sum()
+            said.append(kept[int(np.argmax(np.cumsum(weights[kept]) > place))])
+            total += said[-1]
+    return said
+
+
+def reader(**changes: Any) -> tuple[bytes, Manifest]:
+    """`speaker` that reads words: id is a word's bucket, and it generates nothing."""
+    made, manifest = speaker()
+    words = {"encoding": "utf8", "tokens": "words", "buckets": 1000}
+    manifest["inputs"][0] |= {"wire": [words], "range": [0, 999]}
+    del manifest["generate"]
+    return made, manifest | {"name": "reader"} | changes
+
+
+KEYS = np.random.default_rng(6).uniform(0.05, 0.95, (97, 6)).astype(np.float32)
+
+
+def player(**changes: Any) -> tuple[bytes, Manifest]:
+    """Generates chords: keys [batch, time, 6], each 0 or 1 -> probabilities [batch, time, 6], the row of a
+    table at the sum of all keys ever played, the i-th counting i, modulo 97."""
+    nodes = [
+        helper.make_node("MatMul", ["keys", "weights"], ["played"]),
+        helper.make_node("Squeeze", ["played", "last"], ["x"]),
+        helper.make_node("Concat", ["total", "x"], ["all"], axis=1),
+        helper.make_node("CumSum", ["all", "one"], ["sums"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["sum"]),
+        helper.make_node("Slice", ["sums", "last", "to", "axes"], ["total_next"]),
+        helper.make_node("Cast", ["sum"], ["whole"], to=INT64),
+        helper.make_node("Mod", ["whole", "rows"], ["row"]),
+        helper.make_node("Gather", ["table", "row"], ["chord"], axis=0),
+    ]
+    weights = np.arange(1, 7, dtype=np.float32)[:, None]
+    constants = {"one": np.int64(1), "rows": np.int64(len(KEYS)), "table": KEYS, "weights": weights, **_CUTS}
+    inputs = [value("keys", FLOAT, "batch", "time", 6), value("total", FLOAT, "batch", 1)]
+    outputs = [value("chord", FLOAT, "batch", "time", 6), value("total_next", FLOAT, "batch", 1)]
+    steps = {"dtype": "float32", "shape": ["batch", "time", 6], "time_axis": 1}
+    manifest = {
+        "format": 1,
+        "name": "player",
+        "inputs": [{"name": "keys"} | steps],
+        "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}],
+        "outputs": [{"name": "chord", "activation": "sigmoid"} | steps],
+        "generate": {"output": "chord", "input": "keys", "sampling": "bernoulli"},
+    }
+    return model(nodes, inputs, outputs, constants), manifest | changes
 
 
 def gain() -> tuple[bytes, Manifest]:

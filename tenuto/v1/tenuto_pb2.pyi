@@ -99,7 +99,7 @@ class Event(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointNow, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "version", "resume_token", "checkpoint_every", "period_ms", "idle_seconds", "constants", "label")
+    __slots__ = ("model", "version", "resume_token", "checkpoint_every", "period_ms", "idle_seconds", "constants", "label", "sampling")
     class ConstantsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +115,7 @@ class Open(_message.Message):
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CONSTANTS_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     resume_token: bytes
@@ -123,7 +124,18 @@ class Open(_message.Message):
     idle_seconds: int
     constants: _containers.ScalarMap[str, float]
     label: str
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., resume_token: _Optional[bytes] = ..., checkpoint_every: _Optional[int] = ..., period_ms: _Optional[int] = ..., idle_seconds: _Optional[int] = ..., constants: _Optional[_Mapping[str, float]] = ..., label: _Optional[str] = ...) -> None: ...
+    sampling: Sampling
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., resume_token: _Optional[bytes] = ..., checkpoint_every: _Optional[int] = ..., period_ms: _Optional[int] = ..., idle_seconds: _Optional[int] = ..., constants: _Optional[_Mapping[str, float]] = ..., label: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+
+class Sampling(_message.Message):
+    __slots__ = ("seed", "temperature", "top_k")
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    TOP_K_FIELD_NUMBER: _ClassVar[int]
+    seed: int
+    temperature: float
+    top_k: int
+    def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
     __slots__ = ("step", "inputs", "generate")
@@ -166,16 +178,18 @@ class Reply(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., output: _Optional[_Union[Output, _Mapping]] = ..., checkpoint: _Optional[_Union[Checkpoint, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("sequence_id", "version", "next_step", "window")
+    __slots__ = ("sequence_id", "version", "next_step", "window", "sampling")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     NEXT_STEP_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
     sequence_id: str
     version: int
     next_step: int
     window: int
-    def __init__(self, sequence_id: _Optional[str] = ..., version: _Optional[int] = ..., next_step: _Optional[int] = ..., window: _Optional[int] = ...) -> None: ...
+    sampling: Sampling
+    def __init__(self, sequence_id: _Optional[str] = ..., version: _Optional[int] = ..., next_step: _Optional[int] = ..., window: _Optional[int] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
 
 class Output(_message.Message):
     __slots__ = ("step", "part", "last", "outputs", "timing")

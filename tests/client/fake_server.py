@@ -67,6 +67,31 @@ MANIFESTS: dict[str, dict[str, Any]] = {
         ],
     },
 }
+# Models that generate; no listing has them.
+_CHARACTERS = {"encoding": "utf8", "tokens": "characters", "alphabet": "\n abc€"}
+_STEPS: dict[str, Any] = {"shape": ["batch", "time"], "time_axis": 1}
+GENERATORS: dict[str, dict[str, Any]] = {
+    "speaker": {
+        "name": "speaker",
+        "description": "Spells its alphabet.",
+        "inputs": [{"name": "id", "dtype": "int64", "wire": [_CHARACTERS]} | _STEPS],
+        "states": [],
+        "outputs": [{"name": "logits", "dtype": "float32", "shape": ["batch", "time", 6], "time_axis": 1}],
+        "generate": {"output": "logits", "input": "id", "sampling": "categorical"},
+    },
+    "piano": {
+        "name": "piano",
+        "description": "Plays what is set.",
+        "inputs": [{"name": "keys", "dtype": "float32", "shape": ["batch", "time", 88], "time_axis": 1}],
+        "states": [],
+        "outputs": [{"name": "chord", "dtype": "float32", "shape": ["batch", "time", 88], "time_axis": 1}],
+        "generate": {"output": "chord", "input": "keys", "sampling": "bernoulli"},
+    },
+}
+GENERATORS["numbers"] = GENERATORS["speaker"] | {
+    "name": "numbers",
+    "inputs": [{"name": "id", "dtype": "int64"} | _STEPS],
+}
 
 
 class FakeServer(TenutoServicer):
@@ -89,6 +114,8 @@ class FakeServer(TenutoServicer):
         self.hang = False  # unary calls are never answered
         self.opens: list[pb.Open] = []
         self.requests: list[pb.PredictRequest] = []
+        self.chunks: list[pb.Chunk] = []  # that generate
+        self.chords: list[list[int]] = [[]]  # the keys of each part that `piano` plays, again and again
         self.inputs: list[pb.Tensor] = []  # of all chunks, in the order of arrival
         self.unanswered_max = 0
         self.half_closed = threading.Event()  # the client said that nothing follows
@@ -147,10 +174,11 @@ class FakeServer(TenutoServicer):
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         self._refuse(context)
-        if request.model not in MANIFESTS:
+        models = MANIFESTS | GENERATORS
+        if request.model not in models:
             context.set_trailing_metadata((("tenuto-reason", "UNKNOWN_MODEL"),))
             context.abort(grpc.StatusCode.NOT_FOUND, f"no model {request.model!r}; see ListModels")
-        text = json.dumps(MANIFESTS[request.model])
+        text = json.dumps(models[request.model])
         return pb.GetModelResponse(model=_model(request.model), manifest_json=text)
 
     def ListSequences(self, request: pb.ListSequencesRequest, context: Any) -> pb.ListSequencesResponse:
@@ -184,7 +212,7 @@ class FakeServer(TenutoServicer):
         self._refuse(context)
         threading.Thread(target=self._receive, args=(requests, call), daemon=True).start()
         total = np.float32(0)
-        step = 0
+        step, model = 0, ""
         while (event := call.events.get()) is not None:
             kind = event.WhichOneof("event")
             if kind == "open":
@@ -193,7 +221,8 @@ class FakeServer(TenutoServicer):
                     yield _refused(self.refusals.pop(0), context)
                     continue
                 step, total = _unsealed(event.open.resume_token)
-                yield _response(self.on_open or _opened(self.window, step + 1))
+                model = event.open.model
+                yield _response(self.on_open or _opened(self.window, step + 1, event.open))
                 if self.on_open is not None and self.on_open.HasField("failed"):
                     continue
             elif kind == "chunk":
@@ -206,6 +235,10 @@ class FakeServer(TenutoServicer):
                     continue
                 if self.gate is not None:
                     self.gate.acquire()
+                if event.chunk.generate:
+                    call.answered += 1
+                    yield from map(_response, self._generated(model, event.chunk))
+                    continue
                 tensor = event.chunk.inputs[0]
                 x = np.frombuffer(tensor.data, tensor.dtype).astype(np.float32).reshape(-1)
                 totals = total + np.cumsum(x, dtype=np.float32)
@@ -224,6 +257,19 @@ class FakeServer(TenutoServicer):
                 if self.tail:
                     yield _response(_output(step, np.array([total], np.float32), total, part=1))
                 yield _response(pb.Reply(closed=pb.Closed(reason=pb.END, last_step=step)))
+
+    def _generated(self, model: str, chunk: pb.Chunk) -> Iterator[pb.Reply]:
+        """Part 0, and the others: `speaker` spells its ids in turn, `piano` plays its chords."""
+        self.chunks.append(chunk)
+        for part in range(chunk.generate + 1):
+            output = pb.Output(step=chunk.step, part=part, last=part == chunk.generate)
+            if part and model == "piano":
+                keys = np.zeros((1, 88), np.float32)
+                keys[0, self.chords[(part - 1) % len(self.chords)]] = 1
+                output.outputs.append(_tensor("keys", keys))
+            elif part:
+                output.outputs.append(_tensor("id", np.array([(part - 1) % 6], np.int64)))
+            yield pb.Reply(output=output)
 
     def _receive(self, requests: Iterator[pb.StreamRequest], call: "_Call") -> None:
         try:
@@ -261,8 +307,12 @@ def _response(reply: pb.Reply) -> pb.StreamResponse:
     return pb.StreamResponse(replies=[reply])
 
 
-def _opened(window: int, next_step: int) -> pb.Reply:
+def _opened(window: int, next_step: int, wish: pb.Open) -> pb.Reply:
     opened = pb.Opened(sequence_id="s-1", version=3, next_step=next_step, window=window)
+    if wish.model in GENERATORS:
+        seed = wish.sampling.seed if wish.sampling.HasField("seed") else 42
+        sampling = pb.Sampling(seed=seed, temperature=wish.sampling.temperature or 1.0)
+        opened.sampling.CopyFrom(sampling)
     return pb.Reply(opened=opened)
 
 
@@ -316,7 +366,7 @@ def _tensor(name: str, array: Any) -> pb.Tensor:
 
 
 def _model(name: str) -> pb.Model:
-    manifest = MANIFESTS[name]
+    manifest = (MANIFESTS | GENERATORS)[name]
     return pb.Model(
         name=name,
         version=3,

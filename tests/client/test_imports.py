@@ -15,6 +15,7 @@ FOREIGN = (
     "onnx",
     "pooch",
     "google.rpc",
+    "mido",
 )
 
 

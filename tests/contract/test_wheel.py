@@ -73,7 +73,8 @@ def test_the_base_dependencies_are_the_clients(wheel: Path) -> None:
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     base = {needed.name for needed in requirements if "extra ==" not in str(needed.marker)}
     assert base == {"grpcio", "numpy", "protobuf"}
-    assert set(metadata.get_all("Provides-Extra") or []) == {"serving", "gpu", "training", "demo"}
+    extras = {"serving", "gpu", "training", "diagnosis", "demo", "midi"}
+    assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert b"tenuto = tenuto.cli:main" in contents(wheel)[f"{INFO}/entry_points.txt"]
 
 

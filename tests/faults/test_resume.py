@@ -5,6 +5,7 @@ Each test prints its figures: what the promise costs in time is read there, and 
 
 from __future__ import annotations
 
+import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tenuto import Sampling, aio
 from tests import toys
 
 from .crowd import Crowd, Figures
@@ -24,6 +26,7 @@ from .proxy import Proxy
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     toys.write(root, "accumulator", toys.accumulator())
+    toys.write(root, "speaker", toys.speaker())
     return root
 
 
@@ -70,6 +73,45 @@ def test_a_thousand_sequences_outlive_the_kill_of_their_server(
         assert figures.whole == (0, 0, 0)
         assert figures.chunks == 30_000
         assert figures.resumes >= 400
+
+
+def test_who_generates_says_the_same_whether_its_server_is_killed_or_drained(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred texts at once: each part once and in order, each word what it would have been."""
+    servers = [start("one"), start("two"), start("three")]
+    steps = [("abc", 40), ("", 100), ("€", 160)]
+    ends = {500: signal.SIGKILL, 3_000: signal.SIGTERM}  # parts heard -> what befalls the next server
+    heard = resumes = 0
+
+    async def listens(client: aio.Client, seed: int) -> None:
+        nonlocal heard, resumes
+        said: list[tuple[int, int, int]] = []
+        async with client.stream("speaker", sampling=Sampling(seed=seed)) as stream:
+            for words, count in steps:
+                await stream.send(words or None, generate=count)
+            await stream.end()
+            async for output in stream:
+                if output.part:
+                    said.append((output.step, output.part, int(output["id"][0])))
+                    heard += 1
+                if heard in ends:
+                    servers.pop(0).terminate(ends.pop(heard))
+            resumes += stream.resumes
+        places = [(step, part + 1) for step, (_, count) in enumerate(steps, 1) for part in range(count)]
+        assert [place[:2] for place in said] == places
+        assert [word for _, _, word in said] == toys.spoken(steps, seed=seed)
+
+    async def crowd() -> None:
+        ports = [server.port for server in servers]
+        async with aio.Client(targets(*ports), timeout_seconds=40) as client:
+            await asyncio.gather(*(listens(client, seed) for seed in range(100)))
+
+    asyncio.run(crowd())
+    with capsys.disabled():
+        print(f"\n  generating, kill -9 and drain: {heard} parts, {resumes} resumes")
+    assert (heard, ends) == (100 * 300, {})
+    assert resumes >= 40  # those of the first, and some of the second
 
 
 def test_a_frozen_server_is_left_for_another(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

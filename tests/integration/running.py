@@ -48,6 +48,9 @@ def write_toys(root: Path) -> Path:
     toys.write(root, "unchecked", toys.lookup(checked=False))
     toys.write(root, "explosive", toys.explosive())
     toys.write(root, "gain", toys.gain())
+    toys.write(root, "speaker", toys.speaker())
+    toys.write(root, "reader", toys.reader())
+    toys.write(root, "player", toys.player())
     return root
 
 
@@ -181,6 +184,29 @@ class Gate:
         self.runs += 1
         self.arrived.set()
         assert self._open.wait(_PATIENCE_SECONDS), "the gate stayed shut"
+        results: list[Any] = self._runner.run(feeds)
+        return results
+
+    def enter_thread(self) -> None:
+        self._runner.enter_thread()
+
+    def probe(self) -> None:
+        self._runner.probe()
+
+
+class Throttle:
+    """In front of a model's runs: each takes a permit."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._runner: Any = engine._runner
+        self._permits = threading.Semaphore(0)
+        engine._runner = self
+
+    def allow(self, runs: int) -> None:
+        self._permits.release(runs)
+
+    def run(self, feeds: dict[str, Any]) -> list[Any]:
+        assert self._permits.acquire(timeout=_PATIENCE_SECONDS), "a run was not allowed"
         results: list[Any] = self._runner.run(feeds)
         return results
 

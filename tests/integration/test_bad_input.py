@@ -32,9 +32,11 @@ from .wire import (
     refused,
     stub,
     tensor,
+    text,
 )
 
 VICTIM, NEIGHBOUR = 1, 2
+INDEXED = ("lookup", "unchecked", "speaker", "reader")
 Code = grpc.StatusCode
 NO_PROTOBUF = b"\xff\xff\xff\xff"
 
@@ -157,6 +159,62 @@ FAULTS: dict[str, tuple[str, pb.Event, str, str, tuple[str, ...]]] = {
         "OUT_OF_RANGE",
         ("step 0 came", "expected 2"),
     ),
+    "text for a model of numbers": (
+        "accumulator",
+        chunk(2, text("one")),
+        "WRONG_DTYPE",
+        "INVALID_ARGUMENT",
+        ("'x' is utf8", "accepted: float32"),
+    ),
+    "no UTF-8": (
+        "speaker",
+        chunk(2, text(b"ab\xff")),
+        "WRONG_ENCODING",
+        "INVALID_ARGUMENT",
+        ("byte 2 (0xff)", "encode it as UTF-8", "in step 2"),
+    ),
+    "a character that the model has not": (
+        "speaker",
+        chunk(2, text("abd")),
+        "OUT_OF_RANGE_VALUE",
+        "INVALID_ARGUMENT",
+        ("character 3 of the text is 'd' (U+0064)", "of the 8 of the model's alphabet", "in step 2"),
+    ),
+    "a text with a shape": (
+        "speaker",
+        chunk(2, pb.Tensor(dtype="utf8", shape=[2], data=b"ab")),
+        "WRONG_SHAPE",
+        "INVALID_ARGUMENT",
+        ("a text has shape [2], expected []",),
+    ),
+    "a long text": (
+        "reader",
+        chunk(2, text("a" * 65_537)),
+        "TOO_LARGE",
+        "RESOURCE_EXHAUSTED",
+        ("a text of 65537 bytes, the limit is 65536", "send several chunks"),
+    ),
+    "a wrong dtype for text": (
+        "speaker",
+        chunk(2, [1.0]),
+        "WRONG_DTYPE",
+        "INVALID_ARGUMENT",
+        ("'id' is float32", "accepted: int64, utf8"),
+    ),
+    "too much at once": (
+        "speaker",
+        chunk(2, text("a"), generate=4097),
+        "TOO_LARGE",
+        "RESOURCE_EXHAUSTED",
+        ("generate is 4097, the limit is 4096 (--max-generate)", "in step 2"),
+    ),
+    "nothing to run": (
+        "speaker",
+        chunk(2),
+        "WRONG_INPUT",
+        "INVALID_ARGUMENT",
+        ("input id is missing",),
+    ),
     "generate": (
         "accumulator",
         chunk(2, [1.0], generate=3),
@@ -182,7 +240,7 @@ FAULTS: dict[str, tuple[str, pb.Event, str, str, tuple[str, ...]]] = {
 
 
 def _input(model: str, *values: float) -> pb.Tensor:
-    return tensor(values, "int64" if model in ("lookup", "unchecked") else "float32")
+    return tensor(values, "int64" if model in INDEXED else "float32")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -245,6 +303,24 @@ OPENINGS: dict[str, tuple[pb.Event, str, str, tuple[str, ...]]] = {
         "TOKEN_INVALID",
         "FAILED_PRECONDITION",
         ("changed on its way", "the same --token-key-file"),
+    ),
+    "sampling of a model that does not generate": (
+        opening("accumulator", sampling=pb.Sampling(seed=1)),
+        "WRONG_SETTING",
+        "INVALID_ARGUMENT",
+        ("'accumulator' does not generate", "leave sampling out"),
+    ),
+    "a temperature of less than nothing": (
+        opening("speaker", sampling=pb.Sampling(temperature=-1)),
+        "WRONG_SETTING",
+        "INVALID_ARGUMENT",
+        ("temperature is -1", "set top_k to 1"),
+    ),
+    "the best of what is drawn by itself": (
+        opening("player", sampling=pb.Sampling(top_k=2)),
+        "WRONG_SETTING",
+        "INVALID_ARGUMENT",
+        ("draws each number by itself", "leave top_k at 0"),
     ),
     "unknown constant": (
         opening("gain", constants={"volume": 1.0}),

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -666,7 +667,9 @@ def test_one_stream_is_read_on_only_while_little_of_it_is_unanswered(
     """Many sequences, none over its window: the rest waits at the client, and everything is answered."""
     limit, sequences = 100_000, 40
     monkeypatch.setattr(
-        server_module, "StreamLimits", lambda window, idle: StreamLimits(window, idle, unanswered_bytes=limit)
+        server_module,
+        "StreamLimits",
+        lambda *of, **more: replace(StreamLimits(*of, **more), unanswered_bytes=limit),
     )
     samples = np.ones(2_000, np.float32)
     with (

@@ -38,6 +38,10 @@ def tensor(values: Any, dtype: str = "float32", name: str = "") -> pb.Tensor:
     return pb.Tensor(name=name, dtype=dtype, shape=array.shape, data=array.tobytes())
 
 
+def text(words: str | bytes, name: str = "") -> pb.Tensor:
+    return pb.Tensor(name=name, dtype="utf8", data=words.encode() if isinstance(words, str) else words)
+
+
 def array(message: pb.Tensor) -> Array:
     return np.frombuffer(message.data, message.dtype).reshape(tuple(message.shape))
 

@@ -20,7 +20,7 @@ OTHER: dict[str, Any] = {
     "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "grpc_experiments": "",
     "log_level": "debug", "token_key_file": Path("/keys"), "token_seconds": 16.5, "max_token_bytes": 17,
     "large_states": "rarer", "checkpoint_every": 18, "resume_reserve": 0.25,
-    "poll_seconds": 19.5, "max_age_seconds": 20.5,
+    "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
 SECONDS = [name for name in FIELDS if name.endswith("_seconds")]

@@ -1125,7 +1125,7 @@ def test_only_small_outputs_are_kept_for_a_step_sent_again(monkeypatch: pytest.M
     assert bench.engine.metrics.steps_repeated == 2
     bench.send(small, 2, [1, 1, 1])
     bench.settle()
-    assert small.last_output is None
+    assert small.last_outputs == ()
     bench.check_at_rest()
 
 
@@ -1138,7 +1138,7 @@ def test_a_single_request_is_not_kept() -> None:
     request = bench.request([[1, 2]])
     bench.settle()
     assert bench.outputs(request) == [[2, 4]]
-    assert request.last_output is None
+    assert request.last_outputs == ()
 
 
 def test_sequences_that_ended_do_not_stay_until_they_are_due() -> None:

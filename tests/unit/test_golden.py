@@ -13,6 +13,8 @@ from tenuto.serving.engine import Runner
 from tenuto.serving.errors import ModelInvalid, TenutoError
 from tenuto.serving.golden import replay
 from tenuto.serving.manifest import Manifest
+from tenuto.serving.model_runner import CPU, ModelRunner
+from tests import toys
 
 from .fakes import FAILS, Accumulator, Array, Bench, Doubler, accumulator, doubler, f32
 
@@ -44,6 +46,20 @@ def test_a_stateless_model_answers_each_step_alone(tmp_path: Path) -> None:
     ones = np.ones((2, 2), np.float32)
     arrays = {"1.in.x": ones, "1.out.y": ones * 2, "2.in.x": ones[:1], "2.out.y": ones[:1] * 2}
     assert run(write(tmp_path, arrays), doubler(), Doubler()) == 2
+
+
+def test_a_model_that_generates_is_tested_by_what_it_is_sent(tmp_path: Path) -> None:
+    model, fields = toys.speaker()
+    manifest = Manifest.model_validate(fields)
+    runner = ModelRunner(model, manifest, "toy/1", provider=CPU, threads=1)
+    ids = np.array([2, 3], np.int64)
+    arrays = {
+        "1.in.id": ids,
+        "1.out.logits": toys.SPEECH[[2, 5]],
+        "2.in.id": ids,
+        "2.out.sum": np.array([7, 10]),
+    }
+    assert run(write(tmp_path, arrays), manifest, runner) == 2
 
 
 def test_off_by_more_than_the_tolerance_is_refused_with_how_much(tmp_path: Path) -> None:

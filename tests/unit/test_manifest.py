@@ -109,7 +109,7 @@ WRONG_GENERATE: dict[str, tuple[dict[str, Any], str]] = {
     "an index by sigmoid": (generating(outputs=[NEXT | {"activation": "sigmoid"}]), "activation is sigmoid"),
     "more than all": (generating(rule={"top_k": 5}), "top_k is 5; .* at most 4"),
     "the best keys": (generating("bernoulli", **KEYS, rule={"top_k": 1}), "top_k is 1; .* bernoulli one 0"),
-    "a temperature of nothing": (generating(rule={"temperature": 0}), "temperature: .*greater than 0"),
+    "a temperature of nothing": (generating(rule={"temperature": 0}), "temperature: .*equal to 0.000001"),
 }  # fmt: skip
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "format of another version": (create_fields(format=2), "format: Input should be 1"),

@@ -23,7 +23,10 @@ from tenuto.serving.errors import (
     WrongInput,
     WrongShape,
 )
+from tenuto.serving.manifest import Manifest
 from tenuto.serving.tensor import Reader
+from tenuto.serving.text import Text
+from tests import toys
 
 from .fakes import FakeTensor, accumulator, doubler, f32
 
@@ -72,6 +75,28 @@ def test_an_input_may_go_without_its_name(name: str) -> None:
 
 def test_no_samples_at_all_are_a_legal_chunk() -> None:
     assert create_reader().read([FakeTensor("", "float32", (0,), b"")]) == (b"",)
+
+
+def text_reader() -> Reader:
+    return Reader(Manifest.model_validate(toys.speaker()[1]), 1 << 20)
+
+
+@pytest.mark.parametrize("name", ["", "id"])
+def test_a_text_passes_as_it_is(name: str) -> None:
+    (data,) = text_reader().read([FakeTensor(name, "utf8", (), "ab😀".encode()[:5])])
+    assert (type(data), data) == (Text, b"ab\xf0\x9f\x98")
+    (data,) = text_reader().read([FakeTensor(name, "int64", (2,), bytes(16))])
+    assert (type(data), data) == (bytes, bytes(16))
+
+
+def test_a_text_has_no_shape_and_a_limit() -> None:
+    with pytest.raises(WrongShape, match=r"a text has shape \[1\], expected \[\]"):
+        text_reader().read([FakeTensor("", "utf8", (1,), b"a")])
+    assert text_reader().read([FakeTensor("", "utf8", (), b"a" * 65_536)])
+    with pytest.raises(TooLarge, match="a text of 65537 bytes, the limit is 65536; send several chunks"):
+        text_reader().read([FakeTensor("", "utf8", (), b"a" * 65_537)])
+    with pytest.raises(WrongDtype, match="'x' is utf8; accepted: float32"):
+        create_reader().read([FakeTensor("", "utf8", (), b"a")])
 
 
 def test_wire_dtypes_are_scaled_and_shifted() -> None:

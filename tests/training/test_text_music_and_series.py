@@ -110,6 +110,12 @@ class TestShakespeare:
         assert second_loss(one, begins) == second_loss(other, begins)
         begins[0] = False  # one stream's state is enough
         assert second_loss(one, begins) != second_loss(other, begins)
+        mixed = [part.clone() for part in other]
+        for part, same in zip(mixed, one, strict=True):
+            part[0] = same[0]
+        assert second_loss(one, begins) == second_loss(
+            (mixed[0], mixed[1]), begins
+        )  # and the others' is not used
 
     def test_text_on_the_wire_is_what_it_was_trained_on(self) -> None:
         cutter = shakespeare.manifest().inputs[0].text
@@ -220,7 +226,7 @@ class TestOilTemperature:
         monkeypatch.setattr(etth1, "TRAIN", (7000, 8640))
         whole = dlinear.forecaster
         monkeypatch.setattr(
-            dlinear, "forecaster", lambda *given: whole(given[0], given[1], given[2], given[3], epochs=1)
+            dlinear, "forecaster", lambda *given: whole(given[0], given[1], given[2], given[3], epochs=5)
         )
         found = oil_temperature.OilTemperatureTask().baselines()
         assert found["the last day, repeated"]["value"] == pytest.approx(0, abs=1e-9)

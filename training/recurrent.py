@@ -39,7 +39,8 @@ class RecurrentNetwork(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, dropout: float = 0.0, input_dropout: float | None = None) -> None:
+        """`dropout` is behind every layer; `input_dropout` before the first, the same if None."""
         super().__init__()
         self.shape = shape
         self.embedding = None if shape.symbols is None else nn.Embedding(shape.symbols, shape.inputs)
@@ -49,6 +50,7 @@ class RecurrentNetwork(nn.Module):
         sizes = zip((shape.inputs, *shape.hidden), shape.hidden, strict=False)
         self.layers = nn.ModuleList(CELLS[shape.cell](i, o, batch_first=True) for i, o in sizes)
         self.dropout = nn.Dropout(dropout)
+        self.input_dropout = nn.Dropout(dropout if input_dropout is None else input_dropout)
         self.head = nn.Linear(shape.hidden[-1], shape.outputs)
 
     def initial_state(self, batch: int) -> State:
@@ -64,7 +66,8 @@ class RecurrentNetwork(nn.Module):
         parts = len(state) // len(self.layers)
         for i, layer in enumerate(self.layers):
             before = state[i * parts : (i + 1) * parts]
-            y, new = layer(self.dropout(y), before if parts == 2 else before[0])
+            drop = self.dropout if i else self.input_dropout
+            y, new = layer(drop(y), before if parts == 2 else before[0])
             after += new if parts == 2 else [new]
         return self.dropout(y), tuple(after)
 

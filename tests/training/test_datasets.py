@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tenuto.training.datasets import etth1, fsdd, magic_wand, mnist, store
+from tenuto.training.datasets import (
+    etth1,
+    fsdd,
+    jsb,
+    magic_wand,
+    mnist,
+    rt_polarity,
+    store,
+    tinyshakespeare,
+)
 from tenuto.training.datasets.store import ChecksumMismatch, DataUnavailable
 
 FOLDER = Path(mnist.__file__).parent
@@ -24,7 +33,11 @@ LOADS: list[Callable[[], Any]] = [
     lambda: fsdd.recordings("test"),
     etth1.series,
     lambda: magic_wand.strokes("test"),
+    lambda: jsb.chorales("test"),
+    lambda: rt_polarity.sentences("pos"),
+    tinyshakespeare.text,
 ]
+SETS = ["mnist", "fsdd", "etth1", "magic_wand", "jsb", "rt_polarity", "tinyshakespeare"]
 
 PARTS: tuple[magic_wand.Split, ...] = ("train", "validation", "test")
 
@@ -43,6 +56,8 @@ def test_importing_the_loaders_brings_no_other_package() -> None:
     code = (
         "import sys, tenuto.training.datasets.mnist, tenuto.training.datasets.fsdd\n"
         "import tenuto.training.datasets.etth1, tenuto.training.datasets.magic_wand\n"
+        "import tenuto.training.datasets.etth1, tenuto.training.datasets.jsb\n"
+        "import tenuto.training.datasets.rt_polarity, tenuto.training.datasets.tinyshakespeare\n"
         "heavy = {'torch', 'onnx', 'onnxruntime', 'pydantic', 'grpc', 'google.protobuf'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
@@ -51,14 +66,12 @@ def test_importing_the_loaders_brings_no_other_package() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("load", LOADS, ids=["mnist", "fsdd", "etth1", "magic_wand"])
+@pytest.mark.parametrize("load", LOADS, ids=SETS)
 def test_missing_file_is_named_with_its_source(
     load: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    with pytest.raises(
-        DataUnavailable, match=r"no file (mnist|fsdd|etth1|magic_wand)/\S+; put it .*https://"
-    ):
+    with pytest.raises(DataUnavailable, match=rf"no file ({'|'.join(SETS)})/\S+; put it .*https://"):
         load()
 
 
@@ -80,11 +93,14 @@ def test_failed_download_tries_every_mirror_and_says_so(
 
 def test_wrong_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(store.VARIABLE, str(tmp_path))
-    for folder in ("mnist", "fsdd", "etth1", "magic_wand"):
+    for folder in SETS:
         (tmp_path / folder).mkdir()
     (tmp_path / "mnist/t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
     (tmp_path / "etth1/ETTh1.csv").write_bytes(b"date,OT\n")
     (tmp_path / "magic_wand/petewarden_0.json").write_bytes(b'{"strokes": []}')
+    (tmp_path / "jsb/jsb-chorales-quarter.json").write_bytes(b'{"test": []}')
+    (tmp_path / "rt_polarity/rt-polarity.pos").write_bytes(b"good\n")
+    (tmp_path / "tinyshakespeare/input.txt").write_bytes(b"To be\n")
     _zip(tmp_path / "fsdd/recordings.zip", "recordings/")
     for load in LOADS:
         with pytest.raises(ChecksumMismatch, match="expected"):
@@ -176,3 +192,31 @@ def test_magic_wand_split(reachable: Callable[[Callable[[], Any]], Any]) -> None
 def test_magic_wand_knows_no_other_split() -> None:
     with pytest.raises(ValueError, match="'train', 'validation' or 'test', got 'dev'"):
         magic_wand.strokes("dev")  # type: ignore[arg-type]
+
+
+def test_jsb_split(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    splits = reachable(lambda: [jsb.chorales("train"), jsb.chorales("valid"), jsb.chorales("test")])
+    assert [len(split) for split in splits] == [229, 76, 77]
+    assert [sum(map(len, split)) for split in splits] == [13807, 4602, 4725]
+    rolls = np.concatenate([np.concatenate(split) for split in splits])
+    assert rolls.shape[1] == 88
+    assert rolls.dtype == np.uint8
+    assert set(np.unique(rolls)) == {0, 1}
+    first = np.flatnonzero(splits[2][0][0]) + jsb.LOWEST
+    assert first.tolist() == [72, 76, 79, 84]  # MIDI pitches, as the file has them
+
+
+def test_rt_polarity_sides(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    good, bad = reachable(lambda: [rt_polarity.sentences("pos"), rt_polarity.sentences("neg")])
+    assert (len(good), len(bad)) == (5331, 5331)
+    assert all(one == one.strip() and one for one in good + bad)
+    assert any("\u00e9" in one for one in good)  # UTF-8, not what Latin-1 makes of it
+    assert not any("\u00c3" in one for one in good)
+
+
+def test_tiny_shakespeare_alphabet(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    text = reachable(tinyshakespeare.text)
+    assert "".join(sorted(set(text))) == tinyshakespeare.ALPHABET
+    assert (len(text), len(tinyshakespeare.ALPHABET)) == (1115394, 65)
+    assert (0, int(0.9 * len(text))) == tinyshakespeare.TRAIN
+    assert (int(0.9 * len(text)), len(text)) == tinyshakespeare.TEST

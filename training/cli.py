@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> int:
     said_by, extra = f"tenuto {options.command}", "training"
     try:
         # Imported here: `--help` must not need them, and a missing one is worth a sentence.
+        importlib.import_module("torch")
         from . import checks, evaluate
         from .datasets.store import ChecksumMismatch, DataUnavailable
         from .stepper import NotOurs
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
     except ModuleNotFoundError as error:
         print(f"{said_by}: {error.name} is missing; pip install 'tenuto[{extra}]'", file=sys.stderr)
         return 2
-    refusals = (DataUnavailable, ChecksumMismatch, checks.CheckFailed, NotOurs, NotTrained, UnknownTask)
+    refusals = (DataUnavailable, ChecksumMismatch, checks.CheckFailed, NotOurs, NotTrained)
     try:
         if options.command == "evaluate":
             _print_figures(evaluate.evaluate(options.folder, options.task))
@@ -45,9 +47,9 @@ def main(argv: list[str]) -> int:
             print(diagnose.diagnose(options.exported, options.docs))
         else:
             _train(options)
-    except (*refusals, OSError) as error:
+    except (*refusals, UnknownTask, OSError) as error:
         print(f"{said_by}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UnknownTask) else 1
     return 0
 
 

@@ -136,7 +136,7 @@ def test_what_is_no_task_is_one_line(
     what: str, text: str, task: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("empty.py").write_text("from tenuto.training.task import Task\n", encoding="utf-8")
-    assert cli.main(["train", what]) == 1
+    assert cli.main(["train", what]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(text, said)

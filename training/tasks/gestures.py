@@ -35,7 +35,7 @@ DATA = {
     "licence": magic_wand.LICENCE,
     "sha256": magic_wand.CHECKSUMS,
     "split": "ours: of each digit 60 strokes to train on, 10 for validation, 30 to test, by a hash; as "
-    "variants, five folds of all 1,000 strokes: 200 to test, 700 of the others to train on, 100 for validation",
+    "variants, five folds of all 1,000: 200 to test, 700 of the others to train on, 100 for validation",
 }
 FOLDS = 5
 Points = NDArray[np.float32]
@@ -198,7 +198,7 @@ mirrored strokes get a wrong one, with a probability of 73 % on average.
 
 
 def _fold(fold: int) -> list[magic_wand.Stroke]:
-    """Return every fifth stroke of each part, 200 in all; digits are even in each part, and so in each fold."""
+    """Return every fifth stroke of each part, 200 in all, 20 of each digit."""
     parts: tuple[magic_wand.Split, ...] = ("train", "validation", "test")
     return [stroke for part in parts for stroke in magic_wand.strokes(part)[fold::FOLDS]]
 

@@ -150,13 +150,15 @@ def vary(recordings: Sequence[Recording], rng: np.random.Generator) -> Example:
     parts: list[Array] = [np.zeros(rng.integers(0, 1600), np.float32)]
     spans: list[tuple[int, int, int]] = []
     for recording in recordings:
-        word = voices.say(recording, rng)
+        word = voices.say(recording, voices.STRANGERS, rng)
         start = sum(map(len, parts))
         spans.append((start, start + len(word), recording.digit))
         pause = rng.integers(0, 4800) if rng.random() < 0.35 else 0
         parts += [word, np.zeros(pause, np.float32)]
     sound = np.concatenate(parts)
-    sound = np.clip(sound + voices.noise(len(sound), rng), -1, 1)[: len(sound) // STEP * STEP]
+    sound = np.clip(sound + voices.noise(len(sound), voices.STRANGERS, rng), -1, 1)[
+        : len(sound) // STEP * STEP
+    ]
     targets = np.zeros(len(sound) // STEP, np.int64)
     weights = np.zeros(len(targets), np.float32)
     ends = (np.arange(len(targets)) + 1) * STEP
@@ -233,7 +235,7 @@ class SpokenTask(Task):
             batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
             for i in rng.permutation(len(batches)):
                 sound, *answers = collate(batches[i])
-                yield voices.heard(self._ear, sound, rng), *answers
+                yield voices.heard(self._ear, sound, voices.STRANGERS, rng), *answers
 
     def _draw(self, i: int, rng: np.random.Generator) -> Example:
         """Vary one recording; one time in four another one comes before it."""

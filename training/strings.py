@@ -42,22 +42,14 @@ class Segment:
             heard[within] = np.minimum(1, (ends[within] - start) / (stop - start))
         return digits, heard
 
-    def sayable(self) -> NDArray[np.bool_]:
-        """Return for each 20 ms whether a digit may be written: 20 ms before a word's end to 200 ms after."""
-        ends = (np.arange(len(self.sound) // STEP) + 1) * STEP
-        may = np.zeros(len(ends), np.bool_)
-        for _, _, stop in self.spans:
-            may |= (ends > stop - STEP) & (ends <= stop + SETTLE)
-        return may
-
 
 def segment(recordings: Sequence[Recording], samples: int, rng: np.random.Generator) -> Segment:
     """Return words and pauses over noise. No word crosses an end. One time in twenty there is noise alone."""
-    sound, at = voices.noise(samples, rng), pause(rng)
+    sound, at = voices.noise(samples, voices.FAMILIAR, rng), pause(rng)
     spans: list[tuple[int, int, int]] = []
     while rng.random() < 0.95 or spans:
         recording = recordings[int(rng.integers(len(recordings)))]
-        word = voices.say(recording, rng)
+        word = voices.say(recording, voices.FAMILIAR, rng)
         if at + len(word) > samples - SETTLE:
             break
         sound[at : at + len(word)] += word

@@ -112,13 +112,13 @@ def test_an_echo_comes_after_its_sound() -> None:
 
     power = torch.zeros(64, 30, 4)
     power[:, 10] = 1
-    mixed = voices.echo(power, np.random.default_rng(0)).numpy()
+    mixed = voices.echo(power, voices.STRANGERS, np.random.default_rng(0)).numpy()
     assert not mixed[:, :10].any()
     np.testing.assert_array_equal(mixed[:, 10], 1)
     echoed = mixed[:, 11].max(axis=1) > 0
     assert 10 < echoed.sum() < 34  # a third of the rows
     assert (np.diff(mixed[echoed, 11:], axis=1) < 0).all()
-    assert mixed[:, 11:, 0].sum(axis=1).max() <= 10 ** (voices.ECHO_DB[1] / 10)
+    assert mixed[:, 11:, 0].sum(axis=1).max() <= 10 ** (voices.STRANGERS.echo_db[1] / 10)
 
 
 def test_voices_differ_by_generator_alone() -> None:
@@ -127,16 +127,18 @@ def test_voices_differ_by_generator_alone() -> None:
 
     sound = torch.from_numpy(np.stack([tones(n)[: 120 + 160 * 40] for n in (1, 2)]) / np.float32(32768))
     ear, word = Ear(), _recordings(range(10, 11))[0]
-    first, again, other = (voices.heard(ear, sound, np.random.default_rng(n)).numpy() for n in (1, 1, 2))
+    first, again, other = (
+        voices.heard(ear, sound, voices.STRANGERS, np.random.default_rng(n)).numpy() for n in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert first.shape == ear(sound).shape
     assert np.abs(first - other).max() > 0.1
-    levels = []
+    levels, (low, high) = [], voices.STRANGERS.level_db
     for n in range(50):
-        said = voices.say(word, np.random.default_rng(n))
+        said = voices.say(word, voices.STRANGERS, np.random.default_rng(n))
         levels.append(20 * np.log10(np.sqrt(np.mean(said**2))))
         assert 0.6 * len(word.pcm) < len(said) < 1.2 * len(word.pcm)
-    assert voices.LEVEL_DB[0] - 1 <= min(levels) < max(levels) <= voices.LEVEL_DB[1] + 1
+    assert low - 1 <= min(levels) < max(levels) <= high + 1
 
 
 def test_an_answer_counts_more_the_more_of_its_word_was_heard() -> None:

@@ -57,7 +57,7 @@ def test_the_python_runs(number: int, server: re.Match[str], capsys: pytest.Capt
 
 def test_the_ready_line_is_the_one_shown(server: re.Match[str]) -> None:
     def shape(line: str) -> str:
-        return re.sub(r":\d+", ":PORT", line)
+        return re.sub(r":\d+", ":PORT", line.replace(" sentiment/1", ""))  # there if it was trained here
 
     assert shape(ready_line(README)[0]) == shape(server[0].strip())
 
@@ -140,6 +140,6 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_model_of_the_table_is_there() -> None:
     named = re.findall(r"^\| `([a-z-]+)` \|", README, flags=re.MULTILINE)
-    folders = sorted(path.name for path in (ROOT / "exported").iterdir() if path.is_dir())
-    assert sorted(named) == folders
-    assert [name for name in named if not (ROOT / f"exported/{name}/1/MODEL_CARD.md").exists()] == []
+    cards = [*ROOT.glob("exported/*/1/MODEL_CARD.md"), *ROOT.glob("exported/not-passed-on/*/MODEL_CARD.md")]
+    found = {str(card.parent.relative_to(ROOT / "exported")).removesuffix("/1") for card in cards}
+    assert {name.removeprefix("not-passed-on/") for name in found} == set(named)

@@ -49,9 +49,10 @@ class Curves:
 
 def _draw(axes: Axes, name: str, curve: list[dict[str, float]]) -> None:
     epochs = range(1, len(curve) + 1)
-    axes.plot(epochs, [line["loss"] for line in curve], ".-", ms=3, color="#888888")
+    style = ".-" if len(curve) < 40 else "-"
+    axes.plot(epochs, [line["loss"] for line in curve], style, ms=3, color="#888888")
     axes.set_title(name, fontsize=9)
     right = axes.twinx()
-    right.plot(epochs, [line["validation"] for line in curve], ".-", ms=3, color="#2f6f8f")
+    right.plot(epochs, [line["validation"] for line in curve], style, ms=3, color="#2f6f8f")
     right.grid(visible=False)
     right.tick_params(axis="y", colors="#2f6f8f")

@@ -58,6 +58,9 @@ def _rows(metrics: Mapping[str, Any]) -> dict[str, str]:
     test, training, checks = metrics["test"], metrics["training"], metrics["checks"]
     metric = test["metric"]
     rows = {f"{metric} on the test set": f"{_figure(metric, test['value'])} (n = {test['n']:,})"}
+    for age, one in test.get("ages", {}).items():
+        rate = _figure(metric, one[metric.replace(" ", "_")])
+        rows[f"{metric} of streams that are {age} old"] = f"{rate} ± {one['standard_error']:.4f}"
     seeds = metrics["seeds"]
     if len(seeds["values"]) > 1:
         spread = f"{_figure(metric, seeds['mean'])} ± {_figure(metric, seeds['standard_deviation'])}"

@@ -103,13 +103,8 @@ before it), with the label before kept in the sequence's state, so that chunks m
 
 The test is made of recordings that took no part in training, but of the same six speakers: a voice that
 it never heard will fare worse (see `spoken-digits`). It is a demonstration of streams that live for
-hours, and makes too many mistakes to take down a telephone number: see the digit error rate below, on
-words that lie 0 to 75 dB over white noise. Of the digits that it leaves out more than half are sixes
-and eights (on validation strings), a fifth of what is said; training ended before it told them apart.
-`metrics.json` has the rate at three ages of the same streams, with its standard error, and how soon a
-digit is written after its word began and ended. Measured by hand with six streams of one hour: 25.4 %
-from 10 to 310 seconds, 23.6 % in the last five minutes of the hour, standard error 1.0 % each. Words
-that are no digits are written as digits.
+hours, on words that lie 0 to 75 dB over white noise. `metrics.json` has how soon a digit is written after its
+word began and ended. Words that are no digits are written as digits.
 """
 
     def source(self) -> str:

@@ -24,14 +24,22 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """Return the git revision of this code, with "-dirty" if it was changed; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the git revision of this code, with "-dirty" if it was changed; None outside git.
+
+    What was exported just before is no change of the code.
+    """
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)exported"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
-        )
+        found, dirty = _git("rev-parse", "HEAD"), _git(*changed)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{found}-dirty" if dirty else found
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(
+        ["git", *command], cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 

@@ -23,7 +23,7 @@ LIMITS = {
     "gestures": (0.97, 20_000),  # to be 0.98
     "spoken-digits": (0.97, 250_000),
     "spoken-digits-rnn": (0.7, 60_000),
-    "digit-strings": (0.3, 250_000),
+    "digit-strings": (0.04, 250_000),
     "oil-temperature": (0.39, 100_000),
     "shakespeare": (1.7, 900_000),
     "chorales": (8.45, 500_000),
@@ -107,6 +107,14 @@ def test_metrics_say_how_it_was_made(model: str) -> None:
     assert not metrics["git_revision"].endswith("-dirty")
     assert "/work" not in json.dumps(metrics)
     assert "/home" not in json.dumps(metrics)
+
+
+def test_all_models_together_take_two_cpu_hours_at_most(model: str) -> None:
+    training = _metrics(model)["training"]
+    assert training["cpu_seconds"] <= 15 * 60
+    if model == MODELS[0]:
+        seconds = [_metrics(one)["training"]["cpu_seconds_with_other_seeds_and_variants"] for one in MODELS]
+        assert sum(seconds) <= 2 * 3600
 
 
 def test_golden_steps_replay(model: str, file: Path) -> None:

@@ -22,7 +22,7 @@ LIMITS = {
     "digits-rows": (0.990, 100_000),
     "gestures": (0.97, 20_000),  # to be 0.98
     "spoken-digits": (0.97, 250_000),
-    "spoken-digits-rnn": (0.7, 60_000),
+    "spoken-digits-rnn": (0.9, 60_000),
     "digit-strings": (0.04, 250_000),
     "oil-temperature": (0.39, 100_000),
     "shakespeare": (1.7, 900_000),

@@ -24,7 +24,8 @@ library_name: onnx
 
 The figures are of this `model.onnx`, but for other seeds and variants, which were trained, exported and
 measured in the same way; `metrics.json` has them all, with recipe, thread count, versions, git revision and
-data checksums. The test set took no part in any choice that this recipe makes.
+data checksums. Epochs are chosen by the validation part alone; `docs/decisions.md` says how the recipe was
+found, and where a test set was looked at on the way.
 
 ## Repeat
 

@@ -109,6 +109,15 @@ def test_metrics_say_how_it_was_made(model: str) -> None:
     assert "/home" not in json.dumps(metrics)
 
 
+def test_card_says_what_the_metrics_say(model: str) -> None:
+    pytest.importorskip("torch", reason="torch is missing: pip install 'tenuto[training]'")
+    from tenuto.training import tasks
+    from tenuto.training.card import card
+
+    written = (_folder(model) / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert written == card(_manifest(model), _metrics(model), tasks.find(model).card)
+
+
 def test_all_models_together_take_two_cpu_hours_at_most(model: str) -> None:
     training = _metrics(model)["training"]
     assert training["cpu_seconds"] <= 15 * 60

@@ -5,14 +5,11 @@ values, no endings, no metrics, no order but arrival; and it never gives a slot 
 that holds its promises on this transport costs less, and what ours costs above it is their price.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
-
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")  # as in our server
 
 import numpy as np
 
@@ -20,12 +17,11 @@ from tenuto.serving import reply as wire
 from tenuto.serving.call import Call
 from tenuto.serving.model_runner import flush_denormals
 from tenuto.serving.sequence import Output
-from tenuto.serving.transport import StreamMethod
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import model
 from .model import INPUTS, LAYERS, OUTPUTS, STATES, WIDTH
-from .null_engine import MAX_STREAMS, OPENED, WRITER, serve
+from .null_engine import OPENED, WRITER, our_transport, serve
 
 MAX_BATCH = 64
 SLOTS = 16_384
@@ -105,7 +101,7 @@ class Stream:
 
 if __name__ == "__main__":
     engine = Engine(Path(sys.argv[1]))
-    method = StreamMethod(lambda call: Stream(call, engine), mode="nonblocking", max_streams=MAX_STREAMS)
-    engine.flush = method.flush
+    transport = our_transport(lambda call: Stream(call, engine))
+    engine.flush = transport.flush
     Thread(target=engine.run, daemon=True).start()
-    serve(method)
+    serve(transport)

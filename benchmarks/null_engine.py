@@ -5,20 +5,14 @@ engine's. Its frames are as long as what came in, so that its replies have the s
 """
 
 import json
-import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
-os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_listener")  # as in our server
-
-import grpc
 
 from tenuto.serving import reply as wire
-from tenuto.serving.call import Call
+from tenuto.serving.call import Call, Opener
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.sequence import Opened, Output
-from tenuto.serving.transport import StreamMethod
+from tenuto.serving.transport import StreamMethod, Transport, transport
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import model
@@ -59,16 +53,19 @@ def reply(event: pb.Event) -> bytes:
     return WRITER.write(event.sequence, Output(event.chunk.step, 0, True, tensors, 0.0, 0.0, 1))
 
 
-def serve(method: StreamMethod) -> None:
-    """Serves `method` as tenuto.v1's Stream on a free port of 127.0.0.1, which it prints, until ended."""
-    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.so_reuseport", 0)])
-    handler = grpc.method_handlers_generic_handler("tenuto.v1.Tenuto", {"Stream": method.handler()})
-    server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
+def serve(transport: Transport) -> None:
+    """Serves on a free port of 127.0.0.1, which it prints, until ended."""
+    port = transport.bind("127.0.0.1", 0)
+    transport.start()
     print(f"serving on 127.0.0.1:{port}", flush=True)
     threading.Event().wait()
 
 
+def our_transport(opener: Opener) -> Transport:
+    """With no method but the stream."""
+    method = StreamMethod(opener, mode="http2", max_streams=MAX_STREAMS)
+    return transport(method, "/tenuto.v1.Tenuto/Stream", threads=1, max_message_bytes=4 << 20)
+
+
 if __name__ == "__main__":
-    serve(StreamMethod(Zeros, mode="nonblocking", max_streams=MAX_STREAMS))
+    serve(our_transport(Zeros))

@@ -84,6 +84,10 @@ class Outbox:
     def close(self) -> None:
         """The call is over; nothing arrives from now on."""
         self.over = True
+        self.clear()
+
+    def clear(self) -> None:
+        """Nobody wants what waits."""
         self.messages.clear()
         self.bytes = 0
         self.full = False

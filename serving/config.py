@@ -95,8 +95,8 @@ class ServerConfig(BaseModel):
         8 << 30
     )
     transport: Annotated[
-        Literal["auto", "nonblocking", "threads"],
-        Field(description="how streams are served; see docs/decisions.md"),
+        Literal["auto", "http2", "threads"],
+        Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),
     ] = "auto"
     grpc_experiments: Annotated[str, Field(description="GRPC_EXPERIMENTS, unless that is set")] = (
         "-event_engine_listener"

@@ -11,6 +11,7 @@ from .catalogue import Served
 from .config import ServerConfig
 from .engine import Engine
 from .errors import ModelInvalid
+from .inbox import Defer, never
 from .manifest import Manifest, state_schema
 from .metrics import ModelMetrics
 from .model_runner import ModelRunner
@@ -35,12 +36,14 @@ class Loader:
         pending: PendingBytes,
         sealer: TokenSealer,
         flush: Callable[[], None] = lambda: None,
+        defer: Defer = never,
     ) -> None:
         self._config = config
         self._provider = provider
         self._pending = pending
         self._sealer = sealer
         self._flush = flush
+        self._defer = defer
 
     def check(
         self, folders: list[ModelFolder], stopping: threading.Event | None = None
@@ -78,6 +81,7 @@ class Loader:
             pending=self._pending,
             metrics=ModelMetrics(manifest.name, folder.version, provider, load_seconds=seconds),
             flush=self._flush,
+            defer=self._defer,
         )
         golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
         log.info(

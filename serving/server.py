@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import Any
 
 import grpc
 import prometheus_client
@@ -30,7 +31,7 @@ from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import Stream, StreamLimits, Streams
-from .transport import StreamMethod
+from .transport import StreamMethod, Transport, transport
 
 log = logging.getLogger("tenuto.server")
 
@@ -50,8 +51,6 @@ _END_SECONDS = 0.01
 _LOOK_SECONDS = 1.0
 # The main thread waits that long at a time, so that a signal is always seen.
 _SIGNAL_SECONDS = 0.2
-# Streams on the fallback transport: each holds a thread of the pool and one more.
-_THREAD_STREAMS = 256
 
 
 class Server:
@@ -76,11 +75,22 @@ class Server:
         self._signals = 0
         _check_port(config.host, config.port)
         self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
-        if self._streams.mode == "threads":
-            self._streams.max_streams = min(config.max_streams, _THREAD_STREAMS)
+        self._transport = transport(
+            self._streams,
+            f"/{SERVICE}/Stream",
+            threads=config.max_predicts + _SPARE_THREADS,
+            max_message_bytes=config.max_message_bytes,
+        )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
-        loader = Loader(config, self.provider, self._pending, self._sealer, self._streams.flush)
+        loader = Loader(
+            config,
+            self.provider,
+            self._pending,
+            self._sealer,
+            self._transport.flush,
+            self._transport.defer,
+        )
         repository = ModelRepository(config.repository)
         self.rollout = Rollout(repository, loader, self.metrics, max_age_seconds=config.max_age_seconds)
         self.rollout.load_newest()
@@ -92,47 +102,29 @@ class Server:
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
         )
-        self._grpc = self._build()
-        self.port = _bind(self._grpc, config.host, config.port)
-        self._http = _serve_metrics(self.metrics, config.host, config.metrics_port)
+        self._register()
+        self.port = _bind(self._transport, config.host, config.port)
+        try:
+            self._http = _serve_metrics(self.metrics, config.host, config.metrics_port)
+        except PlatformError:
+            self._transport.stop(0.0)
+            raise
         self.metrics_port = int(self._http.server_port)
 
-    def _build(self) -> grpc.Server:
-        config = self.config
-        threads = config.max_predicts + _SPARE_THREADS
-        if self._streams.mode == "threads":
-            threads += self._streams.max_streams
-        options = (
-            (
-                "grpc.so_reuseport",
-                0,
-            ),  # a forgotten server on this port would take half of the connections
-            ("grpc.max_receive_message_length", config.max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            # Streams that wait for the serve thread to take them: above 1,000 gRPC cancels some by chance,
-            # and when a server is lost another one gets more than that at once.
-            ("grpc.server.max_pending_requests", config.max_streams),
-            ("grpc.server.max_pending_requests_hard_limit", config.max_streams),
-            # Clients keep quiet connections alive; the default answers them too_many_pings.
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-            ("grpc.http2.max_ping_strikes", 0),
-            # A client that vanished is noticed.
-            ("grpc.keepalive_time_ms", 30_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
-        )
-        server = grpc.server(ThreadPoolExecutor(threads, "grpc"), options=options)
+    def _register(self) -> None:
+        """All methods but the stream."""
         servicer = Servicer(
             self.catalogue,
             self._pending,
-            max_predicts=config.max_predicts,
+            max_predicts=self.config.max_predicts,
             is_draining=lambda: self.metrics.draining,
         )
-        handlers = servicer.handlers() | {"Stream": self._streams.handler()}
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        handler = grpc.method_handlers_generic_handler(SERVICE, servicer.handlers())
+        server: Any = self._transport  # takes handlers as a grpc.Server does, and is none
+        server.add_generic_rpc_handlers((handler,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        return server
+        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
 
     def _open_stream(self, call: Call) -> Stream:
         return self._conversations.open(call)
@@ -148,7 +140,7 @@ class Server:
 
     def start(self) -> None:
         self.rollout.start(self.config.poll_seconds)
-        self._grpc.start()
+        self._transport.start()
         threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
         threading.Thread(target=self._look_around, name="housekeeper", daemon=True).start()
         for name in ("", SERVICE, LIVENESS, READINESS):
@@ -177,7 +169,7 @@ class Server:
         while self._streams.open_streams and time.monotonic() < deadline:
             time.sleep(_END_SECONDS)
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
-        self._grpc.stop(grace=_LAST_REPLIES_SECONDS).wait()
+        self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._http.shutdown()
         self._http.server_close()
 
@@ -261,12 +253,11 @@ def _in_use(host: str, port: int, flag: str, why: str) -> PlatformError:
     )
 
 
-def _bind(server: grpc.Server, host: str, port: int) -> int:
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _bind(server: Transport, host: str, port: int) -> int:
     try:
-        return int(server.add_insecure_port(address))
-    except RuntimeError as error:
-        raise _in_use(host, port, "--port", "") from error
+        return server.bind(host, port)
+    except (OSError, RuntimeError) as error:
+        raise _in_use(host, port, "--port", getattr(error, "strerror", "")) from error
 
 
 def _serve_metrics(

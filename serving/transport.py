@@ -1,343 +1,165 @@
-"""The stream method on a public `grpc.server`: bytes in, bytes out, no thread held by an open stream.
+"""What serves gRPC: a server of our own, or gRPC's; and the stream method on both.
 
-The handler is non-blocking (the hook that grpcio's own health `Watch` uses): it keeps the call object and
-posts core operation batches itself. That touches two private names, `context._rpc_event.call` and the
-operations of `grpc._cython.cygrpc`; they are used in this file alone and probed before the server starts. If
-the probe fails, an ordinary iterator handler takes over, which admits no more streams than it has threads.
-
-What is already paid for, each with a test in tests/integration/test_transport.py:
-- one send and one read outstanding a call: `start_server_batch` *returns* an error code and raises nothing;
-- a fresh operation object each time: a shared one is freed twice;
-- a tag callback that raises kills gRPC's only serve thread: tags return `_CONTINUE` whatever happens;
-- a call is finished once;
-- the read is armed before the message is answered, so one stream may carry many sequences.
+`http2` is our own (serving/http2.py); `threads` is gRPC's, on its public API, with two threads a stream.
 """
 
 from __future__ import annotations
 
-import importlib
-import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import grpc
 
-from .call import GONE, Call, Listener, Metadata, Opener, Outbox
-from .errors import PlatformError, PoolFull
+from .call import Listener, Opener
+from .connection import HttpCall, Limits
+from .errors import PoolFull
+from .http2 import Http2Server
+from .pooled_method import NOBODY, Methods
 from .status import code_of, metadata_of
 from .thread_call import ThreadCall
 
-_operations: Any
-try:
-    _operations = importlib.import_module("grpc._cython.cygrpc")
-except ImportError:  # the probe says so
-    _operations = None
-
-log = logging.getLogger("tenuto.transport")
-
-Mode = Literal["auto", "nonblocking", "threads"]
-# What grpc._server expects of a tag: no RPC state to forget, no callbacks to run.
-_CONTINUE: tuple[None, tuple[()]] = (None, ())
-# The serve thread answers in microseconds; should it not, an engine goes on all the same.
-_LONGEST_ERRAND_SECONDS = 1.0
+Mode = Literal["auto", "http2", "threads"]
+# Streams on gRPC's server: each holds a thread of its pool and one more.
+_THREAD_STREAMS = 256
 
 
-class Relay:
-    """Has the serve thread post what an engine thread sends to several calls after one batch.
+class Stopping(Protocol):
+    """Set when a server has stopped."""
 
-    A post gives the interpreter lock away and takes it back, and its completion wakes the serve thread: from
-    the engine thread that is two switches of threads a message. And an engine that does not wait for its
-    replies to be on their way finds few chunks for its next batch: at 64 streams 5 rows instead of 44, and
-    59 µs of CPU a message instead of 34. Nothing here waits for a client, slow or not.
+    def wait(self, timeout: float | None = None) -> object: ...
 
-    Only a thread that calls `flush` after its sends is relayed; a single send it posts itself.
-    """
 
-    def __init__(self) -> None:
-        self._own = threading.local()  # .calls: what this thread holds back until it flushes
+class Transport(Protocol):
+    """A gRPC server. Generated code registers its handlers here."""
 
-    def submit(self, call: NonBlockingCall) -> None:
-        calls: list[NonBlockingCall] | None = getattr(self._own, "calls", None)
-        if calls is None:
-            call.post_next()
-        else:
-            calls.append(call)
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None: ...
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None: ...
+
+    def bind(self, host: str, port: int) -> int:
+        """Listens there; 0 takes a free port. Returns the port. Raises: OSError, RuntimeError."""
+
+    def start(self) -> None: ...
+
+    def stop(self, grace_seconds: float) -> Stopping:
+        """Takes no more calls; those that are left may go on for so long."""
 
     def flush(self) -> None:
-        """Sends what this thread has held back, and holds back from now on."""
-        calls: list[NonBlockingCall] = getattr(self._own, "calls", [])
-        self._own.calls = []
-        if len(calls) == 1:
-            calls[0].post_next()
-        elif calls:
-            _Errand(calls).run()
+        """To be called by an engine thread after its sends."""
+
+    def defer(self, wake: Callable[[], None]) -> bool:
+        """Called by whoever has put something into an engine's inbox: whether the engine is woken later, when
+        all that was read is there."""
 
 
-class _Errand:
-    """Some calls' sends, posted by the serve thread while the thread that has them waits."""
+class Http2Transport(Methods):
+    """Our own server: streams by the thread that reads, all other methods on a pool's threads."""
 
-    def __init__(self, calls: list[NonBlockingCall]) -> None:
-        self._calls = calls
-        self._done = threading.Lock()
-        self._done.acquire()
+    def __init__(self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int) -> None:
+        super().__init__(ThreadPoolExecutor(threads, "grpc"), max_calls=streams.max_streams)
+        self._streams = streams
+        self._path = path
+        self._server = Http2Server(self._route, Limits(max_message_bytes))
+        self.bind = self._server.bind
+        self.start = self._server.start
+        self.stop = self._server.stop
+        self.flush = self._server.flush
+        self.defer = self._server.defer
 
-    def run(self) -> None:
-        if self._calls[0].wake(self._post):
-            self._post(None)
-        self._done.acquire(timeout=_LONGEST_ERRAND_SECONDS)
-
-    def _post(self, _event: Any) -> tuple[None, tuple[()]]:
-        for call in self._calls:
-            call.post_next()
-        # Behind what gRPC has ready by now: the completed sends, and the answers that clients gave meanwhile.
-        if self._calls[0].wake(self._finish):
-            self._finish(None)
-        return _CONTINUE
-
-    def _finish(self, _event: Any) -> tuple[None, tuple[()]]:
-        self._done.release()
-        return _CONTINUE
+    def _route(self, call: HttpCall) -> Listener:
+        return self._streams.open(call) if call.path == self._path else self.open(call)
 
 
-class NonBlockingCall:
-    """A stream that holds no thread. Tags run on gRPC's serve thread, sends on any."""
+class ThreadTransport:
+    """gRPC's server."""
 
-    def __init__(
-        self,
-        context: Any,
-        finish: Callable[[None], None],
-        opener: Opener,
-        limit_bytes: int,
-        closed: Callable[[], None],
-        relay: Relay,
-    ) -> None:
-        self._context = context
-        self._relay = relay
-        self._core = context._rpc_event.call
-        self._finish = finish
-        self._outbox = Outbox(limit_bytes)
-        self._sending = False
-        self._held = False  # reading is paused
-        self._reads_done = False
-        self._closed = closed
-        self._listener: Listener = opener(self)
-        if not context.add_callback(self._terminated):
-            self._terminated()
-            return
-        try:
-            context.send_initial_metadata(())
-        except grpc.RpcError:  # cancelled already; the callback tells
-            return
-        self._arm()
+    def __init__(self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int) -> None:
+        most = streams.max_streams
+        streams.max_streams = min(most, _THREAD_STREAMS)
+        options = (
+            ("grpc.so_reuseport", 0),  # a forgotten server on this port would take half of the connections
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # Calls that wait to be taken: above 1,000 gRPC cancels some by chance, and when a server is lost
+            # another one gets more than that at once.
+            ("grpc.server.max_pending_requests", most),
+            ("grpc.server.max_pending_requests_hard_limit", most),
+            # Clients keep quiet connections alive; the default answers them too_many_pings.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ("grpc.http2.max_ping_strikes", 0),
+            # A client that vanished is noticed.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
+        )
+        pool = ThreadPoolExecutor(threads + streams.max_streams, "grpc")
+        self._server = grpc.server(pool, options=options)
+        service, method = path.strip("/").split("/")
+        handlers = {method: streams.handler()}
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        self.add_generic_rpc_handlers: Callable[[Iterable[Any]], None] = self._server.add_generic_rpc_handlers
+        self.start = self._server.start
 
-    # Any thread.
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """The generic ones are enough."""
 
-    def send(self, message: bytes) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over or box.ending is not None:
-                return
-            box.put(message)
-            if self._sending:
-                return
-            self._sending = True
-        self._relay.submit(self)
+    def bind(self, host: str, port: int) -> int:
+        return int(self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
 
-    def finish(
-        self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Metadata = ()
-    ) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over or box.ending is not None:
-                return
-            box.ending = (code, details, metadata)
-            if self._sending:
-                return
-        self._post_status()
+    def stop(self, grace_seconds: float) -> Stopping:
+        return self._server.stop(grace_seconds)
 
-    def cancel(self) -> None:
-        self._context.cancel()
+    def flush(self) -> None:
+        """Sends are on their way already."""
 
-    @property
-    def backed_up(self) -> bool:
-        return self._outbox.full
+    def defer(self, _wake: Callable[[], None]) -> bool:
+        return False
 
-    def peer(self) -> str:
-        return str(self._context.peer())
 
-    # Operation batches. Each has its own operation object.
-
-    def post_next(self) -> None:
-        """Posts the send that is due. Does not raise."""
-        try:
-            with self._outbox.lock:
-                message = self._outbox.take()
-            if message is not None:  # else the call is over
-                self._post_send(message)
-        except Exception:
-            log.exception("a reply met a bug; its stream is cancelled")
-            self.cancel()
-
-    def wake(self, tag: Callable[[Any], tuple[None, tuple[()]]]) -> int:
-        """Has the serve thread call `tag`. gRPC's call error, 0 if there is none.
-
-        gRPC completes an empty batch of operations at once, on a call that is over, too.
-        """
-        return int(self._core.start_server_batch((), tag))
-
-    def _post_send(self, message: bytes) -> None:
-        error = self._core.start_server_batch((_operations.SendMessageOperation(message, 0),), self._sent)
-        if error:
-            self._lost("send", error)
-
-    def _arm(self) -> None:
-        error = self._core.start_server_batch((_operations.ReceiveMessageOperation(0),), self._read)
-        if error:
-            self._lost("read", error)
-
-    def _lost(self, what: str, error: int) -> None:
-        # On a call that is over that is how it ends; else it is a bug, and the stream must not hang.
-        if not self._outbox.over:
-            log.error("a %s was refused by gRPC with call error %d; the stream is cancelled", what, error)
-            self.cancel()
-
-    def _post_status(self) -> None:
-        ending = self._outbox.ending
-        assert ending is not None
-        code, details, metadata = ending
-        try:
-            if code is not grpc.StatusCode.OK:
-                self._context.set_code(code)
-                self._context.set_details(details)
-            if metadata:
-                self._context.set_trailing_metadata(metadata)
-            self._finish(None)
-        except Exception:
-            log.exception("a stream could not be finished")
-
-    # Tags and callbacks, on the serve thread.
-
-    def _read(self, event: Any) -> tuple[None, tuple[()]]:
-        try:
-            message = event.batch_operations[0].message()
-            if message is None and not self._reads_done:
-                self._reads_done = True
-                self._arm()  # asked twice: see read_all
-            elif message is None:
-                self._listener.half_closed()
-            else:
-                self._listener.received(message)
-                self._read_on()
-        except Exception:
-            log.exception("a message met a bug; its stream is cancelled")
-            self.cancel()
-        return _CONTINUE
-
-    def _read_on(self) -> None:
-        """Arms the next read, unless this client does not take its replies or the process holds too much."""
-        box = self._outbox
-        with box.lock:
-            if box.over or box.ending is not None:
-                return
-            if box.full:
-                self._held = True
-                return
-        if not self._listener.wait(self._resume):
-            self._arm()
-
-    def _resume(self) -> None:
-        try:
-            self._read_on()
-        except Exception:
-            log.exception("a stream could not be read on; it is cancelled")
-            self.cancel()
-
-    def _sent(self, event: Any) -> tuple[None, tuple[()]]:
-        try:
-            box = self._outbox
-            with box.lock:
-                if not box.messages and box.ending is None and not self._held:  # nothing waits for it
-                    self._sending = False
-                    return _CONTINUE
-                message = box.take()
-                resume = self._held and not box.full
-                if resume:
-                    self._held = False
-                if message is None:
-                    self._sending = False
-                finish = message is None and box.ending is not None and not box.over
-            if message is not None:
-                self._post_send(message)
-            elif finish:
-                self._post_status()
-            if resume:
-                self._read_on()
-        except Exception:
-            log.exception("a reply met a bug; its stream is cancelled")
-            self.cancel()
-        return _CONTINUE
-
-    def _terminated(self) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over:
-                return
-            box.close()
-        listener, self._listener = self._listener, GONE  # or each would keep the other alive
-        try:
-            listener.terminated()
-        finally:
-            self._closed()
+def transport(streams: StreamMethod, path: str, *, threads: int, max_message_bytes: int) -> Transport:
+    """The server for that mode; `path` is the stream method's, `threads` are for all others."""
+    kind = Http2Transport if streams.mode == "http2" else ThreadTransport
+    return kind(streams, path, threads, max_message_bytes)
 
 
 class StreamMethod:
-    """Makes the handler of one stream method and counts its open calls.
+    """Opens the streams and counts them.
 
-    `max_streams` bounds them: one more is refused RESOURCE_EXHAUSTED at once. (`maximum_concurrent_rpcs` does
-    not count non-blocking calls.)
+    `max_streams` bounds them: one more is refused RESOURCE_EXHAUSTED at once. (`maximum_concurrent_rpcs` of
+    gRPC's server would count unary calls as well.)
     """
 
     def __init__(
         self, opener: Opener, *, mode: Mode, max_streams: int, outbox_bytes: int = 256 << 10
     ) -> None:
-        self.mode = choose_mode(mode)
+        self.mode = "http2" if mode == "auto" else mode
         self.open_streams = 0
         self.refused = 0
         self._opener = opener
         self.max_streams = max_streams
         self._outbox_bytes = outbox_bytes
         self._lock = threading.Lock()
-        self._relay = Relay()
 
-    def flush(self) -> None:
-        """To be called by an engine thread after its sends."""
-        self._relay.flush()
+    def open(self, call: HttpCall) -> Listener:
+        """Opens a stream of our own server, or finishes it at once."""
+        refusal = self._refusal()
+        if refusal is not None:
+            call.finish(code_of(refusal), str(refusal), metadata_of(refusal))
+            return NOBODY
+        call.closed = self._one_less
+        return self._opener(call)
 
     def handler(self) -> Any:
-        behaviour: Any = self._non_blocking if self.mode == "nonblocking" else self._threaded
-        return grpc.stream_stream_rpc_method_handler(behaviour)
-
-    @property
-    def _non_blocking(self) -> Any:
-        def handle(_requests: Any, context: Any, finish: Callable[[None], None]) -> None:
-            if not self._admitted(context):
-                finish(None)
-                return
-            try:
-                NonBlockingCall(
-                    context, finish, self._opener, self._outbox_bytes, self._one_less, self._relay
-                )
-            except Exception:  # gRPC answers it; the place must not be lost
-                self._one_less()
-                raise
-
-        handle.experimental_non_blocking = True  # type: ignore[attr-defined]
-        return handle
+        """For gRPC's server."""
+        return grpc.stream_stream_rpc_method_handler(self._threaded)
 
     def _threaded(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        if not self._admitted(context):
+        refusal = self._refusal()
+        if refusal is not None:
+            context.set_code(code_of(refusal))
+            context.set_details(str(refusal))
+            context.set_trailing_metadata(metadata_of(refusal))
             return
         try:
             call = ThreadCall(context, self._opener, self._outbox_bytes)
@@ -348,85 +170,15 @@ class StreamMethod:
         finally:
             self._one_less()
 
-    def _admitted(self, context: grpc.ServicerContext) -> bool:
+    def _refusal(self) -> PoolFull | None:
+        """Takes a place, or says why there is none."""
         with self._lock:
             if self.open_streams < self.max_streams:
                 self.open_streams += 1
-                return True
+                return None
             self.refused += 1
-        error = PoolFull(f"{self.max_streams} streams are open; share streams, or raise --max-streams")
-        context.set_code(code_of(error))
-        context.set_details(str(error))
-        context.set_trailing_metadata(metadata_of(error))
-        return False
+        return PoolFull(f"{self.max_streams} streams are open; share streams, or raise --max-streams")
 
     def _one_less(self) -> None:
         with self._lock:
             self.open_streams -= 1
-
-
-def choose_mode(mode: Mode) -> Mode:
-    """The transport that works here.
-
-    Raises: PlatformError if "nonblocking" was demanded and the probe fails.
-    """
-    if mode == "threads":
-        return "threads"
-    why = probe()
-    if not why:
-        return "nonblocking"
-    if mode == "nonblocking":
-        raise PlatformError(f"--transport nonblocking does not work with grpcio {grpc.__version__}: {why}")
-    log.warning(
-        "the non-blocking transport does not work with grpcio %s (%s): streams use threads",
-        grpc.__version__,
-        why,
-    )
-    return "threads"
-
-
-class _Echo:
-    """The probe's listener."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-
-    def received(self, message: bytes) -> None:
-        self._call.send(message)
-
-    def half_closed(self) -> None:
-        self._call.finish()
-
-    def terminated(self) -> None:
-        pass
-
-    def wait(self, resume: Callable[[], None]) -> bool:
-        return False
-
-
-def probe() -> str:
-    """Echoes two messages over loopback through the private names. Why that failed, or nothing."""
-    names = ("SendMessageOperation", "ReceiveMessageOperation")
-    if _operations is None or not all(hasattr(_operations, name) for name in names):
-        return "grpc._cython.cygrpc has no message operations"
-
-    relay = Relay()
-
-    def handle(_requests: Any, context: Any, finish: Callable[[None], None]) -> None:
-        NonBlockingCall(context, finish, _Echo, 1 << 20, lambda: None, relay)
-
-    handle.experimental_non_blocking = True  # type: ignore[attr-defined]
-    handlers: dict[str, Any] = {"Echo": grpc.stream_stream_rpc_method_handler(handle)}
-    server = grpc.server(ThreadPoolExecutor(1), options=(("grpc.so_reuseport", 0),))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("tenuto.probe", handlers),))
-    try:
-        port = server.add_insecure_port("127.0.0.1:0")
-        server.start()
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            echo: Any = channel.stream_stream("/tenuto.probe/Echo")
-            replies = list(echo(iter([b"one", b"two"]), timeout=5.0))
-        return "" if replies == [b"one", b"two"] else f"the echo returned {replies!r}"
-    except Exception as error:  # noqa: BLE001  whatever it is, the other transport is there
-        return f"the echo failed: {type(error).__name__}"
-    finally:
-        server.stop(None)

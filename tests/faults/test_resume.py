@@ -163,6 +163,7 @@ def test_a_network_that_stalls_and_slows_loses_nothing(
             assert figures.resumes >= 20
 
 
+@pytest.mark.timeout(300)  # twenty servers start one after another: over a minute on a slow machine
 def test_servers_that_are_drained_one_after_another_lose_nothing(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,7 @@ def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_li
             conversation.opened()
             gate.wait_for_arrival()
             conversation.send(chunk(2, [1.0]))
-            wait_for(lambda: engine._inbox.qsize() == 1, "the second chunk to arrive")
+            wait_for(lambda: len(engine._inbox) == 1, "the second chunk to arrive")
             stopping = threading.Thread(target=server.stop, args=(30.0,))
             stopping.start()
             assert next(readiness).status == NOT_SERVING
@@ -97,7 +97,7 @@ def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_li
                 ("tenuto.v1.Tenuto", NOT_SERVING),
             ):
                 assert check(channel, service) == status
-            wait_for(lambda: engine._inbox.qsize() == 2, "the drain to arrive")
+            wait_for(lambda: len(engine._inbox) == 2, "the drain to arrive")
             conversation.send(opening("doubler", 2))
             failed = conversation.failed("DRAINING")
             assert failed.code == grpc.StatusCode.UNAVAILABLE.value[0]
@@ -274,10 +274,10 @@ def test_predict_calls_that_were_accepted_are_answered_before_the_server_leaves(
             gate.wait_for_arrival()
             big = pb.PredictRequest(model="doubler", inputs=[tensor([[1, 2]] * 20)])
             waiting += [api.Predict.future(big, timeout=30) for _ in range(3)]
-            wait_for(lambda: engine._inbox.qsize() == 3, "the calls to arrive")
+            wait_for(lambda: len(engine._inbox) == 3, "the calls to arrive")
             stopping = threading.Thread(target=server.stop, args=(0.0,))
             stopping.start()
-            wait_for(lambda: engine._inbox.qsize() == 5, "the stop to arrive")
+            wait_for(lambda: len(engine._inbox) == 5, "the stop to arrive")
             gate.open()
             answers = [future.result() for future in waiting]
         stopping.join(PATIENCE_SECONDS)

@@ -22,7 +22,7 @@ from tenuto.serving.server import Server
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
-TRANSPORTS = ("nonblocking", "threads")
+TRANSPORTS = ("http2", "threads")
 # A condition that does not come true within that fails the test. Nothing waits that long when all is well.
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.002

@@ -445,7 +445,7 @@ def _in_one_batch(
         gate.wait_for_arrival()
         conversation.send(*(opening(model, n) for n in inputs))
         conversation.send(*(chunk(1, data, sequence=n) for n, data in inputs.items()))
-        wait_for(lambda: engine._inbox.qsize() >= 2 * len(inputs), "the chunks to arrive")
+        wait_for(lambda: len(engine._inbox) >= 2 * len(inputs), "the chunks to arrive")
         gate.open()
         replies = [conversation.read() for _ in range(2 + 2 * len(inputs))]
     assert engine.metrics.pending_chunks == pending

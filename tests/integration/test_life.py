@@ -34,7 +34,7 @@ Code = grpc.StatusCode
 
 def _held(engine: Engine) -> int:
     """Chunks of a stopped engine: taken, or still in its inbox with nothing else."""
-    return engine.metrics.pending_chunks + engine._inbox.qsize()
+    return engine.metrics.pending_chunks + len(engine._inbox)
 
 
 def kinds(replies: list[pb.Reply]) -> list[str | None]:
@@ -232,8 +232,8 @@ def test_a_cancelled_stream_drops_its_work_and_is_counted_cancelled(
             conversation.send(*(chunk(s, [1.0], sequence=n) for n in range(3) for s in (1, 2)))
             gate.wait_for_arrival()
             wait_for(lambda: _held(engine) == 6, "all chunks to arrive")
-            queued = engine._inbox.qsize()
-        wait_for(lambda: engine._inbox.qsize() == queued + 3, "the cancellation to arrive")
+            queued = len(engine._inbox)
+        wait_for(lambda: len(engine._inbox) == queued + 3, "the cancellation to arrive")
         gate.open()
         ended = {"model": "accumulator", "reason": "CANCELLED"}
         counting.wait_for_rise(3, "tenuto_sequences_ended_total", **ended)
@@ -275,7 +275,7 @@ def test_more_unanswered_chunks_than_the_window_end_the_sequence_and_leave_its_n
         gate.wait_for_arrival()
         conversation.send(*(chunk(s, [1.0], sequence=1) for s in range(1, 7)))
         conversation.send(chunk(2, [1.0], sequence=2), ending(1))
-        wait_for(lambda: engine._inbox.qsize() >= 7, "the chunks to arrive")
+        wait_for(lambda: len(engine._inbox) >= 7, "the chunks to arrive")
         gate.open()
         replies = [conversation.read() for _ in range(2 + 5 + 2)]
     own = [r for r in replies if r.sequence == 1]

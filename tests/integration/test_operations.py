@@ -172,8 +172,8 @@ def test_keepalive_pings_of_quiet_clients_are_permitted(
         seen.update(options)
         return real(*arguments, options=options, **named)
 
-    monkeypatch.setattr("tenuto.serving.server.grpc.server", recording)
-    build(toy_repository)
+    monkeypatch.setattr("tenuto.serving.transport.grpc.server", recording)
+    build(toy_repository, transport="threads")
     assert seen["grpc.keepalive_permit_without_calls"] == 1
     assert seen["grpc.http2.min_ping_interval_without_data_ms"] <= 5_000
     assert seen["grpc.http2.max_ping_strikes"] == 0

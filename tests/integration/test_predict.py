@@ -57,7 +57,7 @@ def test_batches_of_many_callers_are_joined(api: Any, server: Server) -> None:
         first = api.Predict.future(doubling(1), timeout=30)
         gate.wait_for_arrival()
         futures = [api.Predict.future(r, timeout=30) for r in requests]
-        wait_for(lambda: engine._inbox.qsize() == len(requests), "the calls to arrive")
+        wait_for(lambda: len(engine._inbox) == len(requests), "the calls to arrive")
         gate.open()
         for request, future in zip(requests, futures, strict=True):
             assert_doubled(request, future.result())
@@ -95,7 +95,7 @@ def test_more_calls_than_may_wait_are_refused_at_once(toy_repository: Path, tran
             waiting = [api.Predict.future(doubling(1), timeout=30)]
             gate.wait_for_arrival()
             waiting.append(api.Predict.future(doubling(1), timeout=30))
-            wait_for(lambda: engine._inbox.qsize() == 1, "both calls to arrive")
+            wait_for(lambda: len(engine._inbox) == 1, "both calls to arrive")
             refusal = refused(api.Predict, doubling(1))
             assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "POOL_FULL")
             assert "2 Predict calls wait already" in refusal.text
@@ -113,7 +113,7 @@ def test_a_call_whose_deadline_passes_is_dropped_and_counted(api: Any, server: S
         gate.wait_for_arrival()
         refusal = refused(api.Predict, doubling(1), timeout=0.3)
         assert refusal.code is Code.DEADLINE_EXCEEDED
-        wait_for(lambda: engine._inbox.qsize() == 2, "the server to notice")
+        wait_for(lambda: len(engine._inbox) == 2, "the server to notice")
         gate.open()
         assert_doubled(doubling(1), first.result())
     dropped = {"model": "doubler", "outcome": "dropped"}

@@ -1,4 +1,4 @@
-"""The traps of serving streams without threads (serving/transport.py), each a test, on both transports."""
+"""What streams are promised, on both transports: bugs stay in their stream, what waits is bounded, no call is lost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -17,8 +16,6 @@ import numpy as np
 import pytest
 
 from tenuto.serving import server as server_module
-from tenuto.serving import transport as transport_module
-from tenuto.serving.errors import PlatformError
 from tenuto.serving.server import Server
 from tenuto.serving.stream import StreamLimits
 from tenuto.v1 import tenuto_pb2 as pb
@@ -96,7 +93,7 @@ def start_of_sequences(count: int) -> list[pb.Event]:
     return [opening("accumulator", n) for n in range(count)]
 
 
-# One send and one read outstanding; fresh operations.
+# Replies that wait.
 
 
 def test_replies_that_queue_for_a_slow_reader_arrive_all_and_in_order(
@@ -122,64 +119,6 @@ def test_replies_that_queue_for_a_slow_reader_arrive_all_and_in_order(
         assert [r.output.step for r in own[1:-1]] == [1, 2, 3, 4]
         assert [array(r.output.outputs[0])[0] for r in own[1:-1]] == [n, 2 * n, 3 * n, 4 * n]
         assert own[-1].closed.reason == pb.STREAM_ENDED
-
-
-@pytest.mark.parametrize("transport", ["nonblocking"], indirect=True)
-def test_a_send_that_grpc_refuses_ends_its_stream_and_is_logged(
-    channel: grpc.Channel,
-    calls: list[Any],
-    conversation: Conversation,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    conversation.send(opening("accumulator"))
-    conversation.opened()
-    (call,) = calls
-    # As `start_server_batch` says it when a send is outstanding already: nothing raises.
-    call._core = SimpleNamespace(start_server_batch=lambda *_: 8)
-    conversation.send(chunk(1, [1.0]))
-    assert conversation.refused().code is Code.CANCELLED
-    assert "refused by gRPC with call error 8" in caplog.text
-    assert_serves(channel)
-
-
-@pytest.mark.parametrize("transport", ["nonblocking"], indirect=True)
-def test_every_operation_batch_has_an_operation_object_of_its_own(
-    channel: grpc.Channel, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A shared one is freed twice and takes the process with it. Held alive, so that no id comes twice.
-    real = transport_module._operations
-    made: dict[str, list[Any]] = {"send": [], "receive": []}
-
-    def recording(kind: str, make: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*arguments: Any) -> Any:
-            made[kind].append(make(*arguments))
-            return made[kind][-1]
-
-        return operation
-
-    recorded = SimpleNamespace(
-        SendMessageOperation=recording("send", real.SendMessageOperation),
-        ReceiveMessageOperation=recording("receive", real.ReceiveMessageOperation),
-    )
-    monkeypatch.setattr(transport_module, "_operations", recorded)
-    messages, responses, streams = 20, 0, 3
-    for _ in range(streams):
-        with Conversation(channel) as conversation:
-            conversation.send(opening("accumulator"))
-            conversation.opened()
-            for step in range(1, messages):
-                conversation.send(chunk(step, [1.0]))
-                conversation.output(step)
-                responses += 1
-            conversation.done_sending()
-            assert conversation.closed().reason == pb.STREAM_ENDED
-            responses += 2
-            assert conversation.rest() == []
-    assert_nothing_is_left(server)
-    assert len(made["send"]) == responses
-    assert len(made["receive"]) == streams * (messages + 2)  # the end is asked for twice
-    every = made["send"] + made["receive"]
-    assert len({id(operation) for operation in every}) == len(every)
 
 
 # Bugs in a listener stay in its stream.
@@ -400,7 +339,7 @@ def test_one_stream_with_many_sequences_fills_batches_though_each_message_holds_
         gate.wait_for_arrival()
         # All others are read although none is answered yet.
         wait_for(
-            lambda: engine.metrics.pending_chunks + engine._inbox.qsize() == sequences,
+            lambda: engine.metrics.pending_chunks + len(engine._inbox) == sequences,
             "all chunks to be read",
         )
         gate.open()
@@ -597,7 +536,7 @@ def test_above_the_pending_limit_no_stream_is_read_and_then_all_is_answered(
             assert (answer.code, answer.reason) == (Code.RESOURCE_EXHAUSTED, "POOL_FULL")
             assert "bytes are pending" in answer.text
             assert answer.retry_after_ms > 0
-            assert engine.metrics.pending_chunks + engine._inbox.qsize() == 5
+            assert engine.metrics.pending_chunks + len(engine._inbox) == 5
             gate.open()
             replies = [first.read() for _ in range(7)]
             sums = [(r.output.step, array(r.output.outputs[0])[-1]) for r in replies
@@ -611,49 +550,6 @@ def test_above_the_pending_limit_no_stream_is_read_and_then_all_is_answered(
             assert second.values(2) == [2.0]
             assert second.closed().reason == pb.END
     assert_nothing_is_left(server)
-
-
-# The probe.
-
-
-def test_a_failing_probe_falls_back_to_threads_and_says_so(
-    toy_repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(transport_module, "_operations", None)
-    with (
-        serving(toy_repository, transport="auto") as server,
-        connect(server.port) as channel,
-    ):
-        assert server._streams.mode == "threads"
-        assert "the non-blocking transport does not work with grpcio" in caplog.text
-        assert "no message operations" in caplog.text
-        assert_serves(channel)
-
-
-def test_a_failing_probe_is_an_error_where_nonblocking_is_demanded(
-    toy_repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(transport_module, "probe", lambda: "the echo returned []")
-    with (
-        pytest.raises(
-            PlatformError,
-            match=rf"--transport nonblocking .*grpcio {grpc.__version__}: the echo returned",
-        ),
-        serving(toy_repository, transport="nonblocking"),
-    ):
-        pass
-
-
-def test_a_broken_echo_is_found_by_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module._Echo, "received", lambda self, _: self._call.send(b"?"))
-    assert transport_module.probe() == "the echo returned [b'?', b'?']"
-    monkeypatch.setattr(transport_module._Echo, "received", lambda self, _: self._call.cancel())
-    assert transport_module.probe().startswith("the echo failed: ")
-
-
-def test_the_probe_passes_here() -> None:
-    assert transport_module.probe() == ""
-    assert transport_module.choose_mode("auto") == "nonblocking"
 
 
 def test_the_stream_method_is_found_under_its_full_name(channel: grpc.Channel) -> None:

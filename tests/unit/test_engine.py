@@ -901,18 +901,12 @@ def test_an_absurd_period_locks_nobody_out_of_an_engine_that_is_busy_for_others(
 
 def test_waiting_for_work_is_not_being_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = create_slow(0.5)
-    inbox = bench.engine._inbox
 
-    class Late:
+    def late(_seconds: float | None) -> None:
         """Commands come half a second after the engine begins to wait."""
+        bench.now += 0.5
 
-        put, get_nowait, qsize = inbox.put, inbox.get_nowait, inbox.qsize
-
-        def get(self, timeout: float | None = None) -> Any:
-            bench.now += 0.5
-            return inbox.get_nowait()
-
-    monkeypatch.setattr(bench.engine, "_inbox", Late())
+    monkeypatch.setattr(bench.engine._inbox, "wait", late)
     one = bench.open()
     bench.engine.turn()
     for step in (1, 2, 3):

@@ -1,0 +1,274 @@
+"""Methods other than the stream: any gRPC handler, on a pool's threads, by the rules of gRPC's own server.
+
+What gRPC's packages bring (health, reflection) is registered here as there, by `add_generic_rpc_handlers`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import Any, NoReturn
+
+import grpc
+
+from .call import Listener
+from .connection import HttpCall
+from .errors import PoolFull
+from .status import code_of, metadata_of
+
+log = logging.getLogger("tenuto.transport")
+
+Metadata = tuple[tuple[str, str | bytes], ...]
+_Code = grpc.StatusCode
+# Messages of one call that wait for their handler; above it the client is not read.
+_MOST_WAITING = 16
+
+
+class Methods:
+    """The handlers by name. Takes what generated code registers, as a grpc.Server does."""
+
+    def __init__(self, pool: Executor, max_calls: int) -> None:
+        self._pool = pool
+        self._handlers: list[Any] = []
+        self._max_calls = max_calls
+        self._places = threading.BoundedSemaphore(max_calls)
+
+    def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
+        self._handlers += handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """The same handlers under another name; the generic ones are enough."""
+
+    def open(self, call: HttpCall) -> Listener:
+        """Finds the method that a call names. Unknown, or one call too many: it is finished at once."""
+        details = _Details(call.path, call.metadata)
+        for generic in self._handlers:
+            handler = generic.service(details)
+            if handler is not None:
+                break
+        else:
+            call.finish(_Code.UNIMPLEMENTED, f"method {call.path[:200]!r} is not here")
+            return NOBODY
+        if not self._places.acquire(blocking=False):
+            error = PoolFull(f"{self._max_calls} calls wait already; retry")
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return NOBODY
+        call.closed = self._places.release
+        return PooledMethod(call, handler, self._pool)
+
+
+class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
+    def __init__(self, method: str, metadata: Metadata) -> None:
+        self.method = method
+        self.invocation_metadata = metadata
+
+
+class _Nobody:
+    """The listener of a call that was refused."""
+
+    def received(self, message: bytes) -> None: ...
+    def half_closed(self) -> None: ...
+    def terminated(self) -> None: ...
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return True
+
+
+NOBODY = _Nobody()
+
+
+class PooledMethod:
+    """One call of such a method. A Listener."""
+
+    def __init__(self, call: HttpCall, handler: Any, pool: Executor) -> None:
+        self._call = call
+        self._handler = handler
+        self._pool = pool
+        self._context = Context(call)
+        self._requests = _Requests()
+        self._begun = False
+        if handler.request_streaming:
+            self._begin(self._requests.decoded(handler.request_deserializer))
+
+    def received(self, message: bytes) -> None:
+        if self._handler.request_streaming:
+            self._requests.put(message)
+        elif not self._begun:
+            self._begin(message)
+
+    def half_closed(self) -> None:
+        self._requests.put(None)
+        if not self._begun:
+            self._call.finish(_Code.UNIMPLEMENTED, "the call brought no request")
+
+    def terminated(self) -> None:
+        self._requests.put(None)
+        self._context.terminated()
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return self._requests.wait(resume)
+
+    def _begin(self, request: Any) -> None:
+        self._begun = True
+        self._pool.submit(self._run, request)
+
+    def _run(self, request: Any) -> None:
+        """On a thread of the pool."""
+        context = self._context
+        try:
+            if not context.is_active():  # it left while it waited for a thread
+                return
+            if self._handler.request_streaming:
+                self._answer(request)
+            else:
+                self._answer(_decoded(request, self._handler.request_deserializer))
+        except _Aborted:
+            context.end()
+        except Exception:
+            log.exception("a call met a bug")
+            self._call.finish(_Code.UNKNOWN, "an error inside the server; its log says more")
+
+    def _answer(self, request: Any) -> None:
+        handler, context = self._handler, self._context
+        if handler.response_streaming:
+            method = handler.stream_stream if handler.request_streaming else handler.unary_stream
+            if getattr(method, "experimental_non_blocking", False):  # gRPC's health: no thread a watcher
+                method(request, context, self._reply_or_end)
+                return
+            for reply in method(request, context):
+                self._reply(reply)
+        else:
+            method = handler.stream_unary if handler.request_streaming else handler.unary_unary
+            self._reply(method(request, context))
+        context.end()
+
+    def _reply(self, reply: Any) -> None:
+        serialize = self._handler.response_serializer
+        self._call.send(reply if serialize is None else serialize(reply))
+
+    def _reply_or_end(self, reply: Any) -> None:
+        if reply is None:
+            self._context.end()
+        else:
+            self._reply(reply)
+
+
+def _decoded(message: bytes, deserialize: Callable[[bytes], Any] | None) -> Any:
+    return message if deserialize is None else deserialize(message)
+
+
+class _Requests:
+    """What a client streams to a handler that takes it one by one."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._resume: Callable[[], None] | None = None
+
+    def put(self, message: bytes | None) -> None:
+        self._waiting.put(message)
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._waiting.qsize() < _MOST_WAITING:
+                return False
+            self._resume = resume
+            return True
+
+    def decoded(self, deserialize: Callable[[bytes], Any] | None) -> Iterator[Any]:
+        while (message := self._waiting.get()) is not None:
+            with self._lock:
+                resume, self._resume = self._resume, None
+            if resume is not None:
+                resume()
+            yield _decoded(message, deserialize)
+
+
+class _Aborted(Exception):
+    """The handler ended its call."""
+
+
+class Context(grpc.ServicerContext):  # type: ignore[misc,unused-ignore]
+    """What a handler may ask and say of its call, as gRPC documents it."""
+
+    def __init__(self, call: HttpCall) -> None:
+        self._call = call
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] | None = []  # None: it is over
+        self._code: grpc.StatusCode | None = None
+        self._details = ""
+        self._trailing: Metadata = ()
+
+    def end(self) -> None:
+        """The handler is done."""
+        self._call.finish(self._code or _Code.OK, self._details, self._trailing)
+
+    def terminated(self) -> None:
+        with self._lock:
+            callbacks, self._callbacks = self._callbacks or [], None
+        for callback in callbacks:
+            callback()
+
+    def is_active(self) -> bool:
+        return self._callbacks is not None
+
+    def time_remaining(self) -> float:
+        return self._call.seconds_left
+
+    def cancel(self) -> bool:
+        self._call.cancel()
+        return True
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self._callbacks.append(callback)
+            return True
+
+    def invocation_metadata(self) -> Metadata:
+        return self._call.metadata
+
+    def peer(self) -> str:
+        return self._call.peer()
+
+    def peer_identities(self) -> None:
+        return None
+
+    def peer_identity_key(self) -> None:
+        return None
+
+    def auth_context(self) -> dict[str, bytes]:
+        return {}
+
+    def send_initial_metadata(self, initial_metadata: Metadata) -> None:
+        self._call.initial_metadata = tuple(initial_metadata)
+
+    def set_trailing_metadata(self, trailing_metadata: Metadata) -> None:
+        self._trailing = tuple(trailing_metadata)
+
+    def trailing_metadata(self) -> Metadata:
+        return self._trailing
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def code(self) -> grpc.StatusCode | None:
+        return self._code
+
+    def set_details(self, details: str) -> None:
+        self._details = details
+
+    def details(self) -> str:
+        return self._details
+
+    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        self._code = _Code.UNKNOWN if code is _Code.OK else code  # as gRPC's own server has it
+        self._details = details
+        raise _Aborted
+
+    def abort_with_status(self, status: Any) -> NoReturn:
+        self._trailing = tuple(status.trailing_metadata or ())
+        self.abort(status.code, status.details)

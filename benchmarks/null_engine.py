@@ -64,7 +64,9 @@ def serve(transport: Transport) -> None:
 def our_transport(opener: Opener) -> Transport:
     """With no method but the stream."""
     method = StreamMethod(opener, mode="http2", max_streams=MAX_STREAMS)
-    return transport(method, "/tenuto.v1.Tenuto/Stream", threads=1, max_message_bytes=4 << 20)
+    return transport(
+        method, "/tenuto.v1.Tenuto/Stream", threads=1, max_message_bytes=4 << 20, max_pending_bytes=1 << 28
+    )
 
 
 if __name__ == "__main__":

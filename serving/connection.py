@@ -3,9 +3,8 @@
 It knows no socket and no thread: what reads the socket calls `receive`, and whoever has something to send
 calls `write`. One lock guards what both touch: the windows, and what is written.
 
-Every place where bytes wait has a bound. A call that is not read is granted `WINDOW` bytes and no more; what is
-sent waits in the calls' outboxes, and only `MOST_UNSENT` bytes of it, and a header block, in front of a socket
-that takes none.
+Every place where bytes wait has a bound. A call that is not read is granted `WINDOW` bytes and no more; what
+is sent waits in the calls' outboxes, and only `MOST_UNSENT` bytes of it in front of a socket that takes none.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import logging
 import math
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,7 +22,7 @@ import hpack
 
 from . import frame as http
 from .call import GONE, Listener, Metadata, Outbox
-from .errors import TenutoError, TooLarge
+from .errors import PoolFull, TenutoError, TooLarge
 from .frame import ProtocolError, frame
 from .inflate import Inflater
 from .status import code_of, metadata_of
@@ -35,7 +33,12 @@ WINDOW = 128 << 10  # bytes that a client may send on a call before they are rea
 _WINDOW_OF_ALL = 1 << 30  # of a connection: its calls' own windows are the bound
 MOST_UNSENT = 256 << 10  # bytes in front of a socket; beyond them outboxes are not emptied
 _MOST_CONTROL = 256 << 10  # bytes that a client has us answer without reading the answers
-_MOST_HEADERS = 16 << 10  # bytes of a header block, as it comes and as it is
+_MOST_HEADERS = 64 << 10  # bytes of a header block, as it comes and as it is
+_WISHED_HEADERS = 16 << 10  # the same, as clients are told
+_MOST_EMPTY = 1_000  # DATA frames in a row that bring nothing
+_TABLE_SIZE_UPDATES = 2  # in front of a header block (RFC 7541, section 4.2)
+# A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
+_UNTAKEN_SECONDS = 60.0
 # Calls that a client begins and resets: so many at once, and so many a second (CVE-2023-44487).
 _RESETS, _RESETS_PER_SECOND = 10_000, 1_000.0
 _PING = b"tenuto:)"
@@ -57,14 +60,14 @@ class Loop(Protocol):
     def soon(self, what: Callable[[], object]) -> None:
         """Has it done on that thread. Any thread."""
 
-    def at(self, when: float, what: Callable[[], object]) -> None:
-        """The same, not before that time (monotonic seconds). On that thread."""
+    def dirty(self, connection: Connection) -> None:
+        """Has `Connection.write` called at the end of its turn. On that thread."""
 
     def submit(self, call: HttpCall) -> None:
         """Has `Connection.write` called for it, now or with this thread's next flush. Any thread."""
 
     def blocked(self, connection: Connection) -> None:
-        """Its socket takes no more for now. Any thread."""
+        """Its socket takes no more for now: `write_on` when it does. Any thread."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,26 @@ class Limits:
     """What one connection and its calls may take."""
 
     message_bytes: int
+    partial_bytes: int = 256 << 20  # of large messages that are not whole yet, of all calls of the process
+    calls: int = 9216  # of one connection
     outbox_bytes: int = 256 << 10
+
+
+class Partial:
+    """How much of large messages is held until they are whole. The reading thread's."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
 
 
 class HttpCall:
     """A gRPC call. Implements call.Call; what is underlined belongs to its connection."""
 
     __slots__ = (
-        "__weakref__", "_allowed", "_connection", "_deadline", "_due", "_ended", "_gone", "_held", "_inflater",
-        "_limits", "_listener", "_loop", "_outbox", "_parked", "_partial", "_paused", "_rest", "_spent",
-        "_started", "_window", "closed", "initial_metadata", "metadata", "number", "path",
+        "__weakref__", "_all_partial", "_allowed", "_connection", "_counted", "_due", "_ended", "_gone",
+        "_held", "_inflater", "_limits", "_listener", "_loop", "_outbox", "_parked", "_partial", "_paused",
+        "_rest", "_spent", "_started", "_untaken_since", "_window", "closed", "deadline",
+        "initial_metadata", "metadata", "number", "path",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +104,7 @@ class HttpCall:
         headers: Headers,
         window: int,
         limits: Limits,
+        partial: Partial,
         loop: Loop,
     ) -> None:
         fields = dict(headers)
@@ -104,13 +118,15 @@ class HttpCall:
         self._limits = limits
         self._listener: Listener = GONE
         seconds = _timeout_seconds(str(fields.get("grpc-timeout", "")))
-        self._deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + seconds
         self._inflater = Inflater.of(str(fields.get("grpc-encoding", "identity")))
         # What comes in; the reading thread's.
         self._allowed = WINDOW  # bytes that the client may still send
         self._spent = 0  # bytes taken and not yet granted anew
         self._partial = bytearray()  # what is no whole message yet, or may not be read
         self._parked = 0  # bytes in it that came while reading paused
+        self._counted = 0  # bytes of it that are in the count of all
+        self._all_partial = partial
         self._held = False  # reading pauses: the outbox is full
         self._paused = False  # reading pauses: the listener wants it
         self._ended = False  # the client sends no more
@@ -121,6 +137,7 @@ class HttpCall:
         self._window = window  # bytes that the client takes
         self._started = False  # the response's headers are out
         self._rest: memoryview | None = None  # of a message that did not go out whole
+        self._untaken_since = 0.0  # since when its ending waits for the client; 0: it does not
 
     # Any thread.
 
@@ -175,7 +192,7 @@ class HttpCall:
     @property
     def seconds_left(self) -> float:
         """Until the deadline that the client has set; infinity without one."""
-        return max(0.0, self._deadline - time.monotonic())
+        return max(0.0, self.deadline - time.monotonic())
 
     # The reading thread.
 
@@ -186,16 +203,25 @@ class HttpCall:
         except Exception:
             log.exception("a call could not be opened")
             self.finish(grpc.StatusCode.UNKNOWN, "an error inside the server; its log says more")
-        if self._deadline < math.inf:
-            expire = weakref.WeakMethod(self._expire)  # a call that is over is not kept until then
-            self._loop.at(self._deadline, lambda: (own := expire()) and own())
+
+    def look(self, now: float) -> None:
+        """Ends it if its deadline has passed, or if its client does not take its ending."""
+        box = self._outbox
+        if box.ending is None:
+            if now > self.deadline:
+                self._expire()
+        elif not self._untaken_since:
+            self._untaken_since = now
+        elif now - self._untaken_since > _UNTAKEN_SECONDS:
+            self.cancel()
 
     def _expire(self) -> None:
-        """Its deadline has passed: the client waits no more."""
+        """The client waits no more."""
+        if self._rest is not None:  # its end would be taken for the end of a message
+            self.cancel()
+            return
         with self._outbox.lock:
             self._outbox.clear()
-        if self._rest is not None:
-            self.cancel()
         self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
 
     def take(self, data: bytes, start: int, end: int) -> None:
@@ -217,6 +243,7 @@ class HttpCall:
                 return
         self._partial += memoryview(data)[start:end]
         self._cut()
+        self._count()
         self._grant()
 
     def skip(self, size: int) -> None:
@@ -239,6 +266,7 @@ class HttpCall:
             return
         self._spent, self._parked = self._spent + self._parked, 0
         self._cut()
+        self._count()
         self._grant()
         if self._ended and not self._held and not self._paused:
             self._half_close()
@@ -252,6 +280,7 @@ class HttpCall:
             self._outbox.close()
         listener, self._listener = self._listener, GONE  # or each would keep the other alive
         self._partial.clear()
+        self._count()
         try:
             listener.terminated()
         except Exception:
@@ -273,12 +302,24 @@ class HttpCall:
                 if compressed:
                     message = self._inflater.inflate(message, self._limits.message_bytes)
             except TenutoError as error:
-                self._partial.clear()
-                self.finish(code_of(error), str(error), metadata_of(error))
-                self._paused = True  # it is not read on
+                self._refuse(error)
                 return
             del self._partial[:end]
             self._hand_on(message)
+
+    def _refuse(self, error: TenutoError) -> None:
+        self._partial.clear()
+        self.finish(code_of(error), str(error), metadata_of(error))
+        self._paused = True  # it is not read on
+
+    def _count(self) -> None:
+        """Large messages that are not whole are counted, and refused when there is too much of them."""
+        size = max(0, len(self._partial) - WINDOW)
+        self._all_partial.bytes += size - self._counted
+        self._counted = size
+        if size and self._all_partial.bytes > self._limits.partial_bytes:
+            self._refuse(PoolFull("too many large messages are on their way; retry, or send smaller ones"))
+            self._count()
 
     def _check_size(self, length: int) -> None:
         if length > self._limits.message_bytes:
@@ -320,8 +361,9 @@ class HttpCall:
         self._loop.soon(self.read_on)
 
     def _grant(self) -> None:
-        """Lets the client send as much again as was taken, once that is worth a frame."""
-        if self._spent >= WINDOW // 2 and not self._ended:
+        """Lets the client send as much again as was taken, once that is worth a frame. While reading pauses,
+        what is here counts as not taken."""
+        if self._spent >= WINDOW // 2 and not (self._ended or self._held or self._paused):
             spent, self._spent = self._spent, 0
             self._allowed += spent
             self._connection.control(http.widen(self.number, spent))
@@ -330,14 +372,18 @@ class HttpCall:
 class Connection:
     """The reading thread: `receive`, `read_on`, `look`, `leave`, `lost`. Any thread: all else."""
 
-    def __init__(self, wire: Wire, peer: str, limits: Limits, route: Route, loop: Loop) -> None:
+    def __init__(
+        self, wire: Wire, peer: str, limits: Limits, route: Route, loop: Loop, partial: Partial | None = None
+    ) -> None:
         self.peer = peer
         self.heard = time.monotonic()  # when something came last
         self.began = self.heard
         self.greeted = False  # the client's preface is here
         self.leaving = False  # no call is taken any more
+        self.fault: ProtocolError | None = None  # why the connection must end
         self._wire = wire
         self._limits = limits
+        self._partial = partial or Partial()
         self._route = route
         self._loop = loop
         self._decoder = hpack.Decoder(max_header_list_size=_MOST_HEADERS)
@@ -345,6 +391,7 @@ class Connection:
         self._last = 0  # the highest stream that the client began
         self._in = b""  # less than a frame
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags and a header block in pieces
+        self._empty = 0  # DATA frames in a row that brought nothing
         self._credit = 0  # bytes taken on all streams and not yet granted anew
         self._resets = float(_RESETS)
         self._resets_at = self.began
@@ -354,15 +401,19 @@ class Connection:
         self._out: list[bytes | memoryview] = []
         self._queued = 0  # bytes in it
         self._unsent = memoryview(b"")  # what the socket did not take
+        self._watched = False  # somebody waits until the socket takes more
         self._dead = False
         self._window = http.DEFAULT_WINDOW
         self._initial_window = http.DEFAULT_WINDOW
         self._largest = http.DEFAULT_FRAME
         self._shrink = b""  # what the next header block begins with
-        self._blocked: dict[HttpCall, None] = {}  # by windows, or by the socket
+        self._blocked: dict[HttpCall, None] = {}  # by windows
+        self._queueing: dict[HttpCall, None] = {}  # by the queue, which is full
+        self._widened: dict[HttpCall, None] = {}  # blocked no more, perhaps
         settings = (
             (http.INITIAL_WINDOW_SIZE, WINDOW),
-            (http.MAX_HEADER_LIST_SIZE, _MOST_HEADERS),
+            (http.MAX_HEADER_LIST_SIZE, _WISHED_HEADERS),
+            (http.MAX_CONCURRENT_STREAMS, limits.calls),
         )
         self._put(frame(http.SETTINGS, 0, 0, b"".join(http.SETTING.pack(*one) for one in settings)))
         self._put(http.widen(0, _WINDOW_OF_ALL - http.DEFAULT_WINDOW))
@@ -399,12 +450,19 @@ class Connection:
             else:
                 self._control(word & 0xFF, flags, number & http.NUMBER, data[start:end])
         self._in = data[at:]
+        if self.fault is not None:
+            raise self.fault
 
     def _data(self, number: int, flags: int, data: bytes, start: int, end: int) -> None:
         self._credit += end - start
         if self._credit >= _WINDOW_OF_ALL // 2:
             credit, self._credit = self._credit, 0
             self.control(http.widen(0, credit))
+        if start == end and not flags & http.END_STREAM:
+            self._empty += 1
+            _check(self._empty <= _MOST_EMPTY, http.ENHANCE_YOUR_CALM, "too many empty frames")
+        else:
+            self._empty = 0
         call = self._calls.get(number)
         if call is None:
             self._check_known(number)  # else it is over, and the client does not know yet
@@ -472,11 +530,13 @@ class Connection:
     def _block_is_whole(self) -> None:
         assert self._block is not None
         (number, flags, block), self._block = self._block, None
+        _check_size_updates(block)
         try:
             fields = self._decoder.decode(bytes(block), raw=True)
             headers = tuple([(_text(name), _value(name, value)) for name, value in fields])
         except (hpack.HPACKError, UnicodeDecodeError, ValueError) as error:
-            raise ProtocolError(http.COMPRESSION_ERROR, f"a header block is wrong: {error}") from error
+            text = f"a header block is wrong: {error}"[:200]
+            raise ProtocolError(http.COMPRESSION_ERROR, text) from error
         call = self._calls.get(number)
         if call is not None:  # trailers
             _check(bool(flags & http.END_STREAM), http.PROTOCOL_ERROR, "headers in the middle of a stream")
@@ -490,7 +550,7 @@ class Connection:
         self._open(number, headers, bool(flags & http.END_STREAM))
 
     def _open(self, number: int, headers: Headers, ended: bool) -> None:
-        if self.leaving:
+        if self.leaving or len(self._calls) >= self._limits.calls:
             self.control(http.reset(number, http.REFUSED_STREAM))
             return
         fields = dict(headers)
@@ -498,10 +558,11 @@ class Connection:
         if fields.get(":method") != "POST" or not content.startswith("application/grpc"):
             block = http.literal(":status", "405" if fields.get(":method") != "POST" else "415")
             self.control(http.header_frames(number, http.END_STREAM, self._shrunk() + block, self._largest))
+            self.control(b"" if ended else http.reset(number, http.NO_ERROR))
             return
         with self._lock:
             window = self._initial_window
-            call = HttpCall(self, number, headers, window, self._limits, self._loop)
+            call = HttpCall(self, number, headers, window, self._limits, self._partial, self._loop)
             self._calls[number] = call
         call.open(self._route)
         if ended and not call._gone:
@@ -524,22 +585,25 @@ class Connection:
         _check(not number and len(payload) % 6 == 0, http.FRAME_SIZE_ERROR, "wrong SETTINGS")
         if flags & http.ACK:
             return
+        settings = dict(http.SETTING.iter_unpack(payload))
+        window = settings.get(http.INITIAL_WINDOW_SIZE)
+        largest = settings.get(http.MAX_FRAME_SIZE, http.DEFAULT_FRAME)
+        _check(http.DEFAULT_FRAME <= largest < 1 << 24, http.PROTOCOL_ERROR, "frames of a wrong size")
         with self._lock:
-            for key, value in http.SETTING.iter_unpack(payload):
-                if key == http.INITIAL_WINDOW_SIZE:
-                    _check(value <= http.MAX_WINDOW, http.FLOW_CONTROL_ERROR, "a window is too wide")
-                    for call in self._calls.values():
-                        call._window += value - self._initial_window
-                    self._initial_window = value
-                elif key == http.MAX_FRAME_SIZE:
-                    _check(
-                        http.DEFAULT_FRAME <= value < 1 << 24, http.PROTOCOL_ERROR, "frames of a wrong size"
-                    )
-                    # Larger ones would hold the other calls up for longer.
-                    self._largest = http.DEFAULT_FRAME
-                elif key == http.HEADER_TABLE_SIZE and value < 4096:
-                    self._shrink = http.SHRINK_TABLE
+            if window is not None:
+                self._set_initial_window(window)
+            if settings.get(http.HEADER_TABLE_SIZE, 4096) < 4096:
+                self._shrink = http.SHRINK_TABLE
         self.control(frame(http.SETTINGS, http.ACK, 0))
+
+    def _set_initial_window(self, window: int) -> None:
+        most = max([call._window for call in self._calls.values()], default=0)
+        wider = window - self._initial_window
+        _check(max(window, most + wider) <= http.MAX_WINDOW, http.FLOW_CONTROL_ERROR, "a window is too wide")
+        for call in self._calls.values():
+            call._window += wider
+        self._initial_window = window
+        self._widened.update(self._blocked)
 
     def _widen(self, number: int, payload: bytes) -> None:
         _check(len(payload) == 4, http.FRAME_SIZE_ERROR, "a wrong WINDOW_UPDATE")
@@ -550,47 +614,58 @@ class Connection:
             if not number:
                 self._window += size
                 _check(self._window <= http.MAX_WINDOW, http.FLOW_CONTROL_ERROR, "a window is too wide")
+                if self._window == size:  # it was shut
+                    self._widened.update(self._blocked)
             elif call is not None:
                 call._window += size
                 _check(call._window <= http.MAX_WINDOW, http.FLOW_CONTROL_ERROR, "a window is too wide")
+                if call in self._blocked:
+                    self._widened[call] = None
         if number and call is None:
             self._check_known(number)
-        if self._blocked:
-            self._loop.soon(self.write_blocked)
 
     # What goes out. Any thread.
 
     def write(self, calls: Iterable[HttpCall] = ()) -> None:
-        """Sends what these calls have, as far as windows and the socket allow, and what was queued before."""
+        """Sends what these calls have, as far as windows and the socket allow, and what waited before.
+
+        Does not raise: a call that meets a bug is cancelled, the others go on.
+        """
         with self._lock:
             for call in calls:
-                self._take(call)
+                self._take_safely(call)
+            if self._widened:
+                widened, self._widened = self._widened, {}
+                for call in widened:
+                    if self._window > 0 and self._blocked.pop(call, self) is None:
+                        self._take_safely(call)
             self._send()
+            while self._queueing and not self._unsent and not self._dead:
+                queueing, self._queueing = self._queueing, {}
+                for call in queueing:
+                    self._take_safely(call)
+                self._send()
 
-    def write_blocked(self) -> None:
-        """The same for those that windows or the socket held up; the socket takes more, perhaps."""
+    def write_on(self) -> None:
+        """The socket takes more."""
         with self._lock:
-            self._send()
-            blocked, self._blocked = self._blocked, {}
-            for call in blocked:
-                self._take(call)
-            self._send()
+            self._watched = False
+        self.write()
 
     def control(self, frames: bytes) -> None:
-        """Queues frames that no window holds up.
-
-        Raises: ProtocolError if the client leaves too many of them unread.
-        """
+        """Queues frames that no window holds up. On the reading thread."""
         with self._lock:
             self._put(frames)
             unread = self._queued + len(self._unsent) > MOST_UNSENT + _MOST_CONTROL
-        _check(not unread, http.ENHANCE_YOUR_CALM, "answers are asked for and not read")
+        if unread:
+            self.fault = ProtocolError(http.ENHANCE_YOUR_CALM, "answers are asked for and not read")
+        self._loop.dirty(self)
 
     def abandon(self, call: HttpCall, code: int) -> None:
         """Resets a call's stream."""
         with self._lock:
             if self._calls.pop(call.number, None) is not None:
-                self._blocked.pop(call, None)
+                self._drop(call)
                 self._put(http.reset(call.number, code))
         self._loop.soon(self.write)
 
@@ -607,29 +682,39 @@ class Connection:
         self._out.append(data)
         self._queued += len(data)
 
+    def _take_safely(self, call: HttpCall) -> None:
+        try:
+            self._take(call)
+        except Exception:
+            log.exception("a reply met a bug; its stream is cancelled")
+            self._loop.soon(call.cancel)
+
     def _take(self, call: HttpCall) -> None:
         """Moves what a call has into the queue, until there is no more or it may not."""
+        if self._calls.get(call.number) is not call:  # it is over
+            call._rest = None
+            return
         box = call._outbox
-        while True:
+        more = True
+        while more:
             if call._rest is not None and not self._split(call):
-                self._blocked[call] = None
                 return
-            if self._queued + len(self._unsent) >= MOST_UNSENT:
-                self._blocked[call] = None
+            if self._queue_is_full(call):
                 return
             with box.lock:
                 message = box.take()
-                resume = call._held and not box.full
+                more = bool(box.messages) or (message is not None and box.ending is not None)
                 ending = box.ending if message is None and not box.over else None
-                if message is None and ending is None:
-                    call._due = False
+                resume = call._held and not box.full
+                if not more and ending is None:
+                    call._due = False  # who sends from here on asks anew, and waits for our lock
             if resume:
                 self._loop.soon(call.read_on)
-            if message is None:
-                break
-            self._message(call, message)
-        if ending is not None:
-            self._end(call, *ending)
+            if ending is not None:
+                self._end(call, *ending)
+            elif message is not None:
+                self._message(call, message)
+                more = more or call._rest is not None
 
     def _message(self, call: HttpCall, message: bytes) -> None:
         if not call._started:
@@ -646,12 +731,22 @@ class Connection:
         else:
             call._rest = memoryview(http.PREFIX.pack(0, len(message)) + message)
 
+    def _queue_is_full(self, call: HttpCall) -> bool:
+        """If so, the call is looked at again once the socket has taken what is queued."""
+        if self._queued + len(self._unsent) < MOST_UNSENT:
+            return False
+        self._queueing[call] = None
+        return True
+
     def _split(self, call: HttpCall) -> bool:
         """Queues as much of a call's unfinished message as may be. Whether that is all of it."""
         rest = call._rest
-        while rest is not None and self._queued + len(self._unsent) < MOST_UNSENT:
+        while rest is not None:
+            if self._queue_is_full(call):
+                return False
             size = min(len(rest), self._largest, self._window, call._window)
             if size <= 0:
+                self._blocked[call] = None
                 return False
             self._window -= size
             call._window -= size
@@ -659,12 +754,12 @@ class Connection:
             self._out.append(rest[:size])
             self._queued += size
             call._rest = rest = rest[size:] if size < len(rest) else None
-        return rest is None
+        return True
 
     def _end(self, call: HttpCall, code: grpc.StatusCode, details: str, metadata: Metadata) -> None:
         block = http.status_block(code, details, metadata)
         if not call._started:
-            block = http.response_block() + block
+            block = http.response_block(call.initial_metadata) + block
         self._put(http.header_frames(call.number, http.END_STREAM, self._shrunk() + block, self._largest))
         if not call._ended:  # nothing more is wanted of the client
             self._put(http.reset(call.number, http.NO_ERROR))
@@ -677,23 +772,26 @@ class Connection:
 
     def _send(self) -> None:
         """Gives the socket what it takes."""
-        if self._dead or not (self._out or self._unsent):
-            return
+        if self._dead or self._watched or not self._out:
+            if not self._unsent or self._dead or self._watched:
+                return
+        data: bytes | memoryview
         if self._unsent:
-            data: bytes | memoryview = self._unsent
-            if self._out:
-                data = b"".join([self._unsent, *self._out])
+            data = b"".join([self._unsent, *self._out]) if self._out else self._unsent
         else:
             data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
         self._out.clear()
         self._queued = 0
         try:
             sent = self._wire.send(data)
+        except BlockingIOError:
+            sent = 0
         except OSError:  # its reader finds out
             self._dead, self._unsent = True, memoryview(b"")
             return
         self._unsent = memoryview(data)[sent:] if sent < len(data) else memoryview(b"")
         if self._unsent:
+            self._watched = True
             self._loop.blocked(self)
 
     # Its life. The reading thread.
@@ -707,14 +805,15 @@ class Connection:
         if not self._pinged and now - self.heard > ping_seconds:
             self._pinged = now
             self.control(frame(http.PING, 0, 0, _PING))
-            self.write()
+        for call in list(self._calls.values()):
+            call.look(now)
         return ""
 
     def leave(self, code: int = http.NO_ERROR, text: str = "") -> None:
         """Says that no call is taken any more; those that are here go on."""
         self.leaving = True
         with self._lock:
-            self._put(frame(http.GOAWAY, 0, 0, http.TWO_WORDS.pack(self._last, code) + text.encode()))
+            self._put(frame(http.GOAWAY, 0, 0, http.TWO_WORDS.pack(self._last, code) + text[:200].encode()))
             self._send()
 
     def finish_all(self) -> None:
@@ -729,6 +828,8 @@ class Connection:
             self._out.clear()
             self._unsent = memoryview(b"")
             self._blocked.clear()
+            self._queueing.clear()
+            self._widened.clear()
             calls, self._calls = list(self._calls.values()), {}
         for call in calls:
             call.terminated()
@@ -736,12 +837,29 @@ class Connection:
     def _forget(self, call: HttpCall) -> None:
         with self._lock:
             self._calls.pop(call.number, None)
-            self._blocked.pop(call, None)
+            self._drop(call)
+
+    def _drop(self, call: HttpCall) -> None:
+        for waiting in (self._blocked, self._queueing, self._widened):
+            waiting.pop(call, None)
 
 
 def _check(holds: bool, code: int, text: str) -> None:
     if not holds:
         raise ProtocolError(code, text)
+
+
+def _check_size_updates(block: bytearray) -> None:
+    """Each costs the decoder time, and a block could hold thousands."""
+    at = found = 0
+    while at < len(block) and block[at] & 0xE0 == 0x20:
+        found += 1
+        _check(found <= _TABLE_SIZE_UPDATES, http.COMPRESSION_ERROR, "too many sizes of the header table")
+        long = block[at] & 0x1F == 0x1F
+        at += 1
+        while long and at < len(block):
+            long = block[at] & 0x80 != 0
+            at += 1
 
 
 def _text(name: bytes) -> str:

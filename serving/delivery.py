@@ -37,6 +37,10 @@ class Delivery:
         sink = sequence.sink
         self._settled[sink] = self._settled.get(sink, 0) + nbytes
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._replies and not self._settled
+
     def flush_nothing(self) -> Callable[[], None]:
         """From here on replies are handed over by threads that hold nothing back. What flushed until now."""
         flush, self._flush = self._flush, lambda: None

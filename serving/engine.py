@@ -36,22 +36,17 @@ from .state_pool import StatePool
 
 log = logging.getLogger("tenuto.engine")
 
-# A turn as short as that is done by the thread that reads the network.
-_QUICK_SECONDS = 0.001
-
 Array = NDArray[Any]
 
 
 class Runner(Protocol):
     """Runs the graph. `run` returns the manifest's outputs, then its states' outputs, each in order."""
 
-    on_cpu: bool  # else whoever runs waits for a device, and other work is better done meanwhile
-
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """Raises: RunFailed."""
 
     def enter_thread(self) -> None:
-        """Called once on each thread that will run."""
+        """Called once, on the thread that will run."""
 
     def probe(self) -> None:
         """Runs what is known to run.
@@ -63,9 +58,8 @@ class Runner(Protocol):
 class Engine:
     """Turns one model version.
 
-    Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `retire`, `stop`, `sequences`. All else:
-    whoever turns it, its own thread or the one that reads the network. A test may call `turn` itself instead of
-    `start`.
+    Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `retire`, `stop`, `sequences`. Engine
+    thread: all else. A test may call `turn` itself instead of `start`.
     """
 
     def __init__(
@@ -93,11 +87,7 @@ class Engine:
         self._runner = runner
         self._pending = pending
         self._clock = clock
-        self._defer = defer
-        self._inbox = Inbox(lambda _: defer(self._kick))
-        self._turning = threading.Lock()  # held by the thread that turns it
-        self._entered = False  # whether the thread that reads the network has turned it before
-        self._wakes_at = math.inf  # when the engine's own thread looks again, if nobody wakes it
+        self._inbox = Inbox(defer)
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
         self._delivery = Delivery(pending, flush, self.where)
@@ -205,44 +195,13 @@ class Engine:
     def _loop(self) -> None:
         self._runner.enter_thread()
         while not self._population.stopped:
-            if not self._scheduler:
-                self._wait()
-            with self._turning:
-                self._turn_safely()
+            try:
+                self.turn(wait=True)
+            except Exception:  # the loop must live on: its callers have no other
+                log.exception("%s: the engine met a bug and goes on", self.where)
         flush = self._delivery.flush_nothing()  # whoever comes late sends its own replies
         self._inbox.close(self._carry_out_late)
         flush()
-
-    def _turn_safely(self) -> None:
-        try:
-            self.turn()
-        except Exception:  # the loop must live on: its callers have no other
-            log.exception("%s: the engine met a bug and goes on", self.where)
-
-    def _kick(self) -> None:
-        """On the thread that reads the network, once all that it read is in the inbox: it turns the engine
-        itself if that is quick. Waking another thread, and waiting for its replies, costs more than such a
-        turn; a longer one would keep that thread from reading, and is better done beside it."""
-        if not self._quick or not self._turning.acquire(blocking=False):
-            self._inbox.wake()
-            return
-        try:
-            if not self._entered:
-                self._runner.enter_thread()
-                self._entered = True
-            if not self._population.stopped:
-                self._turn_safely()
-        finally:
-            self._turning.release()
-        self._inbox.watch()
-        if self._scheduler:
-            self._defer(self._kick)  # what has come meanwhile is read first
-        elif self._population.next_look() < self._wakes_at:
-            self._inbox.wake()
-
-    @property
-    def _quick(self) -> bool:
-        return self._runner.on_cpu and self._population.turn_seconds < _QUICK_SECONDS
 
     def _carry_out_late(self, command: Command) -> None:
         """What came after the end, on the thread of whoever brought it."""
@@ -276,7 +235,7 @@ class Engine:
 
     def _wait(self) -> None:
         """Until there is a command, or a sequence may have been silent, or is here, for too long."""
-        due = self._wakes_at = self._population.next_look()
+        due = self._population.next_look()
         self._inbox.wait(max(0.0, due - self._clock()) + 0.01 if due < math.inf else None)
 
     def step(self) -> bool:

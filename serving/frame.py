@@ -29,6 +29,7 @@ MAX_HEADER_LIST_SIZE = 6
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED = range(6)
 FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM = range(6, 12)
 
+_MOST_DETAILS = 1_200  # characters of a status' text: clients and proxies take headers of 8 KiB
 DEFAULT_WINDOW = 65_535  # bytes, of a connection and of each of its streams
 MAX_WINDOW = 2**31 - 1
 DEFAULT_FRAME = 16_384  # bytes of payload that every peer takes
@@ -100,7 +101,10 @@ def status_block(code: grpc.StatusCode, details: str, metadata: Metadata) -> byt
         return _OK
     block = literal("grpc-status", str(code.value[0]))
     if details:
-        block += literal("grpc-message", quote(details, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"))
+        block += literal(
+            "grpc-message",
+            quote(details[:_MOST_DETAILS], errors="replace", safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"),
+        )
     return block + b"".join([literal(name, value) for name, value in metadata])
 
 

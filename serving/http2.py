@@ -6,8 +6,7 @@ takes the replies of a whole batch to a connection. That is a third of the CPU a
 
 from __future__ import annotations
 
-import heapq
-import itertools
+import errno
 import logging
 import selectors
 import socket
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from .connection import Connection, HttpCall, Limits, Route
+from .connection import Connection, HttpCall, Limits, Partial, Route
 from .frame import ProtocolError
 
 log = logging.getLogger("tenuto.transport")
@@ -27,6 +26,7 @@ _BACKLOG = 4096
 _ACCEPTED_AT_ONCE = 64
 _PING_SECONDS, _PONG_SECONDS = 30.0, 20.0  # a silent client is asked; it answers, or is gone
 _LOOK_SECONDS = 1.0
+_LEAVE_SECONDS = 0.01  # the same, while the server ends
 # A connection that ends is read on for so long, or what was sent last might be lost with it.
 _LINGER_SECONDS = 1.0
 # The reading thread answers in microseconds; should it not, an engine goes on all the same.
@@ -48,8 +48,9 @@ class Http2Server:
         self._own = threading.local()  # .calls: what this thread holds back until it flushes
         self._errands: deque[Callable[[], object]] = deque()
         self._awake = False  # somebody has woken the reading thread, and it has not looked yet
-        self._timers: list[tuple[float, int, Callable[[], object]]] = []
-        self._numbers = itertools.count()
+        self._look_at = 0.0  # when the connections are looked at
+        self._accepts_at = 0.0  # when connections are taken again; 0: they are
+        self._partial = Partial()
         self._dirty: dict[Connection, None] = {}
         self._deferred: list[Callable[[], None]] = []  # engines to be woken
         self._grace_at = 0.0  # when calls that are left are cancelled; 0: not leaving
@@ -62,21 +63,30 @@ class Http2Server:
         Raises: OSError.
         """
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        try:
-            for family, kind, protocol, _, address in dict.fromkeys(found):
-                listening = socket.socket(family, kind, protocol)
-                self._listening.append(listening)
-                if family == socket.AF_INET6:
-                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(host != "::"))
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listening.bind((address[0], port, *address[2:]))
-                port = int(listening.getsockname()[1])
-                listening.listen(_BACKLOG)
-                listening.setblocking(False)
-        except OSError:
+        failed: OSError | None = None
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            try:
+                port = self._listen(socket.socket(family, kind, protocol), (address[0], port, *address[2:]))
+            except OSError as error:  # a name with an IPv6 address where there is no IPv6, say
+                failed = error
+        if not self._listening or (failed is not None and failed.errno == errno.EADDRINUSE):
             self._close_listening()
-            raise
+            raise failed or OSError(f"{host} has no address")
         return port
+
+    def _listen(self, listening: socket.socket, address: tuple[object, ...]) -> int:
+        try:
+            if listening.family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(_BACKLOG)
+            listening.setblocking(False)
+        except OSError:
+            listening.close()
+            raise
+        self._listening.append(listening)
+        return int(listening.getsockname()[1])
 
     def start(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -120,9 +130,7 @@ class Http2Server:
         """
         calls: list[HttpCall] = getattr(self._own, "calls", [])
         self._own.calls = []
-        if threading.get_ident() == self._thread.ident:
-            self._write(calls)
-        elif len(calls) == 1:
+        if len(calls) == 1:
             calls[0].connection.write(calls)
         elif calls:
             done = threading.Lock()
@@ -132,7 +140,7 @@ class Http2Server:
 
     def defer(self, wake: Callable[[], None]) -> bool:
         """Has an engine woken when all that was read is handed on. Not on other threads: False."""
-        if threading.get_ident() != self._thread.ident:
+        if threading.get_ident() != self._thread.ident or self._stopped.is_set():
             return False
         self._deferred.append(wake)
         return True
@@ -142,12 +150,8 @@ class Http2Server:
 
     # The reading thread.
 
-    def at(self, when: float, what: Callable[[], object]) -> None:
-        heapq.heappush(self._timers, (when, next(self._numbers), what))
-
     def _run(self) -> None:
         self._own.calls = []
-        self.at(time.monotonic() + _LOOK_SECONDS, self._look)
         while not self._stopped.is_set():
             try:
                 self._turn()
@@ -160,17 +164,23 @@ class Http2Server:
             key.data(events)
         while self._errands:
             self._errands.popleft()()
-        now = time.monotonic()
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2]()
         self._write_own()
-        for connection in list(self._dirty):
+        while self._dirty:
+            connection, _ = self._dirty.popitem()
             connection.write()
-        self._dirty.clear()
-        if self._deferred:
-            deferred, self._deferred = self._deferred, []
-            for wake in deferred:
-                wake()
+            if connection.fault is not None and (peer := self._peers.get(connection)) is not None:
+                peer.end(connection.fault)
+        self._ring()
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + (_LOOK_SECONDS if not self._grace_at else _LEAVE_SECONDS)
+            self._look(now)
+
+    def _ring(self) -> None:
+        """Wakes the engines that have something new in their inboxes."""
+        deferred, self._deferred = self._deferred, []
+        for wake in deferred:
+            wake()
 
     def _write_own(self) -> None:
         """What was sent on this thread."""
@@ -178,19 +188,24 @@ class Http2Server:
         self._write(calls)
 
     def _patience(self) -> float:
-        if self._errands or self._deferred:
+        if self._errands or self._deferred or self._dirty:
             return 0.0
-        return max(0.0, self._timers[0][0] - time.monotonic())
+        return max(0.0, self._look_at - time.monotonic())
 
     def _write(self, calls: list[HttpCall], done: threading.Lock | None = None) -> None:
         of: dict[Connection, list[HttpCall]] = {}
         for call in calls:
-            of.setdefault(call.connection, []).append(call)
-        for connection, own in of.items():
-            connection.write(own)
-            self._dirty.pop(connection, None)
-        if done is not None:
-            done.release()
+            own = of.get(call.connection)
+            if own is None:
+                of[call.connection] = [call]
+            else:
+                own.append(call)
+        try:
+            for connection, own in of.items():
+                connection.write(own)
+        finally:
+            if done is not None:
+                done.release()
 
     def _wake(self) -> None:
         self._awake = True
@@ -211,6 +226,8 @@ class Http2Server:
                     accepted, address = listening.accept()
                 except BlockingIOError:
                     break
+                except ConnectionAbortedError:  # it left before it was taken
+                    continue
                 except OSError as error:  # no file descriptor is left, say
                     log.warning("a connection could not be taken: %s", error)
                     self._pause_accepting()
@@ -218,11 +235,13 @@ class Http2Server:
                 self._begin(accepted, address)
 
     def _pause_accepting(self) -> None:
-        for listening in self._listening:
-            self._selector.unregister(listening)
-        self.at(time.monotonic() + _LOOK_SECONDS, self._accept_again)
+        if not self._accepts_at:
+            self._accepts_at = time.monotonic() + _LOOK_SECONDS
+            for listening in self._listening:
+                self._selector.unregister(listening)
 
     def _accept_again(self) -> None:
+        self._accepts_at = 0.0
         for listening in self._listening:
             self._selector.register(listening, selectors.EVENT_READ, self._accept)
 
@@ -232,10 +251,13 @@ class Http2Server:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = address[:2]
         name = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-        peer = _Peer(self, accepted, Connection(accepted, name, self._limits, self._route, self))
+        peer = _Peer(self, accepted, self._connection(accepted, name))
         self._peers[peer.connection] = peer
         self._selector.register(accepted, selectors.EVENT_READ, peer.ready)
         self._dirty[peer.connection] = None
+
+    def _connection(self, accepted: socket.socket, name: str) -> Connection:
+        return Connection(accepted, name, self._limits, self._route, self, self._partial)
 
     def dirty(self, connection: Connection) -> None:
         """Something is to be written when this turn is over."""
@@ -255,17 +277,18 @@ class Http2Server:
         self._dirty.pop(peer.connection, None)
         if self._peers.pop(peer.connection, None) is None:
             return
+        peer.gone = True
         self._selector.unregister(peer.socket)
         peer.socket.close()
         peer.connection.lost()
 
-    def _look(self) -> None:
-        now = time.monotonic()
+    def _look(self, now: float) -> None:
+        if self._accepts_at and now >= self._accepts_at:
+            self._accept_again()
         for peer in list(self._peers.values()):
             peer.look(now)
         if self._grace_at:
             self._see_whether_all_left(now)
-        self.at(now + (_LOOK_SECONDS if not self._grace_at else 0.01), self._look)
 
     def _leave(self, until: float) -> None:
         self._grace_at = until
@@ -275,7 +298,7 @@ class Http2Server:
         self._close_listening()
         for peer in list(self._peers.values()):
             peer.connection.leave()
-        self.at(time.monotonic(), self._look)
+        self._look_at = 0.0
 
     def _see_whether_all_left(self, now: float) -> None:
         if now >= self._grace_at:
@@ -293,6 +316,7 @@ class Http2Server:
             self.forget(peer)
         while self._errands:
             self._errands.popleft()()
+        self._ring()
         self._close_listening()
         for end in (self._read_end, self._write_end):
             end.close()
@@ -313,11 +337,14 @@ class _Peer:
         self.connection = connection
         self._server = server
         self._lingers_until = 0.0  # 0: it does not end
+        self.gone = False
 
     def ready(self, events: int) -> None:
+        if self.gone:  # kqueue tells of one socket twice
+            return
         if events & selectors.EVENT_WRITE:
             self._server.watch(self, selectors.EVENT_READ)
-            self.connection.write_blocked()
+            self.connection.write_on()
         if not events & selectors.EVENT_READ:
             return
         try:
@@ -336,14 +363,15 @@ class _Peer:
             self.connection.receive(read)
             self._server.dirty(self.connection)
         except ProtocolError as error:
-            log.info("%s: %s; the connection ends", self.connection.peer, error)
-            self._end(error.code, str(error))
+            self.end(error)
         except Exception:
             log.exception("%s: what came met a bug; the connection ends", self.connection.peer)
             self._server.forget(self)
 
-    def _end(self, code: int, text: str) -> None:
-        self.connection.leave(code, text)
+    def end(self, why: ProtocolError) -> None:
+        """The client broke the rules."""
+        log.info("%s: %s; the connection ends", self.connection.peer, why)
+        self.connection.leave(why.code, str(why))
         self.connection.lost()
         self.linger()
 
@@ -359,10 +387,7 @@ class _Peer:
             if now > self._lingers_until:
                 self._server.forget(self)
             return
-        try:
-            why = self.connection.look(now, _PING_SECONDS, _PONG_SECONDS)
-        except ProtocolError as error:
-            why = str(error)
+        why = self.connection.look(now, _PING_SECONDS, _PONG_SECONDS)
         if why:
             log.info("%s: %s; the connection ends", self.connection.peer, why)
             self._server.forget(self)

@@ -20,8 +20,8 @@ def never(_wake: Callable[[], None]) -> bool:
 class Inbox:
     """Any thread puts commands; one at a time takes them.
 
-    The thread that reads the network has many to put. It defers the wake-up until all are there: the first one
-    alone would have the engine run, and fight for the interpreter, while the others come.
+    The thread that reads the network has many to put. It defers the wake-up until all are there: the first
+    one alone would have the engine run, and fight for the interpreter, while the others come.
 
     Once closed, whoever puts a command carries it out: nobody else is there to do so. A caller may have
     looked its engine up just before that engine ended; its command must still be answered, and its bytes
@@ -65,12 +65,6 @@ class Inbox:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._bell.get_nowait()
-
-    def watch(self) -> None:
-        """All was taken without waking whoever waits: the next command is to."""
-        self._sleeps = True
-        if self._commands:
-            self.wake()
 
     def close(self, late: Callable[[Command], None]) -> None:
         """From here on `late` gets every command, those that are still here included."""

@@ -7,6 +7,9 @@ import zlib
 from .errors import NotSupported, TooLarge, WrongEncoding
 
 ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's wbits
+# A message is inflated on the thread that reads for everybody: so many bytes at once are no harm, and more
+# than so many for each that was sent are no message but an attack.
+_HARMLESS_BYTES, _MOST_RATIO = 16 << 10, 64
 
 
 class Inflater:
@@ -31,13 +34,14 @@ class Inflater:
             raise NotSupported(
                 f"a message is compressed as {self._name!r}; known are {', '.join(ENCODINGS)}, and none"
             )
+        most = min(most, max(_HARMLESS_BYTES, _MOST_RATIO * len(data)))
         inflater = zlib.decompressobj(bits)
         try:
             message = inflater.decompress(data, most + 1)
         except zlib.error as error:
             raise WrongEncoding(f"a message is no {self._name}: {error}") from error
         if len(message) > most:
-            raise TooLarge(f"a message inflates to more than {most} bytes (--max-message-bytes)")
+            raise TooLarge(f"a message of {len(data)} bytes inflates to more than {most}; send it as it is")
         if not inflater.eof:
             raise WrongEncoding(f"a message of {self._name} ends too early")
         return message

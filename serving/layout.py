@@ -107,7 +107,7 @@ class InputLayout:
 
     def stack(self, rows: list[bytes], batch: int) -> Array:
         """All rows in one tensor of `batch` rows (those beyond `rows` are padding), padded along time."""
-        longest = max(len(row) for row in rows)
+        longest = max(map(len, rows))
         if self._stateless:
             whole = b"".join(rows)
             whole += self._padding(batch * self._sample_bytes - len(whole))

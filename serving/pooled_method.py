@@ -17,6 +17,7 @@ import grpc
 from .call import Listener
 from .connection import HttpCall
 from .errors import PoolFull
+from .pending import PendingBytes
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.transport")
@@ -25,16 +26,20 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 _Code = grpc.StatusCode
 # Messages of one call that wait for their handler; above it the client is not read.
 _MOST_WAITING = 16
+# Calls that stream their requests, each with a thread of the pool: others need threads, too.
+_MOST_TALKS = 4
 
 
 class Methods:
     """The handlers by name. Takes what generated code registers, as a grpc.Server does."""
 
-    def __init__(self, pool: Executor, max_calls: int) -> None:
+    def __init__(self, pool: Executor, max_calls: int, max_bytes: int) -> None:
         self._pool = pool
         self._handlers: list[Any] = []
         self._max_calls = max_calls
         self._places = threading.BoundedSemaphore(max_calls)
+        self._talks = threading.BoundedSemaphore(_MOST_TALKS)
+        self._pending = PendingBytes(max_bytes)  # of requests, until they are answered
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
         self._handlers += handlers
@@ -52,12 +57,13 @@ class Methods:
         else:
             call.finish(_Code.UNIMPLEMENTED, f"method {call.path[:200]!r} is not here")
             return NOBODY
-        if not self._places.acquire(blocking=False):
-            error = PoolFull(f"{self._max_calls} calls wait already; retry")
+        places = self._talks if handler.request_streaming else self._places
+        if self._pending.full or not places.acquire(blocking=False):
+            error = PoolFull(f"{self._max_calls} calls, or too many bytes, wait already; retry")
             call.finish(code_of(error), str(error), metadata_of(error))
             return NOBODY
-        call.closed = self._places.release
-        return PooledMethod(call, handler, self._pool)
+        call.closed = places.release
+        return PooledMethod(call, handler, self._pool, self._pending)
 
 
 class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
@@ -82,25 +88,28 @@ NOBODY = _Nobody()
 class PooledMethod:
     """One call of such a method. A Listener."""
 
-    def __init__(self, call: HttpCall, handler: Any, pool: Executor) -> None:
+    def __init__(self, call: HttpCall, handler: Any, pool: Executor, pending: PendingBytes) -> None:
         self._call = call
+        self._pending = pending
         self._handler = handler
         self._pool = pool
         self._context = Context(call)
         self._requests = _Requests()
         self._begun = False
-        if handler.request_streaming:
-            self._begin(self._requests.decoded(handler.request_deserializer))
 
     def received(self, message: bytes) -> None:
         if self._handler.request_streaming:
             self._requests.put(message)
+            if not self._begun:  # not before: an idle call needs no thread
+                self._begin(self._requests.decoded(self._handler.request_deserializer), 0)
         elif not self._begun:
-            self._begin(message)
+            self._begin(message, len(message))
 
     def half_closed(self) -> None:
         self._requests.put(None)
-        if not self._begun:
+        if not self._begun and self._handler.request_streaming:
+            self._begin(iter(()), 0)
+        elif not self._begun:
             self._call.finish(_Code.UNIMPLEMENTED, "the call brought no request")
 
     def terminated(self) -> None:
@@ -110,11 +119,12 @@ class PooledMethod:
     def wait(self, resume: Callable[[], None]) -> bool:
         return self._requests.wait(resume)
 
-    def _begin(self, request: Any) -> None:
+    def _begin(self, request: Any, nbytes: int) -> None:
         self._begun = True
-        self._pool.submit(self._run, request)
+        self._pending.add(nbytes)
+        self._pool.submit(self._run, request, nbytes)
 
-    def _run(self, request: Any) -> None:
+    def _run(self, request: Any, nbytes: int) -> None:
         """On a thread of the pool."""
         context = self._context
         try:
@@ -129,6 +139,8 @@ class PooledMethod:
         except Exception:
             log.exception("a call met a bug")
             self._call.finish(_Code.UNKNOWN, "an error inside the server; its log says more")
+        finally:
+            self._pending.remove(nbytes)
 
     def _answer(self, request: Any) -> None:
         handler, context = self._handler, self._context

@@ -130,6 +130,8 @@ class Population:
         """All replies go out, and what was answered is counted."""
         if self._owed:
             self._seal_owed()
+        if self._delivery.is_empty:
+            return
         self._account()
         self._repeated.clear()
         self._sealed.clear()
@@ -167,7 +169,9 @@ class Population:
         """Keeps the outputs of the last step for a client who sends it again, if all of them are small."""
         kept = sequence.last_outputs
         if not output.part:
-            small = sum([len(data) for _, data in output.tensors]) <= self._kept_bytes
+            tensors = output.tensors
+            size = len(tensors[0][1]) if len(tensors) == 1 else sum([len(data) for _, data in tensors])
+            small = size <= self._kept_bytes
             sequence.last_outputs = (output,) if small else ()
         elif kept and kept[0].step == output.step:
             small = len(kept) * PART_BYTES <= self._kept_bytes
@@ -263,7 +267,7 @@ class Population:
             raise PoolFull(f"{self._max_sequences} sequences are open; retry, or raise --max-sequences")
 
     def accept(self, sequence: Sequence, chunk: Chunk) -> None:
-        if sequence.ended or sequence.closing:
+        if sequence.ended or (sequence.pending and sequence.closing):
             self._drop(sequence, chunk)
             return
         sequence.heard = chunk.arrived
@@ -408,7 +412,7 @@ class Population:
         try:
             if chunk.frames < 0:
                 sequence.begin(chunk)
-            if chunk.is_between_parts:
+            if chunk.generate and chunk.is_between_parts:
                 return self._draw(sequence, chunk)
         except TenutoError as error:
             place = f"part {chunk.part} of step {chunk.step}" if chunk.part else f"step {chunk.step}"

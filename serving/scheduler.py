@@ -52,7 +52,9 @@ class Scheduler:
         chunk = sequence.pending[0]
         assert isinstance(chunk, Chunk) and chunk.frames > 0 and not sequence.scheduled
         sequence.scheduled = True
-        due = chunk.arrived + self._place(sequence, chunk) * sequence.patience_seconds
+        due = chunk.arrived + sequence.patience_seconds
+        if chunk.parts or chunk.frames > self._frames:
+            due = chunk.arrived + self._place(sequence, chunk) * sequence.patience_seconds
         self._ready.append((due, sequence.number, sequence))
 
     def _place(self, sequence: Sequence, chunk: Chunk) -> float:
@@ -62,9 +64,9 @@ class Scheduler:
         all others to a row or two a batch. A declared period is shared out among them; without one, each has
         its own. Rows of a stateless model need no padding.
         """
-        done = len(chunk.parts)
-        if self._stateless or (not done and chunk.frames <= self._frames):
+        if self._stateless:
             return 1
+        done = len(chunk.parts)
         left = -(-chunk.frames // self._frames)
         return (done + 1) / (done + left) if sequence.period_seconds else done + 1
 

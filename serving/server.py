@@ -80,6 +80,7 @@ class Server:
             f"/{SERVICE}/Stream",
             threads=config.max_predicts + _SPARE_THREADS,
             max_message_bytes=config.max_message_bytes,
+            max_pending_bytes=config.max_pending_bytes,
         )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused

@@ -53,8 +53,10 @@ class Reader:
 
         Raises: WrongInput, WrongDtype, WrongShape, WrongEncoding, TooLarge.
         """
-        if self._only is not None and len(tensors) == 1 and tensors[0].name in ("", self._only):
-            return (self._inputs[0].read(tensors[0], max_images)[0],)
+        if self._only is not None and len(tensors) == 1:
+            only = tensors[0]
+            if only.name in ("", self._only):
+                return (self._inputs[0].read(only, max_images)[0],)
         read: list[tuple[bytes, int] | None] = [None] * len(self._inputs)
         for position, tensor in enumerate(tensors):
             index = self._index.get(tensor.name) if tensor.name else position
@@ -97,7 +99,7 @@ class _InputReader:
         dtype, spec = tensor.dtype, self._spec
         if dtype == spec.dtype:
             if self._free == 0:  # the common case, without a loop
-                data, shape = tensor.data, tensor.shape
+                data, shape = tensor.data, tensor.shape[:]  # a list: each look into the message costs
                 if shape[1:] == self._rest and shape and len(data) == shape[0] * self._sample_bytes:
                     return data, shape[0]
             return self._time_first(tensor.data, tensor.shape, spec.numpy_dtype)

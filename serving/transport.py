@@ -21,6 +21,8 @@ from .status import code_of, metadata_of
 from .thread_call import ThreadCall
 
 Mode = Literal["auto", "http2", "threads"]
+# Calls of one connection beyond `max_streams`, for the other methods, and to be refused in words.
+_SPARE_CALLS = 1024
 # Streams on gRPC's server: each holds a thread of its pool and one more.
 _THREAD_STREAMS = 256
 
@@ -56,11 +58,14 @@ class Transport(Protocol):
 class Http2Transport(Methods):
     """Our own server: streams by the thread that reads, all other methods on a pool's threads."""
 
-    def __init__(self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int) -> None:
-        super().__init__(ThreadPoolExecutor(threads, "grpc"), max_calls=streams.max_streams)
+    def __init__(
+        self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int, max_pending_bytes: int
+    ) -> None:
+        super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes)
         self._streams = streams
         self._path = path
-        self._server = Http2Server(self._route, Limits(max_message_bytes))
+        limits = Limits(max_message_bytes, max_pending_bytes, streams.max_streams + _SPARE_CALLS)
+        self._server = Http2Server(self._route, limits)
         self.bind = self._server.bind
         self.start = self._server.start
         self.stop = self._server.stop
@@ -72,9 +77,11 @@ class Http2Transport(Methods):
 
 
 class ThreadTransport:
-    """gRPC's server."""
+    """gRPC's server. It bounds no bytes of unary calls by itself."""
 
-    def __init__(self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int) -> None:
+    def __init__(
+        self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int, max_pending_bytes: int
+    ) -> None:
         most = streams.max_streams
         streams.max_streams = min(most, _THREAD_STREAMS)
         options = (
@@ -117,10 +124,12 @@ class ThreadTransport:
         return False
 
 
-def transport(streams: StreamMethod, path: str, *, threads: int, max_message_bytes: int) -> Transport:
+def transport(
+    streams: StreamMethod, path: str, *, threads: int, max_message_bytes: int, max_pending_bytes: int
+) -> Transport:
     """The server for that mode; `path` is the stream method's, `threads` are for all others."""
     kind = Http2Transport if streams.mode == "http2" else ThreadTransport
-    return kind(streams, path, threads, max_message_bytes)
+    return kind(streams, path, threads, max_message_bytes, max_pending_bytes)
 
 
 class StreamMethod:

@@ -9,6 +9,7 @@ is sent waits in the calls' outboxes, and only `MOST_UNSENT` bytes of it in fron
 
 from __future__ import annotations
 
+import base64
 import logging
 import math
 import threading
@@ -334,6 +335,7 @@ class HttpCall:
             self._holds()
         except Exception:
             log.exception("a message met a bug; its stream is cancelled")
+            self._paused = True  # nothing more is handed on, or granted
             self.cancel()
 
     def _half_close(self) -> None:
@@ -557,7 +559,9 @@ class Connection:
         content = str(fields.get("content-type", ""))
         if fields.get(":method") != "POST" or not content.startswith("application/grpc"):
             block = http.literal(":status", "405" if fields.get(":method") != "POST" else "415")
-            self.control(http.header_frames(number, http.END_STREAM, self._shrunk() + block, self._largest))
+            with self._lock:
+                block = self._shrunk() + block
+            self.control(http.header_frames(number, http.END_STREAM, block, self._largest))
             self.control(b"" if ended else http.reset(number, http.NO_ERROR))
             return
         with self._lock:
@@ -867,6 +871,8 @@ def _text(name: bytes) -> str:
 
 
 def _value(name: bytes, value: bytes) -> str | bytes:
+    if name.endswith(b"-bin"):
+        return base64.b64decode(value + b"=" * (-len(value) % 4))
     return value.decode("latin-1")
 
 

@@ -12,17 +12,29 @@ from collections.abc import Callable
 class PendingBytes:
     """A bounded count. Any thread."""
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, whole: PendingBytes | None = None) -> None:
+        """With a `whole` it is a part of that, which is told by `add_to_both`."""
         self.limit_bytes = limit_bytes
+        self._whole = whole
         self.bytes = 0
         self.full = False  # whether there are more bytes than the limit; kept, since it is read so often
-        self._lock = threading.Lock()
+        self._lock = threading.Lock() if whole is None else whole._lock
         self._waiting: list[Callable[[], None]] = []
 
     def add(self, nbytes: int) -> None:
         with self._lock:
             self.bytes += nbytes
             self.full = self.bytes > self.limit_bytes
+
+    def add_to_both(self, nbytes: int) -> None:
+        """To this part and to the whole, at the price of one."""
+        whole = self._whole
+        assert whole is not None
+        with self._lock:
+            self.bytes += nbytes
+            self.full = self.bytes > self.limit_bytes
+            whole.bytes += nbytes
+            whole.full = whole.bytes > whole.limit_bytes
 
     def remove(self, nbytes: int) -> None:
         with self._lock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ _Code = grpc.StatusCode
 _MOST_WAITING = 16
 # Calls that stream their requests, each with a thread of the pool: others need threads, too.
 _MOST_TALKS = 4
+# How often to look whether a client that is slow takes its replies.
+_SLOW_SECONDS = 0.01
 
 
 class Methods:
@@ -151,6 +154,10 @@ class PooledMethod:
                 return
             for reply in method(request, context):
                 self._reply(reply)
+                while self._call.backed_up and context.is_active():  # its client is slow
+                    time.sleep(_SLOW_SECONDS)
+                if not context.is_active():
+                    return
         else:
             method = handler.stream_unary if handler.request_streaming else handler.unary_unary
             self._reply(method(request, context))
@@ -221,7 +228,10 @@ class Context(grpc.ServicerContext):  # type: ignore[misc,unused-ignore]
         with self._lock:
             callbacks, self._callbacks = self._callbacks or [], None
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:  # the others are to be called all the same
+                log.exception("a callback of a call met a bug")
 
     def is_active(self) -> bool:
         return self._callbacks is not None

@@ -38,6 +38,7 @@ class OutputWriter:
     def _renew(self) -> None:
         outputs = self._manifest.outputs
         self._left = _RENEWED_BYTES
+        self._same: tuple[int, int, bool] = (0, 0, False)  # as a new message has it
         self._response = pb.StreamResponse()
         self._reply = self._response.replies.add()
         self._output = self._reply.output
@@ -55,9 +56,12 @@ class OutputWriter:
                 message.outputs.add(name=self._input.name, dtype=self._input.dtype, shape=shape, data=data)
             write_timing(message.timing, output)
             return response.SerializeToString()
-        self._reply.sequence = key
         message = self._output
-        message.step, message.part, message.last = output.step, output.part, output.last
+        message.step = output.step
+        same = (key, output.part, output.last)
+        if same != self._same:  # it is dearer to set a field than to see that it is set
+            self._same = same
+            self._reply.sequence, message.part, message.last = same
         for i, (shape, data) in enumerate(output.tensors):
             tensor = self._tensors[i]
             tensor.data = data

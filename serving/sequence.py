@@ -322,8 +322,9 @@ class Sequence:
             self._begin_to_generate(chunk, self.generation)
             return
         if len(self.feeds) == 1:  # without a generator
-            self.feeds[0].add(chunk.data[0])
-            chunk.data, chunk.frames = (), self.feeds[0].frames
+            feed = self.feeds[0]
+            feed.add(chunk.data[0])
+            chunk.data, chunk.frames = (), feed.frames
             return
         for feed, samples in zip(self.feeds, chunk.data, strict=True):
             feed.add(samples)

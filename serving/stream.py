@@ -146,7 +146,7 @@ class Stream:
         self._call = call
         self._catalogue = catalogue
         self._pending = pending
-        self._own = PendingBytes(limits.unanswered_bytes)  # this stream's part of them
+        self._own = PendingBytes(limits.unanswered_bytes, pending)  # this stream's part of them
         self._resume: Callable[[], None] | None = None
         self._metrics = metrics
         self._limits = limits
@@ -166,11 +166,12 @@ class Stream:
         except DecodeError:
             self._abort(WrongMessage(f"{len(message)} bytes are no tenuto.v1.StreamRequest"))
             return
-        if len(request.events) > MAX_EVENTS:
-            self._abort(TooLarge(f"{len(request.events)} events in one message, the limit is {MAX_EVENTS}"))
+        events = request.events
+        if len(events) > MAX_EVENTS:
+            self._abort(TooLarge(f"{len(events)} events in one message, the limit is {MAX_EVENTS}"))
             return
         now = time.monotonic()
-        for event in request.events:
+        for event in events:
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
             if kind == "chunk" and held is not None:
@@ -365,8 +366,7 @@ class Stream:
         nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
         if isinstance(data[0], Text):
             nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
-        self._pending.add(nbytes)
-        self._own.add(nbytes)
+        self._own.add_to_both(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
 
     def _check_generate(self, parts: int, manifest: Manifest) -> None:

@@ -52,11 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    # Before gRPC is loaded. Its notes on every closed connection are not for an operator's log …
+    # Before gRPC is loaded. Its notes on every closed connection are not for an operator's log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # … and without its event threads the serve thread does the socket I/O itself: a fifth less CPU.
-    if config.grpc_experiments:
-        os.environ.setdefault("GRPC_EXPERIMENTS", config.grpc_experiments)
     from .server import Server
 
     try:

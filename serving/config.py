@@ -98,9 +98,6 @@ class ServerConfig(BaseModel):
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),
     ] = "auto"
-    grpc_experiments: Annotated[str, Field(description="GRPC_EXPERIMENTS, unless that is set")] = (
-        "-event_engine_listener"
-    )
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="log level")] = (
         "info"
     )

@@ -209,7 +209,7 @@ class Engine:
         try:
             what(subject, value)
             self._population.hand_over()
-        except Exception:  # it may be gRPC's serve thread, which must live on
+        except Exception:  # it may be the thread that reads, which must live on
             log.exception("%s: a command after the end met a bug", self.where)
 
     def turn(self, *, wait: bool = False) -> bool:

@@ -54,6 +54,17 @@ class ProtocolError(Exception):
         self.code = code
 
 
+def check(holds: bool, code: int, text: str) -> None:
+    """Raises: ProtocolError unless it holds."""
+    if not holds:
+        raise ProtocolError(code, text)
+
+
+def check_window(size: int) -> None:
+    """Raises: ProtocolError for one that is wider than a window may be."""
+    check(size <= MAX_WINDOW, FLOW_CONTROL_ERROR, "a window is too wide")
+
+
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return HEAD.pack(len(payload) << 8 | kind, flags, stream) + payload
 

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-from .connection import Connection, HttpCall, Limits, Partial, Route
+from .connection import Connection
 from .frame import ProtocolError
+from .http_call import HttpCall, Limits, Partial, Route
 
 log = logging.getLogger("tenuto.transport")
 

@@ -104,7 +104,7 @@ class ModelMetrics:
 
 @dataclass(slots=True)
 class ServerMetrics:
-    """The process. `messages_refused` and `resumes_refused` are written by gRPC's serve thread."""
+    """The process. `messages_refused` and `resumes_refused` are written by the thread that reads."""
 
     version: str
     models: list[ModelMetrics] = field(default_factory=list)

@@ -18,7 +18,7 @@ class PendingBytes:
         self._whole = whole
         self.bytes = 0
         self.full = False  # whether there are more bytes than the limit; kept, since it is read so often
-        self._lock = threading.Lock() if whole is None else whole._lock
+        self._lock: threading.Lock = threading.Lock() if whole is None else whole._lock
         self._waiting: list[Callable[[], None]] = []
 
     def add(self, nbytes: int) -> None:

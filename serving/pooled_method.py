@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import grpc
 
 from .call import Listener
-from .connection import HttpCall
 from .errors import PoolFull
+from .http_call import HttpCall
 from .pending import PendingBytes
 from .status import code_of, metadata_of
 

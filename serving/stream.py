@@ -1,6 +1,6 @@
 """One gRPC stream: its events become commands to engines, their replies become messages.
 
-`received` runs on gRPC's serve thread, `deliver` on engine threads. Between them stands one lock, held while
+`received` runs on the thread that reads, `deliver` on engine threads. Between them stands one lock, held while
 the table of sequences is read or changed.
 """
 

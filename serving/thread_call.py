@@ -1,4 +1,4 @@
-"""A stream on gRPC's public API alone, for where the non-blocking one does not work: two threads a stream."""
+"""A stream on gRPC's own server and its public API: two threads a stream."""
 
 from __future__ import annotations
 

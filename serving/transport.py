@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 import grpc
 
 from .call import Listener, Opener
-from .connection import HttpCall, Limits
 from .errors import PoolFull
 from .http2 import Http2Server
+from .http_call import HttpCall, Limits
 from .pooled_method import NOBODY, Methods
 from .status import code_of, metadata_of
 from .thread_call import ThreadCall

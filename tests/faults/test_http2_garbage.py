@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from tenuto.serving import frame as http
 from tenuto.serving.call import Listener
-from tenuto.serving.connection import HttpCall, Limits
 from tenuto.serving.frame import ProtocolError, frame
-from tests.unit.test_connection import Client, Ears, answers_of, cut, data_frame, lasting, packed
-from tests.unit.test_connection import settings as setting
+from tenuto.serving.http_call import HttpCall, Limits
+from tests.unit.http2_peer import Client, Ears, answers_of, cut, data_frame, lasting, packed
+from tests.unit.http2_peer import settings as setting
 
 STREAMS = st.sampled_from([1, 3, 5, 0, 2, 7])
 

@@ -15,8 +15,9 @@ import grpc
 import pytest
 
 from tenuto.serving import http2
-from tenuto.serving.connection import Connection, HttpCall, Limits
+from tenuto.serving.connection import Connection
 from tenuto.serving.http2 import Http2Server
+from tenuto.serving.http_call import HttpCall, Limits
 
 from .wire import PATIENCE_SECONDS, connect
 

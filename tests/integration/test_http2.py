@@ -20,14 +20,15 @@ import pytest
 
 from tenuto.serving import frame as http
 from tenuto.serving import http2
-from tenuto.serving.connection import MOST_UNSENT, Limits
 from tenuto.serving.http2 import Http2Server
+from tenuto.serving.http_call import Limits
 from tenuto.serving.inflate import Inflater
+from tenuto.serving.outflow import MOST_UNSENT
 from tenuto.serving.pooled_method import NOBODY
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
-from tests.unit.test_connection import (
+from tests.unit.http2_peer import (
     POST,
     WIDE,
     Answer,
@@ -311,7 +312,7 @@ def test_a_client_that_reads_nothing_is_held_for_little_and_holds_nobody_back(tm
         assert_serves(neighbour)
         blocked = next((c for c in transport_of(server)._peers if c.is_blocked), None)
         assert blocked is not None, "what its socket did not take is not kept"
-        assert blocked._queued + len(blocked._unsent) <= MOST_UNSENT + 4 * http.DEFAULT_FRAME
+        assert blocked._outflow._queued + len(blocked._outflow._unsent) <= MOST_UNSENT + 4 * http.DEFAULT_FRAME
         deaf.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         ended = set(streams)
         answers = deaf.read_until(lambda a: {s for s, one in a.items() if one.ended} >= ended)

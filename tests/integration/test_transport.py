@@ -1,4 +1,4 @@
-"""What streams are promised, on both transports: bugs stay in their stream, what waits is bounded, no call is lost."""
+"""What streams are promised, on both transports: bugs stay in their stream, what waits is bounded."""
 
 from __future__ import annotations
 

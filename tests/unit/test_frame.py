@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tenuto.serving import frame as http
 from tenuto.serving.frame import ProtocolError
 
-from .test_connection import frames_of
+from .http2_peer import frames_of
 
 
 def fields(block: bytes) -> list[tuple[str, str]]:

@@ -1,0 +1,361 @@
+"""One gRPC call over HTTP/2: bytes become messages for its listener, and what is sent waits in its outbox."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+
+from . import frame as http
+from .call import GONE, Listener, Metadata, Outbox
+from .errors import PoolFull, TenutoError, TooLarge
+from .frame import ProtocolError
+from .inflate import Inflater
+from .status import code_of, metadata_of
+
+log = logging.getLogger("tenuto.transport")
+
+WINDOW = 128 << 10  # bytes that a client may send on a call before they are read
+# A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
+_UNTAKEN_SECONDS = 60.0
+
+Headers = tuple[tuple[str, str | bytes], ...]
+Route = Callable[["HttpCall"], Listener]  # opens a call: who listens to it
+
+
+class Loop(Protocol):
+    """The thread that reads."""
+
+    def soon(self, what: Callable[[], object]) -> None:
+        """Has it done on that thread. Any thread."""
+
+    def submit(self, call: HttpCall) -> None:
+        """Has what it sends written, now or with this thread's next flush. Any thread."""
+
+
+class Owner(Protocol):
+    """The connection of a call."""
+
+    peer: str
+
+    def abandon(self, call: HttpCall, code: int) -> None:
+        """Resets its stream. Any thread."""
+
+    def control(self, frames: bytes) -> None:
+        """Queues frames that no window holds up. On the reading thread."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one connection and its calls may take."""
+
+    message_bytes: int
+    partial_bytes: int = 256 << 20  # of large messages that are not whole yet, of all calls of the process
+    calls: int = 9216  # of one connection
+    outbox_bytes: int = 256 << 10
+
+
+class Partial:
+    """How much of large messages is held until they are whole. The reading thread's."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+
+class HttpCall:
+    """A gRPC call. Implements call.Call; what is underlined belongs to its connection."""
+
+    __slots__ = (
+        "__weakref__", "_all_partial", "_allowed", "_connection", "_counted", "_due", "_ended", "_gone",
+        "_held", "_inflater", "_limits", "_listener", "_loop", "_outbox", "_parked", "_partial", "_paused",
+        "_rest", "_spent", "_started", "_untaken_since", "_window", "closed", "deadline",
+        "initial_metadata", "metadata", "number", "path",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        connection: Owner,
+        number: int,
+        headers: Headers,
+        window: int,
+        limits: Limits,
+        partial: Partial,
+        loop: Loop,
+    ) -> None:
+        fields = dict(headers)
+        self.number = number  # of the stream
+        self.path = str(fields.get(":path", ""))
+        self.metadata = tuple((k, v) for k, v in headers if not k.startswith(":"))
+        self.initial_metadata: Metadata = ()  # goes out with the first message
+        self.closed: Callable[[], None] | None = None  # called once the call is over, behind its listener
+        self._connection = connection
+        self._loop = loop
+        self._limits = limits
+        self._listener: Listener = GONE
+        seconds = _timeout_seconds(str(fields.get("grpc-timeout", "")))
+        self.deadline = time.monotonic() + seconds
+        self._inflater = Inflater.of(str(fields.get("grpc-encoding", "identity")))
+        # What comes in; the reading thread's.
+        self._allowed = WINDOW  # bytes that the client may still send
+        self._spent = 0  # bytes taken and not yet granted anew
+        self._partial = bytearray()  # what is no whole message yet, or may not be read
+        self._parked = 0  # bytes in it that came while reading paused
+        self._counted = 0  # bytes of it that are in the count of all
+        self._all_partial = partial
+        self._held = False  # reading pauses: the outbox is full
+        self._paused = False  # reading pauses: the listener wants it
+        self._ended = False  # the client sends no more
+        self._gone = False  # it is over, and its listener knows
+        # What goes out; guarded by the outbox's lock or the connection's.
+        self._outbox = Outbox(limits.outbox_bytes)
+        self._due = False  # a write is asked for, or under way
+        self._window = window  # bytes that the client takes
+        self._started = False  # the response's headers are out
+        self._rest: memoryview | None = None  # of a message that did not go out whole
+        self._untaken_since = 0.0  # since when its ending waits for the client; 0: it does not
+
+    # Any thread.
+
+    def send(self, message: bytes) -> None:
+        box = self._outbox
+        with box.lock:
+            if box.over or box.ending is not None:
+                return
+            box.put(message)
+            if self._due:
+                return
+            self._due = True
+        self._loop.submit(self)
+
+    def finish(
+        self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Metadata = ()
+    ) -> None:
+        box = self._outbox
+        with box.lock:
+            if box.over or box.ending is not None:
+                return
+            box.ending = (code, details, metadata)
+            if self._due:
+                return
+            self._due = True
+        self._loop.submit(self)
+
+    def cancel(self) -> None:
+        box = self._outbox
+        with box.lock:
+            if box.over:
+                return
+            box.close()
+        self._connection.abandon(self, http.CANCEL)
+        self._loop.soon(self.terminated)
+
+    @property
+    def backed_up(self) -> bool:
+        return self._outbox.full
+
+    def peer(self) -> str:
+        return self._connection.peer
+
+    @property
+    def connection(self) -> Any:
+        return self._connection
+
+    @property
+    def is_over(self) -> bool:
+        return self._outbox.over
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline that the client has set; infinity without one."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    # The reading thread.
+
+    def open(self, route: Route) -> None:
+        """Finds its listener."""
+        try:
+            self._listener = route(self)
+        except Exception:
+            log.exception("a call could not be opened")
+            self.finish(grpc.StatusCode.UNKNOWN, "an error inside the server; its log says more")
+
+    def look(self, now: float) -> None:
+        """Ends it if its deadline has passed, or if its client does not take its ending."""
+        box = self._outbox
+        if box.ending is None:
+            if now > self.deadline:
+                self._expire()
+        elif not self._untaken_since:
+            self._untaken_since = now
+        elif now - self._untaken_since > _UNTAKEN_SECONDS:
+            self.cancel()
+
+    def _expire(self) -> None:
+        """The client waits no more."""
+        if self._rest is not None:  # its end would be taken for the end of a message
+            self.cancel()
+            return
+        with self._outbox.lock:
+            self._outbox.clear()
+        self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
+
+    def take(self, data: bytes, start: int, end: int) -> None:
+        """The payload of a DATA frame."""
+        size = end - start
+        self._allowed -= size
+        if self._allowed < 0:
+            raise ProtocolError(http.FLOW_CONTROL_ERROR, f"stream {self.number} sends beyond its window")
+        if self._held or self._paused:
+            self._partial += memoryview(data)[start:end]
+            self._parked += size
+            return
+        self._spent += size
+        if size >= http.PREFIX.size and not self._partial:
+            compressed, length = http.PREFIX.unpack_from(data, start)
+            if not compressed and length == size - http.PREFIX.size <= self._limits.message_bytes:
+                self._hand_on(data[start + http.PREFIX.size : end])  # nearly always
+                self._grant()
+                return
+        self._partial += memoryview(data)[start:end]
+        self._cut()
+        self._count()
+        self._grant()
+
+    def skip(self, size: int) -> None:
+        """Padding, which counts against the window."""
+        self._allowed -= size
+        self._spent += size
+
+    def end(self) -> None:
+        """The client sends no more."""
+        self._ended = True
+        if not self._held and not self._paused:
+            self._half_close()
+
+    def read_on(self) -> None:
+        """Looks again whether reading may go on."""
+        if self._gone or not (self._held or self._paused or self._parked):
+            return
+        self._held = self._paused = False
+        if self._holds():
+            return
+        self._spent, self._parked = self._spent + self._parked, 0
+        self._cut()
+        self._count()
+        self._grant()
+        if self._ended and not self._held and not self._paused:
+            self._half_close()
+
+    def terminated(self) -> None:
+        """The call is over, in whatever way."""
+        if self._gone:
+            return
+        self._gone = True
+        with self._outbox.lock:
+            self._outbox.close()
+        listener, self._listener = self._listener, GONE  # or each would keep the other alive
+        self._partial.clear()
+        self._count()
+        try:
+            listener.terminated()
+        except Exception:
+            log.exception("the end of a call met a bug")
+        finally:
+            if self.closed is not None:
+                self.closed()
+
+    def _cut(self) -> None:
+        """Hands on the messages that are whole."""
+        while not self._held and not self._paused and len(self._partial) >= http.PREFIX.size:
+            compressed, length = http.PREFIX.unpack_from(self._partial)
+            end = http.PREFIX.size + length
+            try:
+                self._check_size(length)
+                if len(self._partial) < end:
+                    return
+                message = bytes(memoryview(self._partial)[http.PREFIX.size : end])
+                if compressed:
+                    message = self._inflater.inflate(message, self._limits.message_bytes)
+            except TenutoError as error:
+                self._refuse(error)
+                return
+            del self._partial[:end]
+            self._hand_on(message)
+
+    def _refuse(self, error: TenutoError) -> None:
+        self._partial.clear()
+        self.finish(code_of(error), str(error), metadata_of(error))
+        self._paused = True  # it is not read on
+
+    def _count(self) -> None:
+        """Large messages that are not whole are counted, and refused when there is too much of them."""
+        size = max(0, len(self._partial) - WINDOW)
+        self._all_partial.bytes += size - self._counted
+        self._counted = size
+        if size and self._all_partial.bytes > self._limits.partial_bytes:
+            self._refuse(PoolFull("too many large messages are on their way; retry, or send smaller ones"))
+            self._count()
+
+    def _check_size(self, length: int) -> None:
+        if length > self._limits.message_bytes:
+            raise TooLarge(
+                f"a message of {length} bytes, the limit is {self._limits.message_bytes} "
+                "(--max-message-bytes); send smaller ones"
+            )
+
+    def _hand_on(self, message: bytes) -> None:
+        try:
+            self._listener.received(message)
+            self._holds()
+        except Exception:
+            log.exception("a message met a bug; its stream is cancelled")
+            self._paused = True  # nothing more is handed on, or granted
+            self.cancel()
+
+    def _half_close(self) -> None:
+        try:
+            if self._partial:  # it ended within a message
+                self.cancel()
+            else:
+                self._listener.half_closed()
+        except Exception:
+            log.exception("a message met a bug; its stream is cancelled")
+            self.cancel()
+
+    def _holds(self) -> bool:
+        """Whether reading pauses here: the client does not take its replies, the call ends, or the process
+        holds too much."""
+        box = self._outbox
+        if box.full:
+            with box.lock:
+                self._held = box.full
+        if not self._held and (box.over or box.ending is not None or self._listener.wait(self._resume)):
+            self._paused = True
+        return self._held or self._paused
+
+    def _resume(self) -> None:
+        self._loop.soon(self.read_on)
+
+    def _grant(self) -> None:
+        """Lets the client send as much again as was taken, once that is worth a frame. While reading pauses,
+        what is here counts as not taken."""
+        if self._spent >= WINDOW // 2 and not (self._ended or self._held or self._paused):
+            spent, self._spent = self._spent, 0
+            self._allowed += spent
+            self._connection.control(http.widen(self.number, spent))
+
+
+_UNITS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
+
+
+def _timeout_seconds(text: str) -> float:
+    """gRPC's timeout, such as 250m; infinity for none, or for what is none."""
+    digits, unit = text[:-1], text[-1:]
+    if not (digits.isascii() and digits.isdecimal() and len(digits) <= 8 and unit in _UNITS):
+        return math.inf
+    return int(digits) * _UNITS[unit]

@@ -156,7 +156,7 @@ def others() -> list[Line]:
         Line("first reply of a newcomer, p99 / the others' p50", newcomer, 2.0, at_least=False),
         Line("least / most served of 256 streams", evenness, 0.9, at_least=True),
         Line(alone, more_ms, 0.1, at_least=False, limited=True),
-        Line(f"p99 / p50, {suites.HALF}", tail, 4.0, at_least=False),
+        Line(f"p99 / p50, {suites.HALF}", tail, 4.0, at_least=False, limited=True),
         Line("images, streams / unary callers", images, 0.4, at_least=False),
     ]
 

@@ -10,6 +10,7 @@ is sent waits in the calls' outboxes, and only `MOST_UNSENT` bytes of it in fron
 from __future__ import annotations
 
 import base64
+import binascii
 import time
 from collections.abc import Iterable
 from typing import Protocol
@@ -25,11 +26,13 @@ from .outflow import Outflow, Wire
 
 _WINDOW_OF_ALL = 1 << 30  # of a connection: its calls' own windows are the bound
 _MOST_HEADERS = 64 << 10  # bytes of a header block, as it comes and as it is
-_WISHED_HEADERS = 16 << 10  # the same, as clients are told
+_KEPT_HEADERS = 16 << 10  # bytes of the headers of a call that is taken; clients are told
 _MOST_EMPTY = 1_000  # DATA frames in a row that bring nothing
 _TABLE_SIZE_UPDATES = 2  # in front of a header block (RFC 7541, section 4.2)
-# Calls that a client begins and resets: so many at once, and so many a second (CVE-2023-44487).
+# What a client may do so often at once, and so often a second: begin calls and reset them (CVE-2023-44487),
+# and change the windows of all its calls.
 _RESETS, _RESETS_PER_SECOND = 10_000, 1_000.0
+_CHANGES, _CHANGES_PER_SECOND = 100, 10.0
 _PING = b"tenuto:)"
 _SPLIT = "a header block is not in one piece"
 
@@ -42,6 +45,20 @@ class Loop(CallLoop, Protocol):
 
     def blocked(self, connection: Connection) -> None:
         """Its socket takes no more for now: `write_on` when it does. Any thread."""
+
+
+class _Budget:
+    """How often a client may do what costs us more than it."""
+
+    def __init__(self, most: int, per_second: float, now: float) -> None:
+        self._most, self._per_second = most, per_second
+        self._left, self._at = float(most), now
+
+    def spend(self, now: float, text: str) -> None:
+        """Raises: ProtocolError when it is used up."""
+        self._left = min(self._left + (now - self._at) * self._per_second, self._most) - 1
+        self._at = now
+        check(self._left >= 0, http.ENHANCE_YOUR_CALM, text)
 
 
 class Connection:
@@ -67,14 +84,15 @@ class Connection:
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags and a header block in pieces
         self._empty = 0  # DATA frames in a row that brought nothing
         self._credit = 0  # bytes taken on all streams and not yet granted anew
-        self._resets = float(_RESETS)
-        self._resets_at = self.began
+        self._resets = _Budget(_RESETS, _RESETS_PER_SECOND, self.began)
+        self._changes = _Budget(_CHANGES, _CHANGES_PER_SECOND, self.began)
+        self._gone_at = 0  # the highest stream, as GOAWAY said
         self._pinged = 0.0  # when; 0: the last one was answered
         self._outflow = Outflow(wire, self._calls, loop.soon, lambda: loop.blocked(self))
         self.write_on = self._outflow.write_on
         settings = (
             (http.INITIAL_WINDOW_SIZE, WINDOW),
-            (http.MAX_HEADER_LIST_SIZE, _WISHED_HEADERS),
+            (http.MAX_HEADER_LIST_SIZE, _KEPT_HEADERS),
             (http.MAX_CONCURRENT_STREAMS, limits.calls),
         )
         self._outflow.put(frame(http.SETTINGS, 0, 0, b"".join(http.SETTING.pack(*one) for one in settings)))
@@ -194,9 +212,8 @@ class Connection:
         (number, flags, block), self._block = self._block, None
         _check_size_updates(block)
         try:
-            fields = self._decoder.decode(bytes(block), raw=True)
-            headers = tuple([(_text(name), _value(name, value)) for name, value in fields])
-        except (hpack.HPACKError, UnicodeDecodeError, ValueError) as error:
+            fields = list(self._decoder.decode(bytes(block), raw=True))
+        except hpack.HPACKError as error:
             text = f"a header block is wrong: {error}"[:200]
             raise ProtocolError(http.COMPRESSION_ERROR, text) from error
         call = self._calls.get(number)
@@ -209,6 +226,10 @@ class Connection:
             return
         check(number & 1 == 1, http.PROTOCOL_ERROR, f"stream {number} is not a client's")
         self._last = number
+        if sum([len(name) + len(value) for name, value in fields]) > _KEPT_HEADERS:
+            self.control(http.reset(number, http.ENHANCE_YOUR_CALM))
+            return
+        headers = tuple([pair for name, value in fields for pair in _pairs(name, value)])
         self._open(number, headers, bool(flags & http.END_STREAM))
 
     def _open(self, number: int, headers: Headers, ended: bool) -> None:
@@ -217,7 +238,7 @@ class Connection:
             return
         fields = dict(headers)
         content = str(fields.get("content-type", ""))
-        if fields.get(":method") != "POST" or not content.startswith("application/grpc"):
+        if fields.get(":method") != "POST" or not _is_grpc(content):
             block = http.literal(":status", "405" if fields.get(":method") != "POST" else "415")
             self._outflow.put_headers(number, http.END_STREAM, block)
             self.control(b"" if ended else http.reset(number, http.NO_ERROR))
@@ -235,10 +256,7 @@ class Connection:
         call = self._calls.get(number)
         if call is None:
             return
-        self._resets += (self.heard - self._resets_at) * _RESETS_PER_SECOND
-        self._resets = min(self._resets, float(_RESETS)) - 1
-        self._resets_at = self.heard
-        check(self._resets >= 0, http.ENHANCE_YOUR_CALM, "too many streams are opened and reset")
+        self._resets.spend(self.heard, "too many streams are opened and reset")
         self._outflow.drop(call)
         call.terminated()
 
@@ -251,6 +269,7 @@ class Connection:
         largest = settings.get(http.MAX_FRAME_SIZE, http.DEFAULT_FRAME)
         check(http.DEFAULT_FRAME <= largest < 1 << 24, http.PROTOCOL_ERROR, "frames of a wrong size")
         if window is not None:
+            self._changes.spend(self.heard, "the windows change too often")
             self._outflow.set_initial_window(window)
         if settings.get(http.HEADER_TABLE_SIZE, 4096) < 4096:
             self._outflow.shrink_table()
@@ -294,6 +313,11 @@ class Connection:
     def calls(self) -> int:
         return len(self._calls)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no call, and everything was sent."""
+        return self._outflow.is_idle
+
     # Its life. The reading thread.
 
     def look(self, now: float, ping_seconds: float, pong_seconds: float) -> str:
@@ -312,7 +336,8 @@ class Connection:
     def leave(self, code: int = http.NO_ERROR, text: str = "") -> None:
         """Says that no call is taken any more; those that are here go on."""
         self.leaving = True
-        last = http.TWO_WORDS.pack(self._last, code)
+        self._gone_at = self._gone_at or self._last  # it may be said again, and never be higher then
+        last = http.TWO_WORDS.pack(self._gone_at, code)
         self._outflow.put(frame(http.GOAWAY, 0, 0, last + text[:200].encode()))
         self.write()
 
@@ -342,11 +367,18 @@ def _check_size_updates(block: bytearray) -> None:
             at += 1
 
 
-def _text(name: bytes) -> str:
-    return name.decode("ascii")
+def _pairs(name: bytes, value: bytes) -> list[tuple[str, str | bytes]]:
+    """A header field as text, or the bytes of a binary one, of which several may come as one."""
+    key = name.decode("latin-1")
+    if not key.endswith("-bin"):
+        return [(key, value.decode("latin-1"))]
+    try:
+        return [(key, base64.b64decode(part + b"=" * (-len(part) % 4))) for part in value.split(b",")]
+    except binascii.Error:  # its sender's mistake, and nobody else's
+        return [(key, value)]
 
 
-def _value(name: bytes, value: bytes) -> str | bytes:
-    if name.endswith(b"-bin"):
-        return base64.b64decode(value + b"=" * (-len(value) % 4))
-    return value.decode("latin-1")
+def _is_grpc(content: str) -> bool:
+    """`application/grpc`, perhaps with what the messages are, or a parameter behind it."""
+    rest = content.removeprefix("application/grpc")
+    return rest != content and rest[:1] in ("", "+", ";")

@@ -29,7 +29,7 @@ MAX_HEADER_LIST_SIZE = 6
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, SETTINGS_TIMEOUT, STREAM_CLOSED = range(6)
 FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, CONNECT_ERROR, ENHANCE_YOUR_CALM = range(6, 12)
 
-_MOST_DETAILS = 1_200  # characters of a status' text: clients and proxies take headers of 8 KiB
+_MOST_DETAILS = 3_000  # bytes of a status' text, as it goes: clients and proxies take headers of 8 KiB
 DEFAULT_WINDOW = 65_535  # bytes, of a connection and of each of its streams
 MAX_WINDOW = 2**31 - 1
 DEFAULT_FRAME = 16_384  # bytes of payload that every peer takes
@@ -97,7 +97,7 @@ def literal(name: str, value: str | bytes) -> bytes:
     return b"\x00" + _length(len(key)) + key + _length(len(text)) + text
 
 
-_CONTENT = literal("content-type", "application/grpc")
+_CONTENT = literal("content-type", "application/grpc") + literal("grpc-accept-encoding", "gzip, deflate")
 _OK = literal("grpc-status", "0")
 
 
@@ -112,11 +112,14 @@ def status_block(code: grpc.StatusCode, details: str, metadata: Metadata) -> byt
         return _OK
     block = literal("grpc-status", str(code.value[0]))
     if details:
-        block += literal(
-            "grpc-message",
-            quote(details[:_MOST_DETAILS], errors="replace", safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"),
-        )
+        block += literal("grpc-message", _quoted(details[:_MOST_DETAILS]))
     return block + b"".join([literal(name, value) for name, value in metadata])
+
+
+def _quoted(text: str) -> str:
+    """Percent-encoded UTF-8, cut to what a header may hold."""
+    quoted = quote(text, safe=" !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~", errors="replace")
+    return quoted if len(quoted) <= _MOST_DETAILS else _quoted(text[: len(text) * 3 // 4])
 
 
 def header_frames(stream: int, flags: int, block: bytes, largest: int) -> bytes:

@@ -176,6 +176,7 @@ class Http2Server:
         if now >= self._look_at:
             self._look_at = now + (_LOOK_SECONDS if not self._grace_at else _LEAVE_SECONDS)
             self._look(now)
+            self._write_own()
 
     def _ring(self) -> None:
         """Wakes the engines that have something new in their inboxes."""
@@ -280,8 +281,9 @@ class Http2Server:
             return
         peer.gone = True
         self._selector.unregister(peer.socket)
-        peer.socket.close()
+        # In this order: a thread that writes would else write to whoever gets the same file descriptor next.
         peer.connection.lost()
+        peer.socket.close()
 
     def _look(self, now: float) -> None:
         if self._accepts_at and now >= self._accepts_at:
@@ -307,7 +309,7 @@ class Http2Server:
                 peer.connection.finish_all()
             self._write_own()
         for peer in list(self._peers.values()):
-            if not peer.connection.calls and not peer.connection.is_blocked:
+            if peer.connection.is_idle:
                 peer.linger()
         if not self._peers or now >= self._grace_at + _LINGER_SECONDS:
             self._stopped.set()

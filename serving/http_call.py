@@ -183,6 +183,8 @@ class HttpCall:
         except Exception:
             log.exception("a call could not be opened")
             self.finish(grpc.StatusCode.UNKNOWN, "an error inside the server; its log says more")
+        if self._outbox.ending is not None:
+            self.metadata = ()  # it was refused, and may wait for its client for a while
 
     def look(self, now: float) -> None:
         """Ends it if its deadline has passed, or if its client does not take its ending."""
@@ -210,6 +212,8 @@ class HttpCall:
         self._allowed -= size
         if self._allowed < 0:
             raise ProtocolError(http.FLOW_CONTROL_ERROR, f"stream {self.number} sends beyond its window")
+        if self._outbox.ending is not None:  # nobody wants it
+            return
         if self._held or self._paused:
             self._partial += memoryview(data)[start:end]
             self._parked += size

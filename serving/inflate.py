@@ -9,7 +9,7 @@ from .errors import NotSupported, TooLarge, WrongEncoding
 ENCODINGS = {"gzip": 31, "deflate": 15}  # zlib's wbits
 # A message is inflated on the thread that reads for everybody: so many bytes at once are no harm, and more
 # than so many for each that was sent are no message but an attack.
-_HARMLESS_BYTES, _MOST_RATIO = 16 << 10, 64
+_HARMLESS_BYTES, _MOST_RATIO = 1 << 20, 64
 
 
 class Inflater:

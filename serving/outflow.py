@@ -134,6 +134,12 @@ class Outflow:
                 waiting.clear()
 
     @property
+    def is_idle(self) -> bool:
+        """Whether there is no call, and everything was sent."""
+        with self._lock:
+            return not (self._calls or self._out or self._unsent)
+
+    @property
     def is_blocked(self) -> bool:
         """Whether the socket did not take all that was sent."""
         return bool(self._unsent)
@@ -188,10 +194,10 @@ class Outflow:
             if self._queue_is_full(call):
                 return
             with box.lock:
-                message = box.take()
+                was_full, message = box.full, box.take()
                 more = bool(box.messages) or (message is not None and box.ending is not None)
                 ending = box.ending if message is None and not box.over else None
-                resume = call._held and not box.full
+                resume = was_full and call._held and not box.full
                 if not more and ending is None:
                     call._due = False  # who sends from here on asks anew, and waits for our lock
             if resume:

@@ -19,7 +19,7 @@ class PendingBytes:
         self.bytes = 0
         self.full = False  # whether there are more bytes than the limit; kept, since it is read so often
         self._lock: threading.Lock = threading.Lock() if whole is None else whole._lock
-        self._waiting: list[Callable[[], None]] = []
+        self._waiting: dict[Callable[[], None], None] = {}  # in the order of their coming
 
     def add(self, nbytes: int) -> None:
         with self._lock:
@@ -42,19 +42,19 @@ class PendingBytes:
             self.full = self.bytes > self.limit_bytes
             if not self._waiting or self.full:
                 return
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting = self._waiting, {}
         for resume in waiting:
             resume()
 
     def forget(self, resume: Callable[[], None]) -> None:
         """The waiter is gone; its `resume` is not called, unless that began already."""
         with self._lock:
-            self._waiting = [waiting for waiting in self._waiting if waiting != resume]
+            self._waiting.pop(resume, None)
 
     def wait(self, resume: Callable[[], None]) -> bool:
         """Whether the caller must wait; then `resume` is called once, on the thread that made room."""
         with self._lock:
             if not self.full:
                 return False
-            self._waiting.append(resume)
+            self._waiting[resume] = None
             return True

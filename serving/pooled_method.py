@@ -37,12 +37,12 @@ class Methods:
     """The handlers by name. Takes what generated code registers, as a grpc.Server does."""
 
     def __init__(self, pool: Executor, max_calls: int, max_bytes: int) -> None:
-        self._pool = pool
+        self.pool = pool
         self._handlers: list[Any] = []
         self._max_calls = max_calls
         self._places = threading.BoundedSemaphore(max_calls)
         self._talks = threading.BoundedSemaphore(_MOST_TALKS)
-        self._pending = PendingBytes(max_bytes)  # of requests, until they are answered
+        self.pending = PendingBytes(max_bytes)  # of requests, until they are answered
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
         self._handlers += handlers
@@ -60,13 +60,18 @@ class Methods:
         else:
             call.finish(_Code.UNIMPLEMENTED, f"method {call.path[:200]!r} is not here")
             return NOBODY
-        places = self._talks if handler.request_streaming else self._places
-        if self._pending.full or not places.acquire(blocking=False):
-            error = PoolFull(f"{self._max_calls} calls, or too many bytes, wait already; retry")
-            call.finish(code_of(error), str(error), metadata_of(error))
-            return NOBODY
-        call.closed = places.release
-        return PooledMethod(call, handler, self._pool, self._pending)
+        return PooledMethod(call, handler, self)
+
+    def take_place(self, call: HttpCall, talks: bool) -> bool:
+        """For a call that has brought a request. If there is none it is finished."""
+        places = self._talks if talks else self._places
+        if not self.pending.full and places.acquire(blocking=False):
+            call.closed = places.release
+            return True
+        most = _MOST_TALKS if talks else self._max_calls
+        error = PoolFull(f"{most} such calls, or {self.pending.limit_bytes} bytes, wait already; retry")
+        call.finish(code_of(error), str(error), metadata_of(error))
+        return False
 
 
 class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
@@ -91,11 +96,10 @@ NOBODY = _Nobody()
 class PooledMethod:
     """One call of such a method. A Listener."""
 
-    def __init__(self, call: HttpCall, handler: Any, pool: Executor, pending: PendingBytes) -> None:
+    def __init__(self, call: HttpCall, handler: Any, methods: Methods) -> None:
         self._call = call
-        self._pending = pending
+        self._methods = methods
         self._handler = handler
-        self._pool = pool
         self._context = Context(call)
         self._requests = _Requests()
         self._begun = False
@@ -124,8 +128,9 @@ class PooledMethod:
 
     def _begin(self, request: Any, nbytes: int) -> None:
         self._begun = True
-        self._pending.add(nbytes)
-        self._pool.submit(self._run, request, nbytes)
+        if self._methods.take_place(self._call, self._handler.request_streaming):
+            self._methods.pending.add(nbytes)
+            self._methods.pool.submit(self._run, request, nbytes)
 
     def _run(self, request: Any, nbytes: int) -> None:
         """On a thread of the pool."""
@@ -139,11 +144,13 @@ class PooledMethod:
                 self._answer(_decoded(request, self._handler.request_deserializer))
         except _Aborted:
             context.end()
+        except _Undecodable:
+            self._call.finish(_Code.INTERNAL, "the bytes are no request of this method")
         except Exception:
             log.exception("a call met a bug")
             self._call.finish(_Code.UNKNOWN, "an error inside the server; its log says more")
         finally:
-            self._pending.remove(nbytes)
+            self._methods.pending.remove(nbytes)
 
     def _answer(self, request: Any) -> None:
         handler, context = self._handler, self._context
@@ -175,7 +182,11 @@ class PooledMethod:
 
 
 def _decoded(message: bytes, deserialize: Callable[[bytes], Any] | None) -> Any:
-    return message if deserialize is None else deserialize(message)
+    """Raises: _Undecodable."""
+    try:
+        return message if deserialize is None else deserialize(message)
+    except Exception as error:
+        raise _Undecodable from error
 
 
 class _Requests:
@@ -203,6 +214,10 @@ class _Requests:
             if resume is not None:
                 resume()
             yield _decoded(message, deserialize)
+
+
+class _Undecodable(Exception):
+    """A client's bytes are no message of this method."""
 
 
 class _Aborted(Exception):

@@ -169,6 +169,7 @@ class Server:
         self._conversations.leave()
         while self._streams.open_streams and time.monotonic() < deadline:
             time.sleep(_END_SECONDS)
+            self._conversations.leave()  # those who came back at once
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._http.shutdown()

@@ -1,7 +1,7 @@
 """One gRPC stream: its events become commands to engines, their replies become messages.
 
-`received` runs on the thread that reads, `deliver` on engine threads. Between them stands one lock, held while
-the table of sequences is read or changed.
+`received` runs on the thread that reads, `deliver` on engine threads. Between them stands one lock, held
+while the table of sequences is read or changed.
 """
 
 from __future__ import annotations

@@ -157,6 +157,7 @@ class StreamMethod:
             call.finish(code_of(refusal), str(refusal), metadata_of(refusal))
             return NOBODY
         call.closed = self._one_less
+        call.metadata = ()  # nobody asks for it later, and a stream may last for days
         return self._opener(call)
 
     def handler(self) -> Any:

@@ -9,6 +9,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -312,7 +313,9 @@ def test_a_client_that_reads_nothing_is_held_for_little_and_holds_nobody_back(tm
         assert_serves(neighbour)
         blocked = next((c for c in transport_of(server)._peers if c.is_blocked), None)
         assert blocked is not None, "what its socket did not take is not kept"
-        assert blocked._outflow._queued + len(blocked._outflow._unsent) <= MOST_UNSENT + 4 * http.DEFAULT_FRAME
+        assert (
+            blocked._outflow._queued + len(blocked._outflow._unsent) <= MOST_UNSENT + 4 * http.DEFAULT_FRAME
+        )
         deaf.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
         ended = set(streams)
         answers = deaf.read_until(lambda a: {s for s, one in a.items() if one.ended} >= ended)
@@ -423,3 +426,24 @@ def test_calls_that_outlast_the_grace_are_ended_and_all_threads_return() -> None
     wait_for(lambda: not server._thread.is_alive(), "the reading thread to return")
     with pytest.raises(OSError, match="refused"), socket.create_connection(("127.0.0.1", port)):
         pass
+
+
+def test_clients_that_come_back_at_once_do_not_hold_a_server_that_leaves(toy_repository: Path) -> None:
+    """Each opens its stream again as soon as it has ended; nobody waits for the end of the grace."""
+    with serving(toy_repository, transport="http2") as server, RawClient(server.port) as client:
+        stream = 1
+        client.open(stream, opening("accumulator"))
+        client.read_until(lambda answers: bool(replies(answers[1])) if 1 in answers else False)
+        stopping = threading.Thread(target=server.stop, args=(100 * PATIENCE_SECONDS,))
+        stopping.start()
+        with suppress(ConnectionError, AssertionError):  # it is gone in the end; a timeout is a failure
+            while stopping.is_alive():
+                client.read_until(partial(_is_over, stream))
+                stream += 2
+                client.open(stream, opening("accumulator"))
+        stopping.join(PATIENCE_SECONDS)
+        assert not stopping.is_alive()
+
+
+def _is_over(stream: int, answers: Answers) -> bool:
+    return stream in answers and (answers[stream].ended or answers[stream].reset is not None)

@@ -69,6 +69,7 @@ def test_a_response_begins_with_what_grpc_asks_for() -> None:
     assert fields(http.response_block((("x", "1"),))) == [
         (":status", "200"),
         ("content-type", "application/grpc"),
+        ("grpc-accept-encoding", "gzip, deflate"),
         ("x", "1"),
     ]
 

@@ -40,9 +40,9 @@ def test_just_the_limit_is_taken_and_a_byte_more_is_not(name: str, size: int) ->
 @pytest.mark.parametrize("name", COMPRESS)
 def test_what_inflates_to_many_times_its_size_is_taken_for_a_bomb_unless_it_is_small(name: str) -> None:
     inflater = Inflater.of(name)
-    assert inflater.inflate(COMPRESS[name](bytes(16_384)), 1 << 30) == bytes(16_384)
+    assert inflater.inflate(COMPRESS[name](bytes(1 << 20)), 1 << 30) == bytes(1 << 20)
     with pytest.raises(TooLarge, match="send it as it is"):
-        inflater.inflate(COMPRESS[name](bytes(1 << 20)), 1 << 30)
+        inflater.inflate(COMPRESS[name](bytes(2 << 20)), 1 << 30)
 
 
 @pytest.mark.parametrize("name", COMPRESS)

@@ -142,7 +142,7 @@ def test_one_call_too_many_is_refused_and_its_place_comes_back() -> None:
     bench = Bench(unary(lambda request, context: request), max_calls=2)
     calls = [FakeCall() for _ in range(3)]
     for call in calls:
-        bench.open(call)
+        bench.open(call).received(b"request")
     assert [call.ending is None for call in calls] == [True, True, False]
     refused = calls[2].ending
     assert refused is not None
@@ -151,8 +151,16 @@ def test_one_call_too_many_is_refused_and_its_place_comes_back() -> None:
     assert calls[2].closed is None
     assert calls[0].closed is not None
     calls[0].closed()
-    bench.open(fourth := FakeCall())
+    bench.open(fourth := FakeCall()).received(b"request")
     assert fourth.ending is None
+
+
+def test_calls_that_bring_nothing_take_no_place() -> None:
+    bench = Bench(unary(lambda request, context: request), max_calls=1)
+    for _ in range(10):
+        bench.open(FakeCall())
+    bench.open(call := FakeCall()).received(b"request")
+    assert call.ending is None
 
 
 def test_calls_that_stream_their_requests_leave_threads_to_the_others() -> None:
@@ -160,23 +168,23 @@ def test_calls_that_stream_their_requests_leave_threads_to_the_others() -> None:
     bench = Bench(handler, max_calls=100)
     calls = [FakeCall() for _ in range(100)]
     for call in calls:
-        bench.open(call)
+        bench.open(call).received(b"request")
     taken = [call for call in calls if call.ending is None]
     assert 0 < len(taken) < 10
     assert taken[0].closed is not None
     taken[0].closed()
-    bench.open(another := FakeCall())
+    bench.open(another := FakeCall()).received(b"request")
     assert another.ending is None
 
 
 def test_calls_are_refused_while_too_many_bytes_wait() -> None:
     bench = Bench(unary(lambda request, context: ""), max_bytes=100)
     bench.open().received(bytes(101))
-    bench.open(refused := FakeCall())
+    bench.open(refused := FakeCall()).received(b"request")
     assert refused.ending is not None
     assert dict(refused.ending.metadata)["tenuto-reason"] == "POOL_FULL"
     bench.pool.work()
-    bench.open(taken := FakeCall())
+    bench.open(taken := FakeCall()).received(b"request")
     assert taken.ending is None
 
 
@@ -324,13 +332,11 @@ def secret(*_: Any) -> Any:
     "handler",
     [
         grpc.unary_unary_rpc_method_handler(secret),
-        grpc.unary_unary_rpc_method_handler(lambda *_: b"", request_deserializer=secret),
         grpc.unary_unary_rpc_method_handler(lambda *_: b"", response_serializer=secret),
         grpc.unary_stream_rpc_method_handler(secret),
-        grpc.stream_unary_rpc_method_handler(lambda requests, _: list(requests), secret),
         grpc.stream_stream_rpc_method_handler(secret),
     ],
-    ids=["method", "deserializer", "serializer", "stream", "deserializer of a stream", "both streams"],
+    ids=["method", "serializer", "stream", "both streams"],
 )
 def test_a_bug_is_logged_and_its_text_stays_here(handler: Any, caplog: pytest.LogCaptureFixture) -> None:
     call = Bench(handler).ask(b"request")
@@ -338,6 +344,26 @@ def test_a_bug_is_logged_and_its_text_stays_here(handler: Any, caplog: pytest.Lo
     assert call.ending.code is Code.UNKNOWN
     assert "secret" not in call.ending.details
     assert "a secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [
+        grpc.unary_unary_rpc_method_handler(lambda *_: b"", request_deserializer=secret),
+        grpc.stream_unary_rpc_method_handler(lambda requests, _: list(requests), secret),
+    ],
+    ids=["one", "a stream"],
+)
+def test_bytes_that_are_no_request_are_their_clients_matter(
+    handler: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = Bench(handler).ask(b"request")
+    assert call.ending is not None
+    assert (call.ending.code, call.ending.details) == (
+        Code.INTERNAL,
+        "the bytes are no request of this method",
+    )
+    assert caplog.text == ""
 
 
 def test_a_handler_may_ask_about_its_call() -> None:

@@ -164,8 +164,8 @@ def test_chunks_and_endings_after_the_end_are_taken_off_the_count() -> None:
 
 
 def test_only_the_engine_thread_flushes() -> None:
-    """A thread that flushes holds back what it sends from then on (Http2Server.flush): the one that reads never would
-    send again."""
+    """A thread that flushes holds back what it sends from then on (Http2Server.flush): the one
+    that reads never would send again."""
     flushed: list[str] = []
     engine = Engine(
         doubler(),

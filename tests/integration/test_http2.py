@@ -9,7 +9,6 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -428,22 +427,26 @@ def test_calls_that_outlast_the_grace_are_ended_and_all_threads_return() -> None
         pass
 
 
-def test_clients_that_come_back_at_once_do_not_hold_a_server_that_leaves(toy_repository: Path) -> None:
-    """Each opens its stream again as soon as it has ended; nobody waits for the end of the grace."""
+def test_a_stream_that_opens_while_the_server_leaves_does_not_hold_it(
+    toy_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for the end of the grace, which is for replies."""
     with serving(toy_repository, transport="http2") as server, RawClient(server.port) as client:
-        stream = 1
-        client.open(stream, opening("accumulator"))
-        client.read_until(lambda answers: bool(replies(answers[1])) if 1 in answers else False)
+        leave, left = server._conversations.leave, 0
+
+        def and_one_comes_back() -> None:
+            nonlocal left
+            leave()
+            left += 1
+            if left == 1:
+                client.open(1)
+                wait_for(lambda: server.metrics.open_streams() == 1, "the stream to open")
+
+        monkeypatch.setattr(server._conversations, "leave", and_one_comes_back)
         stopping = threading.Thread(target=server.stop, args=(100 * PATIENCE_SECONDS,))
         stopping.start()
-        with suppress(ConnectionError, AssertionError):  # it is gone in the end; a timeout is a failure
-            while stopping.is_alive():
-                client.read_until(partial(_is_over, stream))
-                stream += 2
-                client.open(stream, opening("accumulator"))
+        client.read_all()
+        client.socket.close()
         stopping.join(PATIENCE_SECONDS)
         assert not stopping.is_alive()
-
-
-def _is_over(stream: int, answers: Answers) -> bool:
-    return stream in answers and (answers[stream].ended or answers[stream].reset is not None)
+    assert answers_of(frames_of(bytes(client.got)))[1].status is grpc.StatusCode.UNAVAILABLE

@@ -52,7 +52,7 @@ Opener = Callable[[Call], Listener]
 
 
 class _Gone:
-    """The listener of a call that is over."""
+    """The listener of a call that is over, or was refused."""
 
     def received(self, message: bytes) -> None: ...
     def half_closed(self) -> None: ...

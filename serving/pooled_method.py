@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import grpc
 
-from .call import Listener
+from .call import GONE, Listener
 from .errors import PoolFull
 from .http_call import HttpCall
 from .pending import PendingBytes
@@ -59,7 +59,7 @@ class Methods:
                 break
         else:
             call.finish(_Code.UNIMPLEMENTED, f"method {call.path[:200]!r} is not here")
-            return NOBODY
+            return GONE
         return PooledMethod(call, handler, self)
 
     def take_place(self, call: HttpCall, talks: bool) -> bool:
@@ -78,19 +78,6 @@ class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
     def __init__(self, method: str, metadata: Metadata) -> None:
         self.method = method
         self.invocation_metadata = metadata
-
-
-class _Nobody:
-    """The listener of a call that was refused."""
-
-    def received(self, message: bytes) -> None: ...
-    def half_closed(self) -> None: ...
-    def terminated(self) -> None: ...
-    def wait(self, resume: Callable[[], None]) -> bool:
-        return True
-
-
-NOBODY = _Nobody()
 
 
 class PooledMethod:

@@ -12,11 +12,11 @@ from typing import Any, Literal, Protocol
 
 import grpc
 
-from .call import Listener, Opener
+from .call import GONE, Listener, Opener
 from .errors import PoolFull
 from .http2 import Http2Server
 from .http_call import HttpCall, Limits
-from .pooled_method import NOBODY, Methods
+from .pooled_method import Methods
 from .status import code_of, metadata_of
 from .thread_call import ThreadCall
 
@@ -155,7 +155,7 @@ class StreamMethod:
         refusal = self._refusal()
         if refusal is not None:
             call.finish(code_of(refusal), str(refusal), metadata_of(refusal))
-            return NOBODY
+            return GONE
         call.closed = self._one_less
         call.metadata = ()  # nobody asks for it later, and a stream may last for days
         return self._opener(call)

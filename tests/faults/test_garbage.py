@@ -64,22 +64,27 @@ SENSIBLE = [
 ]
 
 
-@st.composite
-def broken(draw: st.DrawFn) -> bytes:
-    """A sensible message with some of its bytes changed, cut, doubled or made up."""
-    data = bytearray(draw(st.sampled_from(SENSIBLE)))
-    for _ in range(draw(st.integers(0, 4))):
-        at = draw(st.integers(0, len(data)))
+def spoil(draw: st.DrawFn, whole: bytes, least: int = 0, untouched: int = 0) -> bytes:
+    """What is sensible, with some of its bytes changed, cut, doubled or made up; not the first ones."""
+    data = bytearray(whole)
+    for _ in range(draw(st.integers(least, 4))):
+        at = draw(st.integers(untouched, len(data)))
         match draw(st.sampled_from(["flip", "cut", "double", "insert"])):
             case "flip" if at < len(data):
                 data[at] ^= 1 << draw(st.integers(0, 7))
             case "cut":
                 del data[at : at + draw(st.integers(1, 20))]
             case "double":
-                data[at:at] = data[at : at + draw(st.integers(1, 20))]
+                data[at:at] = data[at : at + draw(st.integers(1, 60))]
             case _:
-                data[at:at] = draw(st.binary(max_size=12))
+                data[at:at] = draw(st.binary(max_size=20))
     return bytes(data)
+
+
+@st.composite
+def broken(draw: st.DrawFn) -> bytes:
+    """A message that is nearly sensible."""
+    return spoil(draw, draw(st.sampled_from(SENSIBLE)))
 
 
 @settings(deadline=None, max_examples=400)

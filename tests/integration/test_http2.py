@@ -20,11 +20,11 @@ import pytest
 
 from tenuto.serving import frame as http
 from tenuto.serving import http2
+from tenuto.serving.call import GONE
 from tenuto.serving.http2 import Http2Server
 from tenuto.serving.http_call import Limits
 from tenuto.serving.inflate import Inflater
 from tenuto.serving.outflow import MOST_UNSENT
-from tenuto.serving.pooled_method import NOBODY
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
@@ -130,7 +130,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     for name in ("_PING_SECONDS", "_LOOK_SECONDS", "_LINGER_SECONDS"):
         monkeypatch.setattr(http2, name, 0.05)
     monkeypatch.setattr(http2, "_PONG_SECONDS", 0.5)
-    server = Http2Server(lambda call: NOBODY, Limits(1000))
+    server = Http2Server(lambda call: GONE, Limits(1000))
     port = server.bind("127.0.0.1", 0)
     server.start()
     yield port
@@ -190,7 +190,7 @@ def listening_on(
 ) -> Iterator[tuple[Http2Server, int]]:
     """A server that is not started yet, and the port it has on all of them."""
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0)) for address in addresses]
-    server = Http2Server(lambda call: NOBODY, Limits(1000))
+    server = Http2Server(lambda call: GONE, Limits(1000))
     try:
         with monkeypatch.context() as patch:
             patch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
@@ -216,7 +216,7 @@ def test_a_name_of_several_addresses_is_served_on_those_that_are_here(
 
 
 def test_a_port_that_is_in_use_is_refused(http2_server: Server) -> None:
-    server = Http2Server(lambda call: NOBODY, Limits(1000))
+    server = Http2Server(lambda call: GONE, Limits(1000))
     with pytest.raises(OSError, match="in use"):
         server.bind("127.0.0.1", http2_server.port)
     assert server.stop(0.0).is_set()

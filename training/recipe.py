@@ -21,8 +21,8 @@ class Recipe:
     average: float | None = (
         None  # decay a step of an exponential moving average of the weights, which is kept
     )
-    # Matrix products and convolutions of training in half the width, where the processor has it; the
-    # weights stay float32, and so does the exported model.
+    # Matrix products and convolutions of training in half the width, where the processor has it (see
+    # `trainer.has_half_width`); the weights stay float32, and so does the exported model.
     precision: Literal["float32", "bfloat16"] = "float32"
     # Sums are cut differently with another number of threads. Recurrent networks: one, more only wait.
     threads: int = 1

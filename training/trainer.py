@@ -22,6 +22,14 @@ class NotTrained(RuntimeError):
     """A training that was to be over, and is not; the text says which, and what to do."""
 
 
+def has_half_width(device: torch.device) -> bool:
+    """Return whether products in bfloat16 are worth it there: with AVX-512, or on an accelerator.
+
+    On other processors they are slow, and oneDNN has no recurrent layer for them at all.
+    """
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A trained network on the CPU, in eval mode, and how it came to be."""
@@ -151,7 +159,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one step; return the loss and the length of the gradient before clipping."""
-        half = self.recipe.precision == "bfloat16"
+        half = self.recipe.precision == "bfloat16" and has_half_width(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
             loss = self.task.loss(self._network, tuple(tensor.to(self.device) for tensor in batch))
         self._optimizer.zero_grad()

@@ -51,6 +51,22 @@ def test_a_killed_training_comes_to_the_same_weights(kind: str, batches: int, tm
     assert (resumed.kept_epoch, resumed.validation) == (whole.kept_epoch, whole.validation)
 
 
+@pytest.mark.parametrize("capability, half", [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_half_width_is_left_to_processors_that_have_it(
+    capability: str, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    class Watching(ToyTask):
+        def loss(self, network: Any, batch: Any) -> Any:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return super().loss(network, batch)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    _fit(tmp_path, RECIPES["half"], Watching())
+    assert (True in seen) is half  # validation is in full width
+
+
 def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
     first = _fit(tmp_path)
     again = _fit(tmp_path, task=ToyTask(batches_left=0))

@@ -166,10 +166,6 @@ class HttpCall:
         return self._connection
 
     @property
-    def is_over(self) -> bool:
-        return self._outbox.over
-
-    @property
     def seconds_left(self) -> float:
         """Until the deadline that the client has set; infinity without one."""
         return max(0.0, self.deadline - time.monotonic())

@@ -56,7 +56,6 @@ class Outflow:
         self._watched = False  # somebody waits until the socket takes more
         self._dead = False
         self._window = http.DEFAULT_WINDOW
-        self._largest = http.DEFAULT_FRAME
         self._shrink = b""  # what the next header block begins with
         self._blocked: dict[HttpCall, None] = {}  # by windows
         self._queueing: dict[HttpCall, None] = {}  # by the queue, which is full
@@ -86,7 +85,7 @@ class Outflow:
     def put_headers(self, stream: int, flags: int, block: bytes) -> None:
         """Queues a header block of no call."""
         with self._lock:
-            self._put(http.header_frames(stream, flags, self._shrunk() + block, self._largest))
+            self._put(http.header_frames(stream, flags, self._shrunk() + block, http.DEFAULT_FRAME))
 
     def shrink_table(self) -> None:
         """The client's table of headers has no room; the next block says that we know."""
@@ -212,9 +211,9 @@ class Outflow:
         if not call._started:
             call._started = True
             block = self._shrunk() + http.response_block(call.initial_metadata)
-            self._put(http.header_frames(call.number, 0, block, self._largest))
+            self._put(http.header_frames(call.number, 0, block, http.DEFAULT_FRAME))
         size = len(message) + http.PREFIX.size
-        if size <= call._window and size <= self._window and size <= self._largest:
+        if size <= call._window and size <= self._window and size <= http.DEFAULT_FRAME:
             call._window -= size
             self._window -= size
             self._out.append(http.MESSAGE.pack(size << 8, 0, call.number, 0, len(message)))
@@ -236,7 +235,7 @@ class Outflow:
         while rest is not None:
             if self._queue_is_full(call):
                 return False
-            size = min(len(rest), self._largest, self._window, call._window)
+            size = min(len(rest), http.DEFAULT_FRAME, self._window, call._window)
             if size <= 0:
                 self._blocked[call] = None
                 return False
@@ -252,7 +251,9 @@ class Outflow:
         block = http.status_block(code, details, metadata)
         if not call._started:
             block = http.response_block(call.initial_metadata) + block
-        self._put(http.header_frames(call.number, http.END_STREAM, self._shrunk() + block, self._largest))
+        self._put(
+            http.header_frames(call.number, http.END_STREAM, self._shrunk() + block, http.DEFAULT_FRAME)
+        )
         if not call._ended:  # nothing more is wanted of the client
             self._put(http.reset(call.number, http.NO_ERROR))
         self._calls.pop(call.number, None)

@@ -19,7 +19,7 @@ class Delivery:
         self._flush = flush  # called after the replies were handed over
         self._where = where
         self._replies: dict[Sink, list[tuple[Sequence, Reply]]] = {}
-        self._settled: dict[Sink, int] = {}  # bytes dealt with
+        self._settled: dict[PendingBytes | None, int] = {}  # bytes dealt with, by whose they are
 
     def send(self, sequence: Sequence, reply: Reply, nbytes: int = 0) -> None:
         """A reply; and so many bytes that this sequence's caller sent are dealt with by it."""
@@ -30,12 +30,13 @@ class Delivery:
         else:
             replies.append((sequence, reply))
         if nbytes:
-            self._settled[sink] = self._settled.get(sink, 0) + nbytes
+            share = sink.share
+            self._settled[share] = self._settled.get(share, 0) + nbytes
 
     def settle(self, sequence: Sequence, nbytes: int) -> None:
         """So many bytes that this sequence's caller sent are dealt with."""
-        sink = sequence.sink
-        self._settled[sink] = self._settled.get(sink, 0) + nbytes
+        share = sequence.sink.share
+        self._settled[share] = self._settled.get(share, 0) + nbytes
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +60,4 @@ class Delivery:
             self._flush()
         if self._settled:
             settled, self._settled = self._settled, {}
-            for sink, nbytes in settled.items():
-                sink.settle(nbytes)
-            self._pending.remove(sum(settled.values()))
+            self._pending.settle(settled)

@@ -274,7 +274,7 @@ class Engine:
     def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array]]:
         """Rows and states of the batch as the graph's feeds. Turns with forbidden values end here."""
         rows = [[t.sequence.feeds[i].peek(t.frames) for t in batch] for i in range(len(self.manifest.inputs))]
-        feeds, refused = self._layout.stack(rows, self._layout.batch_size([t.frames for t in batch]))
+        feeds, refused = self._layout.stack(rows, self._rows(batch))
         if refused:
             for i, error in refused.items():
                 text = f"{error}, in step {batch[i].chunk.step}"
@@ -287,9 +287,12 @@ class Engine:
             feeds.update(self._layout.constants(batch[0].sequence.constants))
         return batch, feeds
 
+    def _rows(self, batch: Batch) -> int:
+        return self._layout.batch_size([t.frames for t in batch])
+
     def _slots(self, batch: Batch) -> NDArray[np.intp]:
         slots = [t.sequence.slot for t in batch]
-        slots += [self._pool.dump] * (self._layout.batch_size([t.frames for t in batch]) - len(slots))
+        slots += [self._pool.dump] * (self._rows(batch) - len(slots))
         return np.array(slots, np.intp)
 
     def _run(self, feeds: dict[str, Array], now: float) -> list[Array]:
@@ -352,9 +355,11 @@ class Engine:
                 continue
             chunk.parts += (part,)
             chunk.compute += compute
-            sequence.eat(chunk, turn.frames)
+            chunk.frames -= turn.frames
+            for feed in sequence.feeds:
+                feed.eat(turn.frames)
             if chunk.frames:
-                self._scheduler.add(sequence)
+                self._scheduler.add(sequence, chunk)
                 continue
             self._population.answer(sequence, chunk, started - chunk.arrived, rows, now)
             if sequence.pending:
@@ -366,13 +371,12 @@ class Engine:
             m.stages[stage].add(seconds)
         m.stages["reply"].add(self._clock() - scattered)
         m.batches += 1
-        stateful = self.manifest.stateful
-        rows = len(batch) if stateful else sum(t.frames for t in batch)
+        frames = [turn.frames for turn in batch]
+        rows = len(batch) if self.manifest.stateful else sum(frames)
         m.batch_size.add(rows)
         m.occupancy.add(rows / self.manifest.rows_per_batch)
-        if stateful:
-            longest = max(t.frames for t in batch)
-            m.padding.add(1 - sum(t.frames for t in batch) / (longest * rows))
+        if self.manifest.stateful:
+            m.padding.add(1 - sum(frames) / (max(frames) * rows))
 
     # Commands, and what follows from them.
 

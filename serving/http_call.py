@@ -219,7 +219,8 @@ class HttpCall:
             compressed, length = http.PREFIX.unpack_from(data, start)
             if not compressed and length == size - http.PREFIX.size <= self._limits.message_bytes:
                 self._hand_on(data[start + http.PREFIX.size : end])  # nearly always
-                self._grant()
+                if self._spent >= WINDOW // 2:
+                    self._grant()
                 return
         self._partial += memoryview(data)[start:end]
         self._cut()

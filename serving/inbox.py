@@ -30,6 +30,7 @@ class Inbox:
 
     def __init__(self, defer: Defer = never) -> None:
         self._commands: deque[Command] = deque()
+        self.take = self._commands.popleft  # the oldest; raises IndexError if there is none
         self._defer = defer
         self._sleeps = False  # somebody waits, and was not woken yet
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -47,10 +48,6 @@ class Inbox:
                 self.wake()
         if self._late:
             self._carry_out(self._late)
-
-    def take(self) -> Command:
-        """The oldest. Raises: IndexError if there is none."""
-        return self._commands.popleft()
 
     def wake(self) -> None:
         self._bell.put(None)

@@ -116,9 +116,11 @@ class InputLayout:
             whole = rows[0]
             shape = (len(rows[0]) // self._sample_bytes, *self._shape) if self._timed else self._shape
         else:
-            padded = [row if len(row) == longest else row + self._padding(longest - len(row)) for row in rows]
+            padded = rows
+            if min(map(len, rows)) < longest:
+                padded = [row + self._padding(longest - len(row)) for row in rows]
             if len(rows) < batch:
-                padded += [self._padding(longest)] * (batch - len(rows))
+                padded = padded + [self._padding(longest)] * (batch - len(rows))
             whole = padded[0] if batch == 1 else b"".join(padded)
             shape = (
                 (batch, longest // self._sample_bytes, *self._shape) if self._timed else (batch, *self._shape)

@@ -149,18 +149,16 @@ class Outflow:
         Does not raise: a call that meets a bug is cancelled, the others go on.
         """
         with self._lock:
-            for call in calls:
-                self._take_safely(call)
+            self._take_all(calls)
             if self._widened:
                 widened, self._widened = self._widened, {}
                 for call in widened:
                     if self._window > 0 and self._blocked.pop(call, self) is None:
-                        self._take_safely(call)
+                        self._take_all((call,))
             self._send()
             while self._queueing and not self._unsent and not self._dead:
                 queueing, self._queueing = self._queueing, {}
-                for call in queueing:
-                    self._take_safely(call)
+                self._take_all(queueing)
                 self._send()
 
     def write_on(self) -> None:
@@ -173,12 +171,13 @@ class Outflow:
         self._out.append(data)
         self._queued += len(data)
 
-    def _take_safely(self, call: HttpCall) -> None:
-        try:
-            self._take(call)
-        except Exception:
-            log.exception("a reply met a bug; its stream is cancelled")
-            self._soon(call.cancel)
+    def _take_all(self, calls: Iterable[HttpCall]) -> None:
+        for call in calls:
+            try:
+                self._take(call)
+            except Exception:
+                log.exception("a reply met a bug; its stream is cancelled")
+                self._soon(call.cancel)
 
     def _take(self, call: HttpCall) -> None:
         """Moves what a call has into the queue, until there is no more or it may not."""
@@ -190,7 +189,7 @@ class Outflow:
         while more:
             if call._rest is not None and not self._split(call):
                 return
-            if self._queue_is_full(call):
+            if self._queued + len(self._unsent) >= MOST_UNSENT and self._queue_is_full(call):
                 return
             with box.lock:
                 was_full, message = box.full, box.take()

@@ -6,7 +6,7 @@ Above the limit no stream is read, so that HTTP/2's flow control holds the clien
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 class PendingBytes:
@@ -43,6 +43,26 @@ class PendingBytes:
             if not self._waiting or self.full:
                 return
             waiting, self._waiting = self._waiting, {}
+        for resume in waiting:
+            resume()
+
+    def settle(self, parts: Mapping[PendingBytes | None, int]) -> None:
+        """Removes so many bytes of each part (None: of no part), and all of them from this whole, at the
+        price of one."""
+        waiting: list[Callable[[], None]] = []
+        with self._lock:
+            for part, nbytes in parts.items():
+                self.bytes -= nbytes
+                if part is not None:
+                    part.bytes -= nbytes
+                    part.full = part.bytes > part.limit_bytes
+                    if part._waiting and not part.full:
+                        waiting += part._waiting
+                        part._waiting.clear()
+            self.full = self.bytes > self.limit_bytes
+            if self._waiting and not self.full:
+                waiting += self._waiting
+                self._waiting.clear()
         for resume in waiting:
             resume()
 

@@ -281,7 +281,10 @@ class Population:
             if sequence.period_seconds and sequence.falls_behind(chunk.arrived):
                 chunk.came_late = True
                 self._metrics.late_arrivals += 1
-            self._enqueue(sequence, chunk)
+            self._metrics.pending_chunks += 1
+            sequence.pending.append(chunk)
+            if len(sequence.pending) == 1:
+                self.advance(sequence)
 
     def _out_of_step(self, sequence: Sequence, chunk: Chunk) -> None:
         """A repeated step is answered again or ignored; a skipped one ends the sequence."""
@@ -304,13 +307,9 @@ class Population:
         if sequence.ended:
             self._drop(sequence, chunk)
             return
-        self._enqueue(sequence, chunk)
-
-    def _enqueue(self, sequence: Sequence, chunk: Chunk) -> None:
         self._metrics.pending_chunks += 1
         sequence.pending.append(chunk)
-        if len(sequence.pending) == 1:
-            self.advance(sequence)
+        self.advance(sequence)
 
     def wish_checkpoint(self, sequence: Sequence, _: None) -> None:
         self._delivery.settle(sequence, COMMAND_BYTES)
@@ -389,10 +388,16 @@ class Population:
         while sequence.pending:
             head = sequence.pending[0]
             if isinstance(head, Chunk):
-                if not self._prepare(sequence, head):
+                try:
+                    if head.frames < 0:
+                        sequence.begin(head)
+                    if head.generate and head.is_between_parts and not self._draw(sequence, head):
+                        return
+                except TenutoError as error:
+                    self._fail(sequence, head, error)
                     return
                 if head.frames:
-                    self._scheduler.add(sequence)
+                    self._scheduler.add(sequence, head)
                     return
                 now = self._clock()
                 self.answer(sequence, head, now - head.arrived, 0, now)
@@ -406,23 +411,15 @@ class Population:
                 self.close(sequence, head)
                 return
 
-    def _prepare(self, sequence: Sequence, chunk: Chunk) -> bool:
-        """Gives the first pending chunk what it runs next: its own samples, then those that are drawn. False
-        if the sequence ends here, or waits for its caller to take its replies."""
-        try:
-            if chunk.frames < 0:
-                sequence.begin(chunk)
-            if chunk.generate and chunk.is_between_parts:
-                return self._draw(sequence, chunk)
-        except TenutoError as error:
-            place = f"part {chunk.part} of step {chunk.step}" if chunk.part else f"step {chunk.step}"
-            self.close(sequence, Ending.FAILED, type(error)(f"{error}, in {place}"))
-            return False
-        return True
+    def _fail(self, sequence: Sequence, chunk: Chunk, error: TenutoError) -> None:
+        """The chunk cannot run: its sequence ends."""
+        place = f"part {chunk.part} of step {chunk.step}" if chunk.part else f"step {chunk.step}"
+        self.close(sequence, Ending.FAILED, type(error)(f"{error}, in {place}"))
 
     def _draw(self, sequence: Sequence, chunk: Chunk) -> bool:
-        """Draws the next part's sample, unless that has to wait. Whoever is to leave does so between two
-        parts, if he can take a token along, and generates the others elsewhere."""
+        """Draws the sample that the chunk runs next. False if the sequence waits for its caller to take its
+        replies, or ends: whoever is to leave does so between two parts, if he can take a token along, and
+        generates the others elsewhere."""
         assert self._sampler is not None and sequence.generation is not None
         ending = sequence.pending[-1]
         if sequence.sink.full:

@@ -15,65 +15,96 @@ from .errors import TenutoError
 from .manifest import Manifest
 from .sequence import Checkpoint, Closed, Failed, Opened, Output
 from .status import code_of
+from .varint import LAST, MORE, varint
 
 _MOST_US = 2**32 - 1
 # A sixteenth of what a gRPC client accepts unless told otherwise.
 _LARGEST_JOINED = 256 << 10
-_RENEWED_BYTES = 1 << 20
+_MOST_HEADS = 256  # shapes of one output that are remembered
+_VARINT_BYTES = 5  # of a number below 2**32 at most
+# Fields of the wire, each as its tag, which is its number << 3 | its kind.
+_REPLY = b"\x0a"  # StreamResponse.replies
+_SEQUENCE, _OUTPUT = b"\x08", b"\x1a"  # of a Reply
+_STEP, _IS_LAST, _TENSOR, _TIMING = b"\x08", b"\x18\x01", b"\x22", b"\x2a"  # of an Output
+_DATA = b"\x22"  # of a Tensor
+_QUEUE, _COMPUTE, _ROWS = b"\x08", b"\x10", b"\x18"  # of a Timing
 
 
 class OutputWriter:
-    """Writes the Outputs of one model version. For its engine thread alone: one message is filled again and
-    again, at a quarter of the cost of a new one.
+    """Writes the Outputs of one model version, for its engine thread alone.
 
-    A message never gives memory back before it goes: what was assigned to it stays in its arena. So there
-    is a new one after every `_RENEWED_BYTES`.
+    By hand, in protobuf's encoding: from one reply of a batch to the next nothing differs but two numbers and
+    the tensors' bytes, and to fill a message and have it serialized costs 1.6 times as much.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._input = manifest.inputs[0]  # of what is fed back
-        self._renew()
-
-    def _renew(self) -> None:
-        outputs = self._manifest.outputs
-        self._left = _RENEWED_BYTES
-        self._same: tuple[int, int, bool] = (0, 0, False)  # as a new message has it
-        self._response = pb.StreamResponse()
-        self._reply = self._response.replies.add()
-        self._output = self._reply.output
-        self._tensors = [self._output.outputs.add(name=o.name, dtype=o.dtype) for o in outputs]
-        self._timing = self._output.timing
-        self._shapes: list[tuple[int, ...]] = [() for _ in outputs]
+        self._heads: list[dict[tuple[int, ...], bytes]] = [{} for _ in manifest.outputs]  # by shape
+        self._key = -1  # of the reply before
+        self._key_fields = b""
+        self._compute_seconds, self._rows = -1.0, 0  # of the batch that it was of
+        self._batch_fields = b""
+        self._timings: list[bytes] = []  # what a Timing begins with, by the bytes of its first number
 
     def write(self, key: int, output: Output) -> bytes:
         """A StreamResponse of that one reply."""
-        if not output.tensors or output.drawn:  # the chunk completed no frame, or went on by itself
-            response = pb.StreamResponse()
-            message = response.replies.add(sequence=key).output
-            message.step, message.part, message.last = output.step, output.part, output.last
-            for shape, data in output.tensors:
-                message.outputs.add(name=self._input.name, dtype=self._input.dtype, shape=shape, data=data)
-            write_timing(message.timing, output)
-            return response.SerializeToString()
-        message = self._output
-        message.step = output.step
-        same = (key, output.part, output.last)
-        if same != self._same:  # it is dearer to set a field than to see that it is set
-            self._same = same
-            self._reply.sequence, message.part, message.last = same
-        for i, (shape, data) in enumerate(output.tensors):
-            tensor = self._tensors[i]
-            tensor.data = data
-            if shape != self._shapes[i]:
-                tensor.shape[:] = shape
-                self._shapes[i] = shape
-        write_timing(self._timing, output)
-        written = self._response.SerializeToString()
-        self._left -= len(written)
-        if self._left < 0:
-            self._renew()
-        return written
+        tensors = output.tensors
+        if output.drawn or output.part or not output.last or not tensors:
+            return self._write_rare(key, output)
+        if key != self._key:
+            self._key, self._key_fields = key, _SEQUENCE + varint(key) + _OUTPUT
+        if output.compute_seconds != self._compute_seconds or output.batch_size != self._rows:
+            self._see_batch(output)
+        if len(tensors) == 1:  # without a loop
+            shape, data = tensors[0]
+            told = (self._heads[0].get(shape) or self._head(0, shape, data)) + data
+        else:
+            told = b"".join([self._head(i, shape, data) + data for i, (shape, data) in enumerate(tensors)])
+        step, queue = output.step, int(output.queue_seconds * 1e6)
+        told_step = MORE[step & 0x7F] + LAST[step >> 7] if 0x80 <= step < 0x4000 else varint(step)
+        told_queue = MORE[queue & 0x7F] + LAST[queue >> 7] if 0x80 <= queue < 0x4000 else varint(_us(queue))
+        start = self._timings[len(told_queue)]
+        fields = b"".join((_STEP, told_step, _IS_LAST, told, start, told_queue, self._batch_fields))
+        size = varint(len(fields))
+        whole = varint(len(self._key_fields) + len(size) + len(fields))
+        return b"".join((_REPLY, whole, self._key_fields, size, fields))
+
+    def _head(self, index: int, shape: tuple[int, ...], data: bytes) -> bytes:
+        """A tensor as an Output's field, up to its bytes."""
+        heads = self._heads[index]
+        head = heads.get(shape)
+        if head is None:
+            if len(heads) >= _MOST_HEADS:
+                heads.clear()
+            spec = self._manifest.outputs[index]
+            fields = pb.Tensor(name=spec.name, dtype=spec.dtype, shape=shape).SerializeToString()
+            fields += _DATA + varint(len(data))
+            head = heads[shape] = _TENSOR + varint(len(fields) + len(data)) + fields
+        return head
+
+    def _see_batch(self, output: Output) -> None:
+        self._compute_seconds, self._rows = output.compute_seconds, output.batch_size
+        compute = varint(_us(int(output.compute_seconds * 1e6)))
+        self._batch_fields = _COMPUTE + compute + _ROWS + varint(output.batch_size)
+        size = len(_QUEUE) + len(self._batch_fields)
+        self._timings = [_TIMING + varint(size + n) + _QUEUE for n in range(_VARINT_BYTES + 1)]
+
+    def _write_rare(self, key: int, output: Output) -> bytes:
+        """One of several parts, or without tensors: the chunk completed no frame."""
+        message = pb.Output(step=output.step, part=output.part, last=output.last)
+        if output.drawn:  # it went on by itself
+            spec = self._manifest.inputs[0]
+            ((shape, data),) = output.tensors
+            message.outputs.add(name=spec.name, dtype=spec.dtype, shape=shape, data=data)
+        else:
+            write_tensors(message.outputs, output, self._manifest)
+        write_timing(message.timing, output)
+        return _response(pb.Reply(sequence=key, output=message))
+
+
+def _us(us: int) -> int:
+    """71 minutes is the most that a Timing can say."""
+    return us if us < _MOST_US else _MOST_US  # min() costs five times that
 
 
 def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:
@@ -83,10 +114,8 @@ def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:
 
 
 def write_timing(timing: pb.Timing, output: Output) -> None:
-    """Fills the timing; 71 minutes is the most it can say."""
-    queue_us, compute_us = int(output.queue_seconds * 1e6), int(output.compute_seconds * 1e6)
-    timing.queue_us = queue_us if queue_us < _MOST_US else _MOST_US  # min() costs five times that
-    timing.compute_us = compute_us if compute_us < _MOST_US else _MOST_US
+    timing.queue_us = _us(int(output.queue_seconds * 1e6))
+    timing.compute_us = _us(int(output.compute_seconds * 1e6))
     timing.batch_size = output.batch_size
 
 

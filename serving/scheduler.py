@@ -42,20 +42,20 @@ class Scheduler:
         self._frames = manifest.frames_per_turn
         self._stateless = not manifest.stateful
         self._ragged = manifest.ragged
-        self._ready: list[tuple[float, int, Sequence]] = []
+        # When it is due, the sequence's number, which breaks ties, the sequence, and its first pending chunk.
+        self._ready: list[tuple[float, int, Sequence, Chunk]] = []
 
     def __len__(self) -> int:
         return len(self._ready)
 
-    def add(self, sequence: Sequence) -> None:
-        """Its first pending chunk has frames to run."""
-        chunk = sequence.pending[0]
-        assert isinstance(chunk, Chunk) and chunk.frames > 0 and not sequence.scheduled
+    def add(self, sequence: Sequence, chunk: Chunk) -> None:
+        """Its first pending chunk, which has frames to run."""
+        assert chunk.frames > 0 and not sequence.scheduled
         sequence.scheduled = True
         due = chunk.arrived + sequence.patience_seconds
         if chunk.parts or chunk.frames > self._frames:
             due = chunk.arrived + self._place(sequence, chunk) * sequence.patience_seconds
-        self._ready.append((due, sequence.number, sequence))
+        self._ready.append((due, sequence.number, sequence, chunk))
 
     def _place(self, sequence: Sequence, chunk: Chunk) -> float:
         """When the chunk's next turn is due, in periods after its arrival.
@@ -73,7 +73,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next batch, empty if nothing is ready. Takes all that fits, and never waits for more."""
         turns: Batch = []
-        left: list[tuple[float, int, Sequence]] = []
+        left: list[tuple[float, int, Sequence, Chunk]] = []
         longest = total = seen = 0
         # What arrives is nearly in order, and a sort that knows it costs a fifth of a heap.
         self._ready.sort()
@@ -83,14 +83,14 @@ class Scheduler:
             if len(left) >= _MAX_PASSED_OVER * self._rows:
                 break
             seen += 1
-            sequence = entry[2]
+            _, _, sequence, chunk = entry
             if sequence.ended:
                 sequence.scheduled = False
                 continue
-            chunk = sequence.pending[0]
-            assert isinstance(chunk, Chunk)
             frames = min(chunk.frames, self._rows - total if self._stateless else self._frames)
-            if turns and not self._fits(turns, sequence, frames, longest, total):
+            if frames == longest and sequence.constants is turns[0].sequence.constants:
+                pass  # nearly always: it fits
+            elif turns and not self._fits(turns, sequence, frames, longest, total):
                 left.append(entry)
                 continue
             sequence.scheduled = False

@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import TenutoError, WrongInput
 from .manifest import Input, Manifest
+from .pending import PendingBytes
 from .sampling import Generation, Sampling
 from .snapshot import Snapshot
 from .text import Cutter, Text
@@ -162,8 +163,10 @@ class Sink(Protocol):
     def full(self) -> bool:
         """Whether this caller leaves more replies untaken than may wait."""
 
-    def settle(self, nbytes: int) -> None:
-        """So many bytes of what came from this sink's caller are dealt with; their replies were delivered."""
+    @property
+    def share(self) -> PendingBytes | None:
+        """Where what came from this sink's caller is counted, besides the whole; it is taken off once it is
+        dealt with and its replies were delivered."""
 
 
 class Feed:
@@ -187,21 +190,21 @@ class Feed:
             self._data = np.full(shape, spec.left_context_value, spec.numpy_dtype).tobytes()
         self._start = self._context  # bytes before the first sample not eaten
 
-    def add(self, samples: bytes) -> None:
-        """Raises: TenutoError for a text that cannot be cut; then nothing is added."""
+    def add(self, samples: bytes) -> int:
+        """Returns the frames that there are now.
+
+        Raises: TenutoError for a text that cannot be cut; then nothing is added.
+        """
         keep = self._start - self._context
         # The common case, nothing left over and no context, keeps the client's bytes as they are.
-        self._data = samples if keep == len(self._data) else self._data[keep:] + samples
+        self._data = data = samples if keep == len(self._data) else self._data[keep:] + samples
         self._start = self._context
+        return (len(data) - self._context) // self._frame_bytes if self._frame_bytes else 0
 
     @property
     def unread(self) -> int:
         """Samples not yet eaten."""
         return (len(self._data) - self._start) // self._sample_bytes if self._sample_bytes else 0
-
-    @property
-    def frames(self) -> int:
-        return (len(self._data) - self._start) // self._frame_bytes if self._frame_bytes else 0
 
     def padding(self) -> bytes:
         """The zeros that fill what is left over up to a whole frame; none if nothing is left over."""
@@ -222,11 +225,9 @@ class Feed:
         return self._data if begin == 0 and end == len(self._data) else self._data[begin:end]
 
     def eat(self, frames: int) -> None:
-        self._start += frames * self._frame_bytes
-        if (
-            len(self._data) - self._start < self._frame_bytes
-        ):  # an idle sequence does not keep its last chunk alive
-            self._data, self._start = self._data[self._start - self._context :], self._context
+        self._start = start = self._start + frames * self._frame_bytes
+        if len(self._data) - start < self._frame_bytes:  # an idle sequence does not keep its last chunk alive
+            self._data, self._start = self._data[start - self._context :], self._context
 
 
 class TextFeed(Feed):
@@ -240,14 +241,13 @@ class TextFeed(Feed):
         self._cutter = cutter
         self.waiting = b""
 
-    def add(self, samples: bytes) -> None:
+    def add(self, samples: bytes) -> int:
         text = isinstance(samples, Text)
         if not text and not self.waiting:
-            super().add(samples)
-            return
+            return super().add(samples)
         ids, waiting = self._cutter.cut(self.waiting, samples if text else b"", final=not text)
-        super().add(ids.tobytes() if text else ids.tobytes() + samples)
         self.waiting = waiting
+        return super().add(ids.tobytes() if text else ids.tobytes() + samples)
 
     def padding(self) -> bytes:
         ids, _ = self._cutter.cut(self.waiting, b"", final=True)
@@ -322,14 +322,10 @@ class Sequence:
             self._begin_to_generate(chunk, self.generation)
             return
         if len(self.feeds) == 1:  # without a generator
-            feed = self.feeds[0]
-            feed.add(chunk.data[0])
-            chunk.data, chunk.frames = (), feed.frames
-            return
-        for feed, samples in zip(self.feeds, chunk.data, strict=True):
-            feed.add(samples)
+            chunk.frames = self.feeds[0].add(chunk.data[0])
+        else:
+            chunk.frames = min([f.add(samples) for f, samples in zip(self.feeds, chunk.data, strict=True)])
         chunk.data = ()
-        chunk.frames = min(feed.frames for feed in self.feeds)
 
     def _begin_to_generate(self, chunk: Chunk, generation: Generation) -> None:
         digest = hashlib.blake2b(b"".join((b"%d " % chunk.generate, *chunk.data)), digest_size=8).hexdigest()
@@ -342,10 +338,8 @@ class Sequence:
             chunk.part, chunk.data, chunk.frames = generation.done, (), 0
             return
         feed = self.feeds[0]
-        feed.add(chunk.data[0])
-        chunk.frames = feed.frames
-        feed.add(b"")  # a text ends where the model goes on
-        chunk.data, chunk.frames = (), feed.frames
+        chunk.frames = feed.add(chunk.data[0])
+        chunk.data, chunk.frames = (), feed.add(b"")  # a text ends where the model goes on
         generation.digest = digest
 
     def feed_back(self, chunk: Chunk, sample: bytes) -> None:
@@ -398,12 +392,6 @@ class Sequence:
             self.feeds[0].waiting = snapshot.text
         if self.generation is not None and snapshot.generation is not None:
             self.generation = replace(snapshot.generation)
-
-    def eat(self, chunk: Chunk, frames: int) -> None:
-        """A turn is done: its samples are eaten."""
-        chunk.frames -= frames
-        for feed in self.feeds:
-            feed.eat(frames)
 
 
 def feeds_of(manifest: Manifest) -> Items[Feed]:

@@ -61,9 +61,7 @@ class _Answer:
         self.there.set()
 
     full = False
-
-    def settle(self, nbytes: int) -> None:
-        """One request, one answer: there is nothing to hold back."""
+    share = None  # one request, one answer: there is nothing to hold back
 
 
 class Servicer:

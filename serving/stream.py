@@ -21,6 +21,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import reply as wire
 from .call import Call
 from .catalogue import Catalogue, Served
+from .chunk_form import ChunkForm
 from .errors import (
     AlreadyOpen,
     NotOpen,
@@ -146,7 +147,7 @@ class Stream:
         self._call = call
         self._catalogue = catalogue
         self._pending = pending
-        self._own = PendingBytes(limits.unanswered_bytes, pending)  # this stream's part of them
+        self.share = PendingBytes(limits.unanswered_bytes, pending)  # this stream's part of them
         self._resume: Callable[[], None] | None = None
         self._metrics = metrics
         self._limits = limits
@@ -157,10 +158,26 @@ class Stream:
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._half_closed = False
+        # What the next message looks like if all is as before, and whose chunk it is.
+        self._form: ChunkForm | None = None
+        self._formed: _Held | None = None
+        self._alike: tuple[int, int] = (0, 0)  # the last message's bytes and sequence, if it was one chunk
 
     # transport.Listener
 
     def received(self, message: bytes) -> None:
+        form, held = self._form, self._formed
+        if form is not None and held is not None:
+            samples = form.take(message)
+            if samples is not None and self._held.get(held.sequence.key) is held:
+                nbytes = len(samples) + CHUNK_BYTES
+                self.share.add_to_both(nbytes)
+                chunk = Chunk(form.step - 1, (samples,), time.monotonic(), nbytes)
+                held.served.engine.accept(held.sequence, chunk)
+                return
+        self._parse(message)
+
+    def _parse(self, message: bytes) -> None:
         try:
             request = pb.StreamRequest.FromString(message)
         except DecodeError:
@@ -183,11 +200,23 @@ class Stream:
             elif kind == "end":
                 self._finish(held, Ending.END)
             elif kind == "checkpoint":
-                self._own.add(COMMAND_BYTES)
+                self.share.add(COMMAND_BYTES)
                 held.served.engine.checkpoint(held.sequence)
             else:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
+        if len(events) == 1:
+            self._see_form(message, events[0])
+
+    def _see_form(self, message: bytes, event: pb.Event) -> None:
+        """Two messages of one sequence and of one size: the third will look like them, perhaps."""
+        alike, self._alike = self._alike, (len(message), event.sequence)
+        self._form = None
+        held, tensors = self._held.get(event.sequence), event.chunk.inputs
+        if alike != self._alike or held is None or len(tensors) != 1:
+            return
+        if not event.chunk.generate and held.served.reader.takes_as_it_is(tensors[0]):
+            self._form, self._formed = ChunkForm.of(message, event), held
 
     def half_closed(self) -> None:
         with self._lock:
@@ -224,10 +253,10 @@ class Stream:
         self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def wait(self, resume: Callable[[], None]) -> bool:
-        if not self._own.full and not self._pending.full:
+        if not self.share.full and not self._pending.full:
             return False
         self._resume = resume
-        return self._own.wait(resume) or self._pending.wait(resume)
+        return self.share.wait(resume) or self._pending.wait(resume)
 
     # sequence.Sink
 
@@ -235,22 +264,20 @@ class Stream:
     def full(self) -> bool:
         return self._call.backed_up
 
-    def settle(self, nbytes: int) -> None:
-        self._own.remove(nbytes)
-
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         try:
+            sequence, reply = replies[0]
+            if len(replies) == 1 and isinstance(reply, Output):  # nearly always
+                held = self._held.get(sequence.key)
+                if held is not None:
+                    self._call.send(held.served.writer.write(sequence.key, reply))
+                return
             self._deliver(replies)
         except Exception:
             log.exception("replies could not be written; their stream is cancelled")
             self._call.cancel()
 
     def _deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
-        if len(replies) == 1 and isinstance(output := replies[0][1], Output):  # nearly always
-            held = self._held.get(replies[0][0].key)
-            if held is not None:
-                self._call.send(held.served.writer.write(replies[0][0].key, output))
-            return
         messages: list[bytes] = []
         endings: list[tuple[Sequence, Closed | Failed]] = []
         for sequence, reply in replies:
@@ -312,7 +339,7 @@ class Stream:
         with self._lock:
             self._ended.pop(key, None)
             self._held[key] = _Held(sequence, served)
-        self._own.add(COMMAND_BYTES)
+        self.share.add(COMMAND_BYTES)
         if snapshot is not None:
             for other in self._catalogue.engines:
                 if other is not served.engine:
@@ -366,7 +393,7 @@ class Stream:
         nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
         if isinstance(data[0], Text):
             nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
-        self._own.add_to_both(nbytes)
+        self.share.add_to_both(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
 
     def _check_generate(self, parts: int, manifest: Manifest) -> None:
@@ -379,7 +406,7 @@ class Stream:
             )
 
     def _finish(self, held: _Held, ending: Ending | TenutoError) -> None:
-        self._own.add(COMMAND_BYTES)
+        self.share.add(COMMAND_BYTES)
         held.served.engine.finish(held.sequence, ending)
 
     def _strayed(self, key: int, kind: str | None) -> None:

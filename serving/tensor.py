@@ -77,6 +77,11 @@ class Reader:
             )
         return tuple(data for data, _ in pairs)
 
+    def takes_as_it_is(self, tensor: WireTensor) -> bool:
+        """Whether the tensor's bytes are its samples, for any bytes of that length: then another one with the
+        same name, dtype, shape and length need not be read again."""
+        return self._only is not None and self._inputs[0].takes_as_it_is(tensor)
+
     def _expected(self) -> str:
         return f"the model's inputs are {', '.join(self._index)}"
 
@@ -94,6 +99,9 @@ class _InputReader:
         self._sample_bytes = spec.sample_bytes
         self._rest = self._shape[1:]
         self._fixed = [d if a != self._free else None for a, d in enumerate(self._shape)]
+
+    def takes_as_it_is(self, tensor: WireTensor) -> bool:
+        return tensor.dtype == self._spec.dtype and not self._free
 
     def read(self, tensor: WireTensor, max_images: int | None) -> tuple[bytes, int]:
         dtype, spec = tensor.dtype, self._spec

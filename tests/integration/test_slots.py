@@ -51,9 +51,7 @@ class Caller:
             self.replies.put(reply)
 
     full = False
-
-    def settle(self, nbytes: int) -> None:
-        pass
+    share = None
 
     def live(self) -> None:
         """Sequences one after another, each with a sum of its own that no other may touch."""

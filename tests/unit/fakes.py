@@ -113,14 +113,16 @@ class FakeSink:
         self.replies: list[tuple[Sequence, Reply]] = []
         self.deliveries = 0
         self.full = False
-        self.settled = 0
+        self.share = PendingBytes(1 << 30)
 
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
         self.deliveries += 1
         self.replies += replies
 
-    def settle(self, nbytes: int) -> None:
-        self.settled += nbytes
+    @property
+    def settled(self) -> int:
+        """Bytes; nothing is ever added to its share."""
+        return -self.share.bytes
 
 
 class Bench:

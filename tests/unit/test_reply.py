@@ -1,14 +1,13 @@
-"""What the wire gets: the same bytes as a message made afresh, and joined up to a limit."""
+"""What the wire gets: what protobuf itself would write, and joined up to a limit."""
 
 from __future__ import annotations
 
-import os
-import sys
+import math
 
-import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from benchmarks.memory import resident_bytes
 from tenuto.serving import reply as wire
 from tenuto.serving.errors import PoolFull
 from tenuto.serving.reply import OutputWriter
@@ -17,44 +16,61 @@ from tenuto.v1 import tenuto_pb2 as pb
 
 from .fakes import accumulator
 
-
-def output(step: int, values: list[float]) -> Output:
-    data = np.array(values, np.float32).tobytes()
-    tensors = (((len(values),), data),) if values else ()
-    return Output(step, step % 2, True, tensors, 0.5, 0.25, 7)
+SHAPES = st.lists(st.integers(0, 200), max_size=3)
+SECONDS = st.sampled_from([0.0, 1e-7, 1e-6, 127e-6, 128e-6, 0.0161, 0.5, 4_294.9, 1e5])
 
 
-def afresh(key: int, output: Output) -> pb.StreamResponse:
-    timing = pb.Timing(queue_us=500_000, compute_us=250_000, batch_size=7)
-    tensors = [pb.Tensor(name="y", dtype="float32", shape=shape, data=data) for shape, data in output.tensors]
-    message = pb.Output(step=output.step, part=output.part, last=True, outputs=tensors, timing=timing)
+@st.composite
+def outputs(draw: st.DrawFn, tensors: int) -> Output:
+    shapes = draw(st.lists(SHAPES, min_size=tensors, max_size=tensors)) if draw(st.integers(0, 9)) else []
+    return Output(
+        draw(st.integers(1, 300) | st.integers(1, 2**63)),
+        draw(st.sampled_from([0, 0, 0, 1, 200])),
+        draw(st.sampled_from([True, True, True, False])),
+        tuple((tuple(shape), bytes([len(shape)]) * min(4 * math.prod(shape), 3_000)) for shape in shapes),
+        draw(SECONDS),
+        draw(SECONDS),
+        draw(st.integers(0, 300)),
+    )
+
+
+def by_protobuf(key: int, output: Output, names: list[str]) -> pb.StreamResponse:
+    queue, compute = (min(int(s * 1e6), 2**32 - 1) for s in (output.queue_seconds, output.compute_seconds))
+    timing = pb.Timing(queue_us=queue, compute_us=compute, batch_size=output.batch_size)
+    tensors = [
+        pb.Tensor(name=name, dtype="float32", shape=shape, data=data)
+        for name, (shape, data) in zip(names, output.tensors, strict=False)
+    ]
+    message = pb.Output(step=output.step, part=output.part, last=output.last, outputs=tensors, timing=timing)
     return pb.StreamResponse(replies=[pb.Reply(sequence=key, output=message)])
 
 
-def test_a_message_filled_again_is_as_if_made_afresh() -> None:
-    """Nothing of the one before stays: shapes that shrink, keys and parts that go back to zero, no frames."""
-    writer = OutputWriter(accumulator())
-    cases = [
-        (5, output(9, [1, 2, 3])),
-        (0, output(1, [4])),
-        (3, output(2, [])),
-        (0, output(3, [5, 6])),
-    ]
-    for key, one in [*cases, *cases[::-1]]:
-        assert pb.StreamResponse.FromString(writer.write(key, one)) == afresh(key, one)
+@pytest.mark.parametrize("names", [["y"], ["y", "z"]])
+@given(data=st.data())
+def test_a_reply_is_as_protobuf_would_write_it(names: list[str], data: st.DataObject) -> None:
+    """And nothing of the one before stays."""
+    tensor = {"dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
+    writer = OutputWriter(accumulator(outputs=[{"name": name} | tensor for name in names]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        key, output = data.draw(st.sampled_from([0, 1, 300])), data.draw(outputs(len(names)))
+        assert pb.StreamResponse.FromString(writer.write(key, output)) == by_protobuf(key, output, names)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_writer_does_not_keep_what_it_wrote() -> None:
-    """A protobuf message keeps all that was ever assigned to it: 256 MiB here, but for the renewals."""
+def test_a_sample_that_was_drawn_is_named_like_the_input() -> None:
+    drawn = Output(3, 2, False, (((), b"abcd"),), 0.0, 0.0, 1, drawn=True)
+    reply = pb.StreamResponse.FromString(OutputWriter(accumulator()).write(5, drawn)).replies[0]
+    tensor = pb.Tensor(name="x", dtype="float32", data=b"abcd")
+    output = pb.Output(step=3, part=2, outputs=[tensor], timing=pb.Timing(batch_size=1))
+    assert reply == pb.Reply(sequence=5, output=output)
+
+
+def test_a_writer_remembers_a_bounded_number_of_shapes() -> None:
     writer = OutputWriter(accumulator())
-    large = output(1, [1.0] * 65_536)  # 256 KiB
-    for _ in range(8):
-        writer.write(0, large)
-    before = resident_bytes(os.getpid())
-    for _ in range(1_024):
-        writer.write(0, large)
-    assert resident_bytes(os.getpid()) - before < 32 << 20
+    for frames in range(1_000):
+        data = bytes(4 * frames)
+        message = writer.write(0, Output(1, 0, True, (((frames,), data),), 0.0, 0.0, 1))
+        assert pb.StreamResponse.FromString(message).replies[0].output.outputs[0].data == data
+    assert len(writer._heads[0]) <= 256
 
 
 def test_the_other_replies() -> None:
@@ -78,7 +94,8 @@ def test_joined_replies_are_one_message_up_to_the_limit(monkeypatch: pytest.Monk
     """A reply larger than it goes alone; none is lost and the order stays."""
     writer = OutputWriter(accumulator())
     sizes = [1, 1, 500, 1, 30, 30, 30, 1]
-    replies = [writer.write(i, output(i + 1, [1.0] * size)) for i, size in enumerate(sizes)]
+    outputs = [Output(1, 0, True, (((size,), bytes(4 * size)),), 0.5, 0.25, 7) for size in sizes]
+    replies = [writer.write(key, output) for key, output in enumerate(outputs)]
     monkeypatch.setattr(wire, "_LARGEST_JOINED", 400)
     messages = wire.joined(replies)
     assert b"".join(messages) == b"".join(replies)

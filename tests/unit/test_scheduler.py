@@ -42,7 +42,14 @@ def create_sequences(
 def add(scheduler: Scheduler, *groups: list[Sequence]) -> None:
     for group in groups:
         for sequence in group:
-            scheduler.add(sequence)
+            scheduler.add(sequence, first(sequence))
+
+
+def first(sequence: Sequence) -> Chunk:
+    """The chunk whose turn it is."""
+    chunk = sequence.pending[0]
+    assert isinstance(chunk, Chunk)
+    return chunk
 
 
 def run(scheduler: Scheduler, batch: Batch) -> None:
@@ -51,7 +58,7 @@ def run(scheduler: Scheduler, batch: Batch) -> None:
         turn.chunk.frames -= turn.frames
         turn.chunk.parts += ((b"",),)
         if turn.chunk.frames and not turn.sequence.ended:
-            scheduler.add(turn.sequence)
+            scheduler.add(turn.sequence, turn.chunk)
 
 
 def members(batch: Batch) -> list[Sequence]:
@@ -211,9 +218,9 @@ def test_ended_sequences_are_skipped_and_take_no_place() -> None:
 def test_a_sequence_is_added_once() -> None:
     scheduler = create_scheduler()
     (one,) = create_sequences(1)
-    scheduler.add(one)
+    scheduler.add(one, first(one))
     with pytest.raises(AssertionError):
-        scheduler.add(one)
+        scheduler.add(one, first(one))
 
 
 def test_one_step_looks_at_a_bounded_number_of_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +293,7 @@ class World:
         self.undone.add(chunk)
         sequence.pending.append(chunk)
         if len(sequence.pending) == 1:
-            self.scheduler.add(sequence)
+            self.scheduler.add(sequence, chunk)
         return chunk
 
     def tick(self) -> Batch:
@@ -303,7 +310,7 @@ class World:
                 self.undone.remove(turn.chunk)
                 self.waited[turn.chunk] = self.batches - self.arrived[turn.chunk]
             if turn.sequence.pending:
-                self.scheduler.add(turn.sequence)
+                self.scheduler.add(turn.sequence, first(turn.sequence))
         return batch
 
     def key(self, chunk: Chunk) -> Key:

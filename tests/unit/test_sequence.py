@@ -50,11 +50,12 @@ def test_any_chunking_gives_the_same_rows_as_the_whole(
     at, eaten = 0, 0
     padded = np.full(context * columns, -5, np.int16).tobytes() + stream
     for number, cut in enumerate(cuts):
-        feed.add(stream[at * size : (at + cut) * size])
+        ready = feed.add(stream[at * size : (at + cut) * size])
         at += cut
-        assert feed.frames == (at - eaten) // multiple
-        while feed.frames:
-            frames = min(turns[number % len(turns)], feed.frames)
+        assert ready == (at - eaten) // multiple
+        while ready:
+            frames = min(turns[number % len(turns)], ready)
+            ready -= frames
             end = eaten + frames * multiple
             assert feed.peek(frames) == padded[eaten * size : (context + end) * size]
             feed.eat(frames)
@@ -112,8 +113,8 @@ def test_a_sequence_runs_as_many_frames_as_all_inputs_have() -> None:
     chunk = Chunk(1, (bytes(4 * 3), bytes(4 * 5)), 0.0, 0)
     sequence.begin(chunk)
     assert chunk.frames == 2
-    sequence.eat(chunk, 2)
-    assert chunk.frames == 0
+    for feed in sequence.feeds:
+        feed.eat(2)
     assert [feed.unread for feed in sequence.feeds] == [1, 1]
 
 

@@ -1,0 +1,124 @@
+"""A message that is taken without a parser is one that the parser would have read in the same way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tenuto.serving.chunk_form import ChunkForm
+from tenuto.serving.varint import varint
+from tenuto.v1 import tenuto_pb2 as pb
+
+STEPS = st.one_of(st.integers(1, 300), st.integers(16_000, 17_000), st.integers(1, 2**63))
+SHAPES = st.lists(st.integers(0, 300), max_size=3)
+
+
+def request(step: int, data: bytes, sequence: int = 7, **tensor: Any) -> pb.StreamRequest:
+    fields = {"name": "x", "dtype": "float32", "shape": [2, 3]} | tensor
+    chunk = pb.Chunk(step=step, inputs=[pb.Tensor(data=data, **fields)])
+    return pb.StreamRequest(events=[pb.Event(sequence=sequence, chunk=chunk)])
+
+
+def form_of(one: pb.StreamRequest) -> ChunkForm:
+    form = ChunkForm.of(one.SerializeToString(), one.events[0])
+    assert form is not None
+    return form
+
+
+@given(
+    step=STEPS,
+    sequence=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(["", "x", "a long name of an input"]),
+    shape=SHAPES,
+    size=st.sampled_from([0, 1, 2, 127, 128, 700]),
+    byte=st.sampled_from([0x00, 0x08, 0x12, 0x22, 0xFF]),
+)
+def test_the_next_chunk_is_taken_as_the_parser_reads_it(
+    step: int, sequence: int, name: str, shape: list[int], size: int, byte: int
+) -> None:
+    fields: dict[str, Any] = {"sequence": sequence, "name": name, "shape": shape}
+    form = form_of(request(step, bytes([byte]) * size, **fields))
+    for next_step in range(step + 1, step + 4):
+        samples = bytes((byte + next_step + i) % 256 for i in range(size))
+        assert form.step == next_step
+        taken = form.take(request(next_step, samples, **fields).SerializeToString())
+        if len(varint(next_step)) != len(varint(step)):
+            assert taken is None  # it is a byte longer, and so are all that hold it
+            return
+        assert taken == samples
+
+
+def test_from_the_first_step_to_the_ten_thousandth() -> None:
+    """The form is learned anew where the step becomes longer: twice here."""
+    data, learned = b"12345678", 0
+    form = form_of(request(1, data))
+    for step in range(2, 20_000):
+        one = request(step, data)
+        if form.take(one.SerializeToString()) is None:
+            learned += 1
+            form = form_of(one)
+    assert learned == 2  # 128 and 16,384
+
+
+OTHERS = {
+    "another step": request(10, b"1234"),
+    "the same step": request(8, b"1234"),
+    "another sequence": request(9, b"1234", sequence=8),
+    "another name": request(9, b"1234", name="y"),
+    "another dtype": request(9, b"1234", dtype="float16"),
+    "another shape": request(9, b"1234", shape=[3, 2]),
+    "more samples": request(9, b"12345"),
+    "fewer samples": request(9, b"123"),
+    "nothing": pb.StreamRequest(),
+    "an end": pb.StreamRequest(events=[pb.Event(sequence=7, end=pb.End())]),
+    "two events": pb.StreamRequest(events=[*request(9, b"1234").events, *request(10, b"1234").events]),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_whatever_differs_is_left_to_the_parser(what: str) -> None:
+    form = form_of(request(8, b"1234"))
+    assert form.take(OTHERS[what].SerializeToString()) is None
+    assert form.take(request(9, b"abcd").SerializeToString()) == b"abcd"
+
+
+@given(st.data())
+def test_a_spoiled_message_is_not_taken_or_reads_the_same(data: st.DataObject) -> None:
+    whole = bytearray(request(9, b"12345678").SerializeToString())
+    for _ in range(data.draw(st.integers(1, 3))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    message = bytes(whole)
+    samples = form_of(request(8, b"12345678")).take(message)
+    if samples is not None:
+        assert pb.StreamRequest.FromString(message) == request(9, samples)
+
+
+def unusual() -> dict[str, tuple[bytes, pb.Event]]:
+    """Messages that say the same, written in another way."""
+    one = request(300, b"1234")
+    message, event = one.SerializeToString(), one.events[0]
+    body = event.SerializeToString()
+    padded = b"\x0a" + bytes((len(body) | 0x80, 0)) + body  # a length that is longer than it need be
+    behind = body + b"\x98\x06\x01"  # a field that we do not know
+    zero = pb.StreamRequest(events=[pb.Event(sequence=7, chunk=pb.Chunk(inputs=event.chunk.inputs))])
+    return {
+        "a long length": (padded, event),
+        "an unknown field": (b"\x0a" + varint(len(behind)) + behind, event),
+        "an unknown field of the message": (message + b"\x98\x06\x01", event),
+        "no step": (zero.SerializeToString(), zero.events[0]),
+    }
+
+
+@pytest.mark.parametrize("what", unusual())
+def test_what_is_written_in_another_way_has_no_form(what: str) -> None:
+    message, event = unusual()[what]
+    assert pb.StreamRequest.FromString(message).events[0].chunk.inputs == event.chunk.inputs
+    assert ChunkForm.of(message, event) is None
+
+
+@given(st.integers(0, 2**64 - 1))
+def test_a_number_is_written_as_protobuf_does(number: int) -> None:
+    assert b"\x08" + varint(number) == (pb.Chunk(step=number).SerializeToString() or b"\x08\x00")

@@ -2,7 +2,7 @@
 
 A client that streams sends the same bytes around its samples again and again: the sequence's number, the
 tensor's name, dtype and shape. A message that is, byte for byte, what the last one leads us to expect needs
-no parser and no second look at its shape; that is a third of what reading it costs (docs/decisions.md).
+no parser and no second look at its shape; that is half of what reading it costs (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -17,51 +17,53 @@ from .varint import LAST, MORE, varint
 class ChunkForm:
     """Expects one sequence's next chunk: the step that follows, and as many samples of one tensor again."""
 
-    __slots__ = ("_after", "_begin", "_first", "_head", "_size", "_tail", "step")
+    __slots__ = ("_after", "_begin", "_first", "_head", "_samples", "_tail", "size", "step")
 
     def __init__(self, head: bytes, step: int, after: bytes, samples: int) -> None:
         """`head` goes before the step in a message, `after` behind it, then so many bytes of samples."""
-        self.step = step  # that the next message brings
+        told = varint(step)
+        self.step = step  # that is expected
+        self.size = len(head) + len(told) + len(after) + samples  # of the chunk, in a message
+        self._begin = head + told + after
         self._head = head
+        # The step's first byte changes with each chunk; what is behind it, every 128 of them.
+        self._first = LAST if len(told) == 1 else MORE
+        self._tail = told[1:] + after
         self._after = after
-        self._first = LAST if step < 128 else MORE
-        self._tail = varint(step)[1:] + after
-        self._size = len(head) + 1 + len(self._tail) + samples
-        self._begin = head + self._first[step & 0x7F] + self._tail
+        self._samples = samples
 
     @classmethod
-    def of(cls, message: bytes, event: pb.Event) -> Self | None:
-        """From a message with that one event, a chunk of one tensor.
-
-        None where it is not written as protobuf's own writers do, with the samples at the end.
-        """
+    def of(cls, event: pb.Event) -> Self:
+        """The form of what follows this one, a chunk of one tensor, as protobuf's own writers write it."""
         chunk = event.chunk
         tensor = chunk.inputs[0]
         usual = pb.Tensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, data=tensor.data)
-        one = pb.Chunk(step=chunk.step, inputs=[usual])
+        one = pb.Chunk(step=chunk.step + 1, inputs=[usual])
         request = pb.StreamRequest(events=[pb.Event(sequence=event.sequence, chunk=one)])
-        if not chunk.step or request.SerializeToString() != message:
-            return None
-        at = len(message) - one.ByteSize() + 1  # the chunk comes last, and its step first in it
-        after = message[at + len(varint(chunk.step)) : len(message) - len(tensor.data)]
-        return cls(message[:at], chunk.step + 1, after, len(tensor.data))
+        message = request.SerializeToString()
+        at = len(message) - one.ByteSize() + 1  # the chunk comes last, its step first in it, its samples last
+        after = message[at + len(varint(one.step)) : len(message) - len(tensor.data)]
+        return cls(message[:at], one.step, after, len(tensor.data))
 
-    def take(self, message: bytes) -> bytes | None:
-        """The samples, if this is the message that is expected; then the one behind it is."""
+    def take(self, message: bytes, at: int) -> bytes | None:
+        """The samples, if what is expected stands there in the message. Then the step behind it is."""
         begin = self._begin
-        if len(message) != self._size or not message.startswith(begin):
+        if not message.startswith(begin, at):
+            return None
+        samples = message[at + len(begin) : at + self.size]
+        if len(samples) != self._samples:
             return None
         self.step = step = self.step + 1
         if step & 0x7F:
             self._begin = self._head + self._first[step & 0x7F] + self._tail
         else:
             self._carry()
-        return message[len(begin) :]
+        return samples
 
     def _carry(self) -> None:
-        """The step's upper bits change. Where it becomes a byte longer lengths do too, and nothing fits."""
-        upper = varint(self.step)[1:]
-        if len(upper) + len(self._after) != len(self._tail):
-            self._size = -1
-        self._tail = upper + self._after
-        self._begin = self._head + self._first[0] + self._tail
+        """All of the step's bytes change. If there is one more, all lengths do, and nothing fits."""
+        told = varint(self.step)
+        if len(told) + len(self._after) > 1 + len(self._tail):
+            self._samples = -1
+        self._tail = told[1:] + self._after
+        self._begin = self._head + told + self._after

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -64,6 +65,7 @@ _SEED_BITS = 32
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
+_MOST_STEPS = 2**63  # beyond them a step may be the last that there is
 _MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
 
 
@@ -158,24 +160,25 @@ class Stream:
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._half_closed = False
-        # What the next message looks like if all is as before, and whose chunk it is.
-        self._form: ChunkForm | None = None
-        self._formed: _Held | None = None
-        self._alike: tuple[int, int] = (0, 0)  # the last message's bytes and sequence, if it was one chunk
+        # What the next message brings if it is like the last ones, and whose that is.
+        self._expected: list[tuple[ChunkForm, _Held]] = []
+        self._alike: tuple[int, list[int]] = (0, [])  # the last message's bytes and sequences
 
     # transport.Listener
 
     def received(self, message: bytes) -> None:
-        form, held = self._form, self._formed
-        if form is not None and held is not None:
-            samples = form.take(message)
-            if samples is not None and self._held.get(held.sequence.key) is held:
-                nbytes = len(samples) + CHUNK_BYTES
-                self.share.add_to_both(nbytes)
-                chunk = Chunk(form.step - 1, (samples,), time.monotonic(), nbytes)
-                held.served.engine.accept(held.sequence, chunk)
-                return
-        self._parse(message)
+        at = 0
+        for form, held in self._expected:
+            samples = form.take(message, at)
+            if samples is None:
+                break
+            at += form.size
+            nbytes = len(samples) + CHUNK_BYTES
+            self.share.add_to_both(nbytes)
+            chunk = Chunk(form.step - 1, (samples,), time.monotonic(), nbytes)
+            held.served.engine.accept(held.sequence, chunk)
+        if at < len(message):
+            self._parse(message[at:])  # events stand one behind the other: the rest is a message as well
 
     def _parse(self, message: bytes) -> None:
         try:
@@ -205,18 +208,19 @@ class Stream:
             else:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
-        if len(events) == 1:
-            self._see_form(message, events[0])
+        self._expect(len(message), events)
 
-    def _see_form(self, message: bytes, event: pb.Event) -> None:
-        """Two messages of one sequence and of one size: the third will look like them, perhaps."""
-        alike, self._alike = self._alike, (len(message), event.sequence)
-        self._form = None
-        held, tensors = self._held.get(event.sequence), event.chunk.inputs
-        if alike != self._alike or held is None or len(tensors) != 1:
+    def _expect(self, nbytes: int, events: Items[pb.Event]) -> None:
+        """After two messages of one size with chunks of the same sequences, the third may look like them."""
+        keys = [event.sequence for event in events]
+        alike, self._alike = self._alike, (nbytes, keys)
+        self._expected = []
+        if alike != self._alike or len(set(keys)) < len(keys):
             return
-        if not event.chunk.generate and held.served.reader.takes_as_it_is(tensors[0]):
-            self._form, self._formed = ChunkForm.of(message, event), held
+        with self._lock:  # none of them ends meanwhile
+            held = [self._held[key] for key in keys if key in self._held]
+            if len(held) == len(keys) and all(map(_has_form, events, held)):
+                self._expected = [(ChunkForm.of(e), h) for e, h in zip(events, held, strict=True)]
 
     def half_closed(self) -> None:
         with self._lock:
@@ -430,6 +434,7 @@ class Stream:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
+            self._expected = []
             self._empty_since = time.monotonic()
             # After its own End the client sends no more of that number.
             if isinstance(ending, Failed) or ending.reason is not Ending.END:
@@ -440,6 +445,13 @@ class Stream:
         self._ended.move_to_end(key)
         if len(self._ended) > _REMEMBERED:
             self._ended.popitem(last=False)
+
+
+def _has_form(event: pb.Event, held: _Held) -> bool:
+    """Whether it is a chunk whose samples are the bytes of one tensor."""
+    chunk = event.chunk
+    one = len(chunk.inputs) == 1 and not chunk.generate and chunk.step < _MOST_STEPS
+    return one and held.served.reader.takes_as_it_is(chunk.inputs[0])
 
 
 def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]:

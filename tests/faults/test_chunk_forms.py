@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tenuto.serving.chunk_form import ChunkForm
 from tenuto.serving.sequence import Ending
+from tenuto.serving.stream import Stream
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.integration.wire import chunk, ending, opening
 
 from .core import Core
 
-Send = Callable[[pb.Event], None]
-# What a client does next on sequence 1 or 2: goes on with so many values, repeats, skips a step, ends, opens.
-ACTIONS = st.tuples(st.sampled_from(["one", "one", "one", "two", "again", "gap", "end", "open", "turn"]),
-                    st.sampled_from([1, 1, 1, 2]))  # fmt: skip
+# What a client does next on sequence 1 or 2: goes on with so many values, repeats, skips a step, ends, opens;
+# and how many events it puts into a message.
+KINDS = ["one", "one", "one", "two", "again", "gap", "end", "open", "turn"]
+ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([1, 1, 1, 2])), max_size=30)
+TURNS = st.just([("one", 1), ("one", 2)] * 8)  # both, in turn: what two events a message are mostly
 
 
 def events(actions: list[tuple[str, int]]) -> list[pb.Event | None]:
@@ -42,14 +42,15 @@ def events(actions: list[tuple[str, int]]) -> list[pb.Event | None]:
     return made
 
 
-def answers(made: list[pb.Event | None]) -> list[pb.Reply]:
-    """Without what differs from run to run."""
+def answers(made: list[pb.Event | None], together: int = 1) -> list[pb.Reply]:
+    """To so many events a message; without what differs from run to run."""
     core = Core()
     stream, call = core.connect()
-    for event in made:
-        if event is not None:
-            stream.received(pb.StreamRequest(events=[event]).SerializeToString())
-        else:
+    for at in range(0, len(made), together):
+        batch = made[at : at + together]
+        events = [event for event in batch if event is not None]
+        stream.received(pb.StreamRequest(events=events).SerializeToString())
+        if len(events) < len(batch):
             core.turn()
     core.settle()
     stream.terminated()
@@ -62,26 +63,31 @@ def answers(made: list[pb.Event | None]) -> list[pb.Reply]:
     return replies
 
 
-@given(st.lists(ACTIONS, max_size=30))
-def test_a_form_changes_no_answer(actions: list[tuple[str, int]]) -> None:
-    made = events(actions)
+@given(st.one_of(ACTIONS, TURNS), st.lists(ACTIONS, max_size=1), st.integers(1, 3))
+def test_a_form_changes_no_answer(
+    first: list[tuple[str, int]], then: list[list[tuple[str, int]]], together: int
+) -> None:
+    made = events([*first, *(action for actions in then for action in actions)])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ChunkForm, "of", lambda *_: None)
-        parsed = answers(made)
-    assert answers(made) == parsed
+        patched.setattr(ChunkForm, "take", lambda *_: None)
+        parsed = answers(made, together)
+    assert answers(made, together) == parsed
 
 
-def test_the_third_message_of_a_kind_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[bytes | None] = []
-    own = ChunkForm.take
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_third_message_of_a_kind_is_not_parsed(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    parsed: list[int] = []
+    own = Stream._parse
 
-    def take(form: ChunkForm, message: bytes) -> bytes | None:
-        taken.append(own(form, message))
-        return taken[-1]
+    def parse(stream: Stream, message: bytes) -> None:
+        parsed.append(len(pb.StreamRequest.FromString(message).events))
+        own(stream, message)
 
-    monkeypatch.setattr(ChunkForm, "take", take)
-    answers(events([("one", 1), ("turn", 1)] * 5))
-    assert len([samples for samples in taken if samples]) == 3
+    monkeypatch.setattr(Stream, "_parse", parse)
+    made = events([("one", key) for _ in range(4) for key in range(1, 1 + together)])
+    outputs = [reply for reply in answers(made, together) if reply.HasField("output")]
+    assert len(outputs) == 4 * together
+    assert sum(parsed) == 2 + 2 * together  # the Opens, and the first two messages
 
 
 def test_a_chunk_for_a_sequence_that_the_server_ended_does_not_reach_the_engine() -> None:

@@ -67,6 +67,8 @@ GONE = _Gone()
 class Outbox:
     """What waits to be sent on one call, and what its ending will be. Guarded by its lock."""
 
+    __slots__ = ("bytes", "ending", "full", "limit_bytes", "lock", "messages", "over")
+
     def __init__(self, limit_bytes: int) -> None:
         self.lock = threading.Lock()
         self.messages: deque[bytes] = deque()

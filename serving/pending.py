@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 class PendingBytes:
     """A bounded count. Any thread."""
 
+    __slots__ = ("__weakref__", "_lock", "_waiting", "_whole", "bytes", "full", "limit_bytes")
+
     def __init__(self, limit_bytes: int, whole: PendingBytes | None = None) -> None:
         """With a `whole` it is a part of that, which is told by `add_to_both`."""
         self.limit_bytes = limit_bytes

@@ -136,6 +136,11 @@ class Streams:
 class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
+    __slots__ = (
+        "__weakref__", "_alike", "_call", "_catalogue", "_empty_since", "_ended", "_expected", "_gone",
+        "_half_closed", "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
+    )  # fmt: skip
+
     def __init__(
         self,
         call: Call,

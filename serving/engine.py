@@ -220,8 +220,9 @@ class Engine:
         self._admission.begin(now)
         try:
             # Only what is there now: a flood of commands must not keep the batches waiting.
+            take = self._inbox.take
             for _ in range(len(self._inbox)):
-                command, subject, value = self._inbox.take()
+                command, subject, value = take()
                 command(subject, value)
             self._population.look(now)
             self._population.hand_over()  # what needs no batch does not wait for one

@@ -75,19 +75,20 @@ class Scheduler:
         turns: Batch = []
         left: list[tuple[float, int, Sequence, Chunk]] = []
         longest = total = seen = 0
+        stateless, rows, room = self._stateless, self._rows, self._frames
         # What arrives is nearly in order, and a sort that knows it costs a fifth of a heap.
         self._ready.sort()
         for entry in self._ready:
-            if (total if self._stateless else len(turns)) >= self._rows:
-                break
-            if len(left) >= _MAX_PASSED_OVER * self._rows:
+            if (total if stateless else len(turns)) >= rows or len(left) >= _MAX_PASSED_OVER * rows:
                 break
             seen += 1
             _, _, sequence, chunk = entry
             if sequence.ended:
                 sequence.scheduled = False
                 continue
-            frames = min(chunk.frames, self._rows - total if self._stateless else self._frames)
+            if stateless:
+                room = rows - total
+            frames = chunk.frames if chunk.frames < room else room  # min() costs as much as all of this
             if frames == longest and sequence.constants is turns[0].sequence.constants:
                 pass  # nearly always: it fits
             elif turns and not self._fits(turns, sequence, frames, longest, total):

@@ -11,7 +11,7 @@ from . import suites
 from .budgets import Spread, by_message
 from .scenario import Taken
 
-COLOURS = ("#0b6e4f", "#cfe8d9", "#9ad1b3", "#d1495b", "#edae49", "#66788a")
+COLOURS = ("#0b6e4f", "#cfe8d9", "#9ad1b3", "#d1495b", "#e79aa4", "#edae49", "#66788a")
 
 
 def draw(rounds: list[Taken], path: Path) -> None:

@@ -96,4 +96,4 @@ class BatchingServicer(TenutoServicer):
 
 
 if __name__ == "__main__":
-    peer.run(BatchingServicer(model.session(Path(sys.argv[1]))))
+    peer.run(BatchingServicer(model.session(Path(sys.argv[1]))), tuned=True)

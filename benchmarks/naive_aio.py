@@ -1,4 +1,7 @@
-"""Baseline: `grpc.aio`, one `session.run` a message, the state kept beside the stream."""
+"""Baseline: `grpc.aio`, one `session.run` a message, the state kept beside the stream.
+
+With `--tuned` it has uvloop; gRPC's switch comes from its environment.
+"""
 
 import sys
 from collections.abc import AsyncIterator
@@ -23,4 +26,4 @@ class NaiveServicer(peer.OneByOne, TenutoServicer):
 
 
 if __name__ == "__main__":
-    peer.run(NaiveServicer(model.session(Path(sys.argv[1]))))
+    peer.run(NaiveServicer(model.session(Path(sys.argv[1]))), tuned="--tuned" in sys.argv)

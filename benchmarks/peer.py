@@ -81,8 +81,8 @@ async def serve(servicer: Servicer) -> None:
     await server.wait_for_termination()
 
 
-def run(servicer: Servicer) -> None:
-    """`serve` on uvloop where that is installed, else on asyncio's own loop."""
-    loop = import_module("uvloop").new_event_loop if find_spec("uvloop") else None
+def run(servicer: Servicer, *, tuned: bool) -> None:
+    """`serve` on asyncio's own loop; tuned, on uvloop where that is installed."""
+    loop = import_module("uvloop").new_event_loop if tuned and find_spec("uvloop") else None
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(serve(servicer))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from .scenario import Case, Party
 
 OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
-AIO, THREADS, BATCHER = "naive_aio", "naive_threads", "micro_batcher"
-SERVERS = (OURS, NULL, LEAST, AIO, BATCHER, THREADS)
+AIO, TUNED, THREADS, BATCHER = "naive_aio", "tuned_aio", "naive_threads", "micro_batcher"
+SERVERS = (OURS, NULL, LEAST, AIO, TUNED, BATCHER, THREADS)
 
 # Of the engine without a server: the largest batch of the model, and none.
 BARE_ROWS, BARE_ROW = "64 rows", "1 row"

@@ -236,7 +236,7 @@ def test_memory_is_that_of_a_fresh_server(tmp_path: Path, monkeypatch: pytest.Mo
 def test_every_baseline_gives_the_same_answers(tmp_path: Path) -> None:
     repository = model.write_repository(tmp_path / "repository")
     recording.record(Party(1, 2), repository, tmp_path)
-    for name in ("naive_aio", "naive_threads", "micro_batcher"):
+    for name in ("naive_aio", "tuned_aio", "naive_threads", "micro_batcher"):
         with ServerProcess(name, repository) as server:
             job = Job(server.pid, server.port, str(tmp_path), True, 0.0, 0.1, (Party(3, 2),))
             assert measure(job).checked > 0

@@ -39,7 +39,8 @@ class Admission:
         self._busy += now - self._turn
         self._turn = 0.0
         self._paced, self._late = paced, late
-        self._close_second(now)
+        if now - self._began >= _SECOND:
+            self._close_second(now)
 
     def check(self, now: float, where: str) -> None:
         """Whether a new sequence may come in, asked in a turn.

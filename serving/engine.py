@@ -37,6 +37,8 @@ from .state_pool import StatePool
 log = logging.getLogger("tenuto.engine")
 
 Array = NDArray[Any]
+Slots = NDArray[np.intp]  # of a batch's rows, padding included
+NO_SLOTS: Slots = np.array([], np.intp)
 
 
 class Runner(Protocol):
@@ -256,7 +258,7 @@ class Engine:
         return True
 
     def _run_batch(self, batch: Batch, started: float) -> None:
-        batch, feeds = self._gather(batch)
+        batch, feeds, slots = self._gather(batch)
         if not batch:
             return
         gathered = self._clock()
@@ -267,34 +269,31 @@ class Engine:
                 self._rerun(batch, error)
             return
         computed = self._clock()
-        self._scatter(batch, results)
+        self._scatter(batch, slots, results)
         scattered = self._clock()
         self._reply(batch, results, started, computed - gathered)
         self._measure(batch, (gathered - started, computed - gathered, scattered - computed), scattered)
 
-    def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array]]:
-        """Rows and states of the batch as the graph's feeds. Turns with forbidden values end here."""
+    def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array], Slots]:
+        """Rows and states of the batch as the graph's feeds, and whose slots they are. Turns with forbidden
+        values end here."""
+        size = self._layout.batch_size([t.frames for t in batch])
         rows = [[t.sequence.feeds[i].peek(t.frames) for t in batch] for i in range(len(self.manifest.inputs))]
-        feeds, refused = self._layout.stack(rows, self._rows(batch))
+        feeds, refused = self._layout.stack(rows, size)
         if refused:
             for i, error in refused.items():
                 text = f"{error}, in step {batch[i].chunk.step}"
                 self._population.close(batch[i].sequence, Ending.FAILED, type(error)(text))
             rest = [t for i, t in enumerate(batch) if i not in refused]
-            return self._gather(rest) if rest else (rest, {})
+            return self._gather(rest) if rest else (rest, {}, NO_SLOTS)
+        slots = NO_SLOTS
         if self.manifest.states:
-            feeds.update(self._pool.gather(self._slots(batch)))
+            held = [t.sequence.slot for t in batch]
+            slots = np.array(held + [self._pool.dump] * (size - len(held)), np.intp)
+            feeds.update(self._pool.gather(slots))
         if self.manifest.constants:
             feeds.update(self._layout.constants(batch[0].sequence.constants))
-        return batch, feeds
-
-    def _rows(self, batch: Batch) -> int:
-        return self._layout.batch_size([t.frames for t in batch])
-
-    def _slots(self, batch: Batch) -> NDArray[np.intp]:
-        slots = [t.sequence.slot for t in batch]
-        slots += [self._pool.dump] * (self._rows(batch) - len(slots))
-        return np.array(slots, np.intp)
+        return batch, feeds, slots
 
     def _run(self, feeds: dict[str, Array], now: float) -> list[Array]:
         self.running_since = now
@@ -324,17 +323,17 @@ class Engine:
         log.warning("%s: a batch failed, running its rows alone: %s", self.where, error)
         for turn in batch:
             self.metrics.rows_rerun += 1
-            one, feeds = self._gather([turn])
+            one, feeds, slots = self._gather([turn])
             started = self._clock()
             try:
                 results = self._run(feeds, started)
             except RunFailed as own:
                 self._rerun(one, own)
             else:
-                self._scatter(one, results)
+                self._scatter(one, slots, results)
                 self._reply(one, results, started, self._clock() - started)
 
-    def _scatter(self, batch: Batch, results: list[Array]) -> None:
+    def _scatter(self, batch: Batch, slots: Slots, results: list[Array]) -> None:
         """Writes the new states back. A sequence whose state is not finite ends; its slot is reset when it
         is handed on."""
         states = results[len(self.manifest.outputs) :]
@@ -344,7 +343,7 @@ class Engine:
             turn = batch[row]
             text = f"the state became NaN or Inf in step {turn.chunk.step}; open a new sequence"
             self._population.close(turn.sequence, Ending.STATE_NOT_FINITE, StateNotFinite(text))
-        self._pool.scatter(self._slots(batch), states)
+        self._pool.scatter(slots, states)
 
     def _reply(self, batch: Batch, results: list[Array], started: float, compute: float) -> None:
         """Cuts the outputs into rows, and answers each chunk that is done."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import NotFinite, OutOfRangeValue, TenutoError
 from .manifest import Input, Manifest, Output
+from .state_pool import is_finite
 
 Array = NDArray[Any]
 
@@ -137,7 +138,7 @@ class InputLayout:
         One pass over the whole batch: rows are looked at one by one only where that finds something.
         """
         bounds = self._spec.range
-        if self._check_finite and not np.isfinite(stacked).all():
+        if self._check_finite and not is_finite(stacked):
             bad = [i for i, row in enumerate(rows) if not np.isfinite(self._values(row)).all()]
             return {
                 i: NotFinite(f"input {self.name!r} holds NaN or Inf; the model takes numbers only")

@@ -119,9 +119,12 @@ class Population:
 
     def look(self, now: float) -> None:
         """Ends those that were silent, or here, for too long, and those that are to be sent away."""
-        self._expire(now)
-        self._come_of_age(now)
-        self._send_away()
+        if self._idle and self._idle[0][0] <= now:
+            self._expire(now)
+        if now >= self._max_age_at:
+            self._come_of_age()
+        if self._leaving:
+            self._send_away()
         if self._paused and now >= self._wake_at:
             self._wake_at = now + _LOOK_SECONDS  # thousands may wait: not at every turn of the others
             self._wake()
@@ -534,10 +537,8 @@ class Population:
             self._max_age_at = self._clock() + max_age_seconds
         self._look_if_empty()
 
-    def _come_of_age(self, now: float) -> None:
-        """Once a retiring version's time is over, each sequence ends behind its accepted chunks."""
-        if now < self._max_age_at:
-            return
+    def _come_of_age(self) -> None:
+        """A retiring version's time is over: each sequence ends behind its accepted chunks."""
         self._max_age_at = math.inf
         self.past_max_age = True
         self._leaving.extend((sequence, Ending.MAX_AGE) for sequence in self.live.values())

@@ -21,7 +21,6 @@ _MOST_US = 2**32 - 1
 # A sixteenth of what a gRPC client accepts unless told otherwise.
 _LARGEST_JOINED = 256 << 10
 _MOST_HEADS = 256  # shapes of one output that are remembered
-_VARINT_BYTES = 5  # of a number below 2**32 at most
 # Fields of the wire, each as its tag, which is its number << 3 | its kind.
 _REPLY = b"\x0a"  # StreamResponse.replies
 _SEQUENCE, _OUTPUT = b"\x08", b"\x1a"  # of a Reply
@@ -44,7 +43,6 @@ class OutputWriter:
         self._key_fields = b""
         self._compute_seconds, self._rows = -1.0, 0  # of the batch that it was of
         self._batch_fields = b""
-        self._timings: list[bytes] = []  # what a Timing begins with, by the bytes of its first number
 
     def write(self, key: int, output: Output) -> bytes:
         """A StreamResponse of that one reply."""
@@ -63,8 +61,9 @@ class OutputWriter:
         step, queue = output.step, int(output.queue_seconds * 1e6)
         told_step = MORE[step & 0x7F] + LAST[step >> 7] if 0x80 <= step < 0x4000 else varint(step)
         told_queue = MORE[queue & 0x7F] + LAST[queue >> 7] if 0x80 <= queue < 0x4000 else varint(_us(queue))
-        start = self._timings[len(told_queue)]
-        fields = b"".join((_STEP, told_step, _IS_LAST, told, start, told_queue, self._batch_fields))
+        batch = self._batch_fields
+        timing = LAST[len(_QUEUE) + len(told_queue) + len(batch)]
+        fields = b"".join((_STEP, told_step, _IS_LAST, told, _TIMING, timing, _QUEUE, told_queue, batch))
         size = varint(len(fields))
         whole = varint(len(self._key_fields) + len(size) + len(fields))
         return b"".join((_REPLY, whole, self._key_fields, size, fields))
@@ -86,8 +85,6 @@ class OutputWriter:
         self._compute_seconds, self._rows = output.compute_seconds, output.batch_size
         compute = varint(_us(int(output.compute_seconds * 1e6)))
         self._batch_fields = _COMPUTE + compute + _ROWS + varint(output.batch_size)
-        size = len(_QUEUE) + len(self._batch_fields)
-        self._timings = [_TIMING + varint(size + n) + _QUEUE for n in range(_VARINT_BYTES + 1)]
 
     def _write_rare(self, key: int, output: Output) -> bytes:
         """One of several parts, or without tensors: the chunk completed no frame."""

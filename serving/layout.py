@@ -13,12 +13,16 @@ from numpy.typing import NDArray
 
 from .errors import NotFinite, OutOfRangeValue, TenutoError
 from .manifest import Input, Manifest, Output
-from .state_pool import is_finite
 
 Array = NDArray[Any]
 
 
 Tensors = tuple[tuple[tuple[int, ...], bytes], ...]  # per output: a client's shape, and the bytes
+
+
+def is_finite(values: NDArray[Any]) -> bool:
+    """Whether no value is NaN or Inf. In the bytes of the answers: half of what their `all` costs."""
+    return b"\0" not in np.isfinite(values).tobytes()
 
 
 class Layout:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import ModelInvalid, PoolFull, TenutoError
+from .layout import is_finite
 from .manifest import State, Value
 
 Array = NDArray[np.generic]
@@ -132,11 +133,6 @@ class StatePool:
                 f"the state pool lost count: {len(self._free)} free, {len(self._holders)} used, "
                 f"capacity {self.capacity}. This is a bug."
             )
-
-
-def is_finite(values: NDArray[Any]) -> bool:
-    """Whether no value is NaN or Inf. In the bytes of the answers: half of what their `all` costs."""
-    return b"\0" not in np.isfinite(values).tobytes()
 
 
 def _layout(state: State, slots: int) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,36 +85,17 @@ def test_an_epoch_has_as_many_steps_as_it_says(make: Callable[[], Task]) -> None
 
 
 class TestShakespeare:
-    def test_streams_go_on_where_they_were(self) -> None:
-        pieces = list(_shakespeare().batches(np.random.default_rng(0)))
-        for (read, follow, _), (later, _, _) in pairwise(pieces):
+    def test_an_epoch_reads_the_text_once_and_not_what_is_held_out(self) -> None:
+        task = shakespeare.ShakespeareTask()
+        task.take(np.arange(40_000))
+        read = [batch[0] for batch in task.batches(np.random.default_rng(0))]
+        seen = torch.cat([piece for pieces in read for piece in pieces])
+        assert len(seen.unique()) == len(seen) == task.steps() * shakespeare.PIECES * shakespeare.PIECE
+        assert not ((seen >= 18_000) & (seen < 20_000)).any()
+
+    def test_what_follows_is_a_character_further(self) -> None:
+        for read, follow in _shakespeare().batches(np.random.default_rng(0)):
             assert torch.equal(read[:, 1:], follow[:, :-1])
-            assert torch.equal(follow[:, -1], later[:, 0])
-        assert pieces[0][2].all()
-        assert not pieces[1][2].all()
-
-    def test_state_is_carried_unless_a_stream_begins_anew(self) -> None:
-        task = _shakespeare()
-        network = task.network().eval()
-        (one, other, piece) = [batch[:2] for batch in task.batches(np.random.default_rng(0))][:3]
-        streams = len(one[0])
-
-        def second_loss(first: tuple[torch.Tensor, ...], anew: torch.Tensor) -> float:
-            with torch.no_grad():
-                task.loss(network, (*first, torch.ones(streams, dtype=torch.bool)))
-                return float(task.loss(network, (*piece, anew)))
-
-        goes_on, begins = torch.zeros(streams, dtype=torch.bool), torch.ones(streams, dtype=torch.bool)
-        assert second_loss(one, goes_on) != second_loss(other, goes_on)
-        assert second_loss(one, begins) == second_loss(other, begins)
-        begins[0] = False  # one stream's state is enough
-        assert second_loss(one, begins) != second_loss(other, begins)
-        mixed = [part.clone() for part in other]
-        for part, same in zip(mixed, one, strict=True):
-            part[0] = same[0]
-        assert second_loss(one, begins) == second_loss(
-            (mixed[0], mixed[1]), begins
-        )  # and the others' is not used
 
     def test_text_on_the_wire_is_what_it_was_trained_on(self) -> None:
         cutter = shakespeare.manifest().inputs[0].text

@@ -13,6 +13,12 @@ from tenuto.v1 import tenuto_pb2 as pb
 
 from .varint import LAST, MORE, varint
 
+# Fields of the wire, each as its tag, which is its number << 3 | its kind.
+_EVENT = b"\x0a"  # StreamRequest.events
+_SEQUENCE, _CHUNK = b"\x08", b"\x1a"  # of an Event
+_STEP, _TENSOR = b"\x08", b"\x12"  # of a Chunk
+_DATA = b"\x22"  # of a Tensor
+
 
 class ChunkForm:
     """Expects one sequence's next chunk: the step that follows, and as many samples of one tensor again."""
@@ -34,16 +40,19 @@ class ChunkForm:
 
     @classmethod
     def of(cls, event: pb.Event) -> Self:
-        """The form of what follows this one, a chunk of one tensor, as protobuf's own writers write it."""
+        """The form of this one, a chunk of one tensor, as protobuf's own writers write it."""
         chunk = event.chunk
         tensor = chunk.inputs[0]
-        usual = pb.Tensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape, data=tensor.data)
-        one = pb.Chunk(step=chunk.step + 1, inputs=[usual])
-        request = pb.StreamRequest(events=[pb.Event(sequence=event.sequence, chunk=one)])
-        message = request.SerializeToString()
-        at = len(message) - one.ByteSize() + 1  # the chunk comes last, its step first in it, its samples last
-        after = message[at + len(varint(one.step)) : len(message) - len(tensor.data)]
-        return cls(message[:at], one.step, after, len(tensor.data))
+        samples = len(tensor.data)
+        said = pb.Tensor(name=tensor.name, dtype=tensor.dtype, shape=tensor.shape).SerializeToString()
+        if samples:  # what is empty is not written
+            said += _DATA + varint(samples)
+        after = _TENSOR + varint(len(said) + samples) + said
+        key = _SEQUENCE + varint(event.sequence) if event.sequence else b""
+        nbytes = len(_STEP) + len(varint(chunk.step)) + len(after) + samples
+        said_chunk = key + _CHUNK + varint(nbytes)
+        head = _EVENT + varint(len(said_chunk) + nbytes) + said_chunk + _STEP
+        return cls(head, chunk.step, after, samples)
 
     def take(self, message: bytes, at: int) -> bytes | None:
         """The samples, if what is expected stands there in the message. Then the step behind it is."""

@@ -38,7 +38,8 @@ class OutputWriter:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._heads: list[dict[tuple[int, ...], bytes]] = [{} for _ in manifest.outputs]  # by shape
+        # By shape and bytes: an output may come with another size than it is said to have.
+        self._heads: list[dict[tuple[tuple[int, ...], int], bytes]] = [{} for _ in manifest.outputs]
         self._key = -1  # of the reply before
         self._key_fields = b""
         self._compute_seconds, self._rows = -1.0, 0  # of the batch that it was of
@@ -55,7 +56,7 @@ class OutputWriter:
             self._see_batch(output)
         if len(tensors) == 1:  # without a loop
             shape, data = tensors[0]
-            told = (self._heads[0].get(shape) or self._head(0, shape, data)) + data
+            told = (self._heads[0].get((shape, len(data))) or self._head(0, shape, data)) + data
         else:
             told = b"".join([self._head(i, shape, data) + data for i, (shape, data) in enumerate(tensors)])
         step, queue = output.step, int(output.queue_seconds * 1e6)
@@ -71,14 +72,14 @@ class OutputWriter:
     def _head(self, index: int, shape: tuple[int, ...], data: bytes) -> bytes:
         """A tensor as an Output's field, up to its bytes."""
         heads = self._heads[index]
-        head = heads.get(shape)
+        head = heads.get((shape, len(data)))
         if head is None:
             if len(heads) >= _MOST_HEADS:
                 heads.clear()
             spec = self._manifest.outputs[index]
             fields = pb.Tensor(name=spec.name, dtype=spec.dtype, shape=shape).SerializeToString()
             fields += _DATA + varint(len(data))
-            head = heads[shape] = _TENSOR + varint(len(fields) + len(data)) + fields
+            head = heads[shape, len(data)] = _TENSOR + varint(len(fields) + len(data)) + fields
         return head
 
     def _see_batch(self, output: Output) -> None:

@@ -6,6 +6,7 @@ while the table of sequences is read or changed.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 import threading
@@ -65,6 +66,8 @@ _SEED_BITS = 32
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
+# Forms that are learnt without one of them being of use; then a stream's messages are all parsed.
+_TRIES = 8
 _MOST_STEPS = 2**63  # beyond them a step may be the last that there is
 _MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
 
@@ -138,7 +141,8 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_alike", "_call", "_catalogue", "_empty_since", "_ended", "_expected", "_gone",
-        "_half_closed", "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
+        "_half_closed", "_held", "_learnt_step", "_limits", "_lock", "_metrics", "_pending", "_resume",
+        "_tries", "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -167,12 +171,14 @@ class Stream:
         self._half_closed = False
         # What the next message brings if it is like the last ones, and whose that is.
         self._expected: list[tuple[ChunkForm, _Held]] = []
+        self._learnt_step = 0  # that the first of them expected at first
+        self._tries = _TRIES
         self._alike: tuple[int, list[int]] = (0, [])  # the last message's bytes and sequences
 
     # transport.Listener
 
     def received(self, message: bytes) -> None:
-        at = 0
+        at, now = 0, time.monotonic()
         for form, held in self._expected:
             samples = form.take(message, at)
             if samples is None:
@@ -180,22 +186,25 @@ class Stream:
             at += form.size
             nbytes = len(samples) + CHUNK_BYTES
             self.share.add_to_both(nbytes)
-            chunk = Chunk(form.step - 1, (samples,), time.monotonic(), nbytes)
-            held.served.engine.accept(held.sequence, chunk)
+            held.served.engine.accept(held.sequence, Chunk(form.step - 1, (samples,), now, nbytes))
         if at < len(message):
-            self._parse(message[at:])  # events stand one behind the other: the rest is a message as well
+            self._parse(message, at, now)
 
-    def _parse(self, message: bytes) -> None:
+    def _parse(self, message: bytes, at: int, now: float) -> None:
+        """From there on; before it are chunks that were taken. Events stand one behind the other, so the rest
+        of a message is a message as well."""
+        ends = itertools.accumulate([form.size for form, _ in self._expected] if at else ())
+        taken = sum([end <= at for end in ends])
+        message = message[at:]
         try:
             request = pb.StreamRequest.FromString(message)
         except DecodeError:
             self._abort(WrongMessage(f"{len(message)} bytes are no tenuto.v1.StreamRequest"))
             return
         events = request.events
-        if len(events) > MAX_EVENTS:
-            self._abort(TooLarge(f"{len(events)} events in one message, the limit is {MAX_EVENTS}"))
+        if taken + len(events) > MAX_EVENTS:
+            self._abort(TooLarge(f"{taken + len(events)} events in one message, the limit is {MAX_EVENTS}"))
             return
-        now = time.monotonic()
         for event in events:
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
@@ -213,19 +222,31 @@ class Stream:
             else:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
-        self._expect(len(message), events)
+        self._expect(message, events)
 
-    def _expect(self, nbytes: int, events: Items[pb.Event]) -> None:
+    def _expect(self, message: bytes, events: Items[pb.Event]) -> None:
         """After two messages of one size with chunks of the same sequences, the third may look like them."""
         keys = [event.sequence for event in events]
-        alike, self._alike = self._alike, (nbytes, keys)
-        self._expected = []
-        if alike != self._alike or len(set(keys)) < len(keys):
+        alike, self._alike = self._alike, (len(message), keys)
+        if self._expected:  # a client whose messages look alike and are not must not have us learn for ever
+            used = self._expected[0][0].step != self._learnt_step
+            self._tries = _TRIES if used else self._tries
+            self._expected = []
+        if alike != self._alike or len(set(keys)) < len(keys) or not self._tries:
             return
+        found = [held for key in keys if (held := self._held.get(key)) is not None]
+        if len(found) < len(keys) or not all(map(_has_form, events, found)):
+            return
+        self._tries -= 1
+        forms, at = [ChunkForm.of(event) for event in events], 0
+        for form in forms:  # it is itself what its form says, or its client writes in another way
+            if form.take(message, at) is None:
+                return
+            at += form.size
         with self._lock:  # none of them ends meanwhile
-            held = [self._held[key] for key in keys if key in self._held]
-            if len(held) == len(keys) and all(map(_has_form, events, held)):
-                self._expected = [(ChunkForm.of(e), h) for e, h in zip(events, held, strict=True)]
+            if all(self._held.get(key) is held for key, held in zip(keys, found, strict=True)):
+                self._learnt_step = forms[0].step if forms else 0
+                self._expected = list(zip(forms, found, strict=True))
 
     def half_closed(self) -> None:
         with self._lock:
@@ -239,6 +260,7 @@ class Stream:
     def terminated(self) -> None:
         with self._lock:
             held, self._held = list(self._held.values()), {}
+            self._expected = []  # or it and its sequences would keep each other alive
         for one in held:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
         if self._resume is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tenuto.serving import stream as stream_module
 from tenuto.serving.chunk_form import ChunkForm
 from tenuto.serving.sequence import Ending
 from tenuto.serving.stream import Stream
+from tenuto.serving.varint import varint
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.integration.wire import chunk, ending, opening
 
@@ -18,7 +21,8 @@ from .core import Core
 # and how many events it puts into a message.
 KINDS = ["one", "one", "one", "two", "again", "gap", "end", "open", "turn"]
 ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([1, 1, 1, 2])), max_size=30)
-TURNS = st.just([("one", 1), ("one", 2)] * 8)  # both, in turn: what two events a message are mostly
+# Both, in turn: what two events a message are mostly.
+TURNS = st.sampled_from([[("one", 1), ("one", 2)] * 8, [("one", 2), ("one", 1)] * 8])
 
 
 def events(actions: list[tuple[str, int]]) -> list[pb.Event | None]:
@@ -79,9 +83,9 @@ def test_the_third_message_of_a_kind_is_not_parsed(monkeypatch: pytest.MonkeyPat
     parsed: list[int] = []
     own = Stream._parse
 
-    def parse(stream: Stream, message: bytes) -> None:
-        parsed.append(len(pb.StreamRequest.FromString(message).events))
-        own(stream, message)
+    def parse(stream: Stream, message: bytes, at: int, now: float) -> None:
+        parsed.append(len(pb.StreamRequest.FromString(message[at:]).events))
+        own(stream, message, at, now)
 
     monkeypatch.setattr(Stream, "_parse", parse)
     made = events([("one", key) for _ in range(4) for key in range(1, 1 + together)])
@@ -105,3 +109,62 @@ def test_a_chunk_for_a_sequence_that_the_server_ended_does_not_reach_the_engine(
     core.assert_nothing_is_left()
     assert [reply.closed.reason for reply in call.replies[-2:]] == [pb.EVICTED] * 2
     assert engine.metrics.chunks == {"answered": 3}
+
+
+def sent(monkeypatch: pytest.MonkeyPatch, messages: list[bytes]) -> tuple[list[pb.Reply], int]:
+    """The replies, and how many forms were made for it."""
+    made: list[ChunkForm] = []
+    own = ChunkForm.of
+
+    def of(event: pb.Event) -> ChunkForm:
+        made.append(own(event))
+        return made[-1]
+
+    monkeypatch.setattr(ChunkForm, "of", of)
+    core = Core()
+    stream, call = core.connect()
+    for message in messages:
+        stream.received(message)
+        core.settle()
+    stream.terminated()
+    core.assert_nothing_is_left()
+    return call.replies, len(made)
+
+
+def test_a_client_that_writes_in_another_way_is_parsed_and_costs_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    unknown = b"\x98\x06\x01"  # a field that we do not know, in each event
+    bodies = [event.SerializeToString() + unknown for event in events([("one", 1)] * 100) if event]
+    messages = [b"\x0a" + varint(len(body)) + body for body in bodies]
+    replies, forms = sent(monkeypatch, messages)
+    outputs = [reply.output.step for reply in replies if reply.HasField("output")]
+    assert outputs == list(range(1, 101))
+    assert forms <= 8
+
+
+def test_a_form_that_was_of_use_may_be_made_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    actions = [("one", 1)] * 4 + [("two", 1)] * 4
+    made = [event for event in events(actions * 20) if event is not None]
+    messages = [pb.StreamRequest(events=[event]).SerializeToString() for event in made]
+    replies, forms = sent(monkeypatch, messages)
+    outputs = [reply.output.step for reply in replies if reply.HasField("output")]
+    assert outputs == list(range(1, 161))
+    assert forms >= 40
+
+
+def test_the_limit_on_events_holds_for_those_that_were_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream_module, "MAX_EVENTS", 3)
+    core = Core()
+    stream, call = core.connect()
+    opens, one, two, three = (
+        pb.StreamRequest(events=[event for event in pair if event is not None]).SerializeToString()
+        for pair in zip(*[iter(events([("one", key) for _ in range(3) for key in (1, 2)]))] * 2, strict=True)
+    )
+    for message in (opens, one, two):
+        stream.received(message)
+        core.settle()
+    late = pb.StreamRequest(events=[ending(sequence=1), ending(sequence=2)]).SerializeToString()
+    stream.received(three + late)
+    assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    core.assert_nothing_is_left()

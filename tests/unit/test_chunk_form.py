@@ -23,7 +23,10 @@ def request(step: int, data: bytes, sequence: int = 7, **tensor: Any) -> pb.Stre
 
 
 def form_of(one: pb.StreamRequest) -> ChunkForm:
-    return ChunkForm.of(one.events[0])
+    """Of what follows that one."""
+    form = ChunkForm.of(one.events[0])
+    assert form.take(one.SerializeToString(), 0) == one.events[0].chunk.inputs[0].data
+    return form
 
 
 @given(

@@ -48,6 +48,24 @@ def test_one_that_is_resumed_may_wait_again() -> None:
     assert resumed == [1, 2]
 
 
+def test_what_is_settled_is_taken_off_the_parts_and_the_whole() -> None:
+    whole = PendingBytes(100)
+    one, two = PendingBytes(10, whole), PendingBytes(10, whole)
+    for part in (one, two):
+        part.add_to_both(60)
+    whole.add(7)
+    resumed: list[str] = []
+    for name, pending in (("one", one), ("two", two), ("whole", whole)):
+        assert pending.wait(lambda name=name: resumed.append(name))  # type: ignore[misc]
+    whole.settle({one: 50, None: 7})
+    assert (one.bytes, two.bytes, whole.bytes) == (10, 60, 70)
+    assert resumed == ["one", "whole"]
+    whole.settle({one: 10, two: 60})
+    assert (one.bytes, two.bytes, whole.bytes) == (0, 0, 0)
+    assert resumed == ["one", "whole", "two"]
+    assert not any(pending.full for pending in (one, two, whole))
+
+
 @given(st.lists(st.one_of(st.integers(-30, 30), st.just(None)), max_size=40))
 def test_everyone_who_waits_is_resumed_exactly_once(actions: list[int | None]) -> None:
     """None waits, a number adds or removes."""

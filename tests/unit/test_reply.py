@@ -64,6 +64,14 @@ def test_a_sample_that_was_drawn_is_named_like_the_input() -> None:
     assert reply == pb.Reply(sequence=5, output=output)
 
 
+def test_an_output_of_another_size_spoils_no_other() -> None:
+    """Nothing checks what a graph gives for an axis that the manifest fixes."""
+    writer = OutputWriter(accumulator())
+    for size in (4, 8, 4):
+        message = writer.write(0, Output(1, 0, True, (((2,), bytes(size)),), 0.0, 0.0, 1))
+        assert pb.StreamResponse.FromString(message).replies[0].output.outputs[0].data == bytes(size)
+
+
 def test_a_writer_remembers_a_bounded_number_of_shapes() -> None:
     writer = OutputWriter(accumulator())
     for frames in range(1_000):

@@ -126,6 +126,19 @@ def test_the_time_axis_may_stand_before_the_batch_axis() -> None:
     assert reader.read([FakeTensor.of(array)]) == (array.tobytes(),)
 
 
+def test_what_is_taken_as_it_is() -> None:
+    """Without being read again: the model's own dtype, time first, one input."""
+    array = f32([[1, 2], [3, 4]])
+    plain = create_reader(shape=["batch", "time", 2], time_axis=1, wire=[PCM])
+    assert plain.takes_as_it_is(FakeTensor.of(array))
+    assert not plain.takes_as_it_is(FakeTensor.of(array.astype(np.int16)))
+    turned = create_reader(shape=["batch", 2, "time"], time_axis=2)
+    assert not turned.takes_as_it_is(FakeTensor.of(array))
+    spec: dict[str, Any] = {"dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
+    two = Reader(accumulator(inputs=[{"name": "x"} | spec, {"name": "z"} | spec]), 1 << 20)
+    assert not two.takes_as_it_is(FakeTensor.of(f32([1])))
+
+
 def test_a_stateless_batch_axis_may_stand_anywhere() -> None:
     spec = {"name": "x", "dtype": "float32", "shape": [2, "batch"], "batch_axis": 1}
     reader = Reader(doubler(inputs=[spec]), 1 << 20)

@@ -27,7 +27,7 @@ from tenuto.training.task import Batch, Figures, Task
 
 PIECES = 64  # a step
 PIECE = 128  # characters
-DROPOUT, INPUT_DROPOUT = 0.4, 0.1
+DROPOUT, INPUT_DROPOUT = 0.3, 0.1
 VALIDATION = 0.45, 0.5  # from there to there of the part to train on
 SHAPE = Shape(inputs=64, hidden=(384, 384), outputs=len(ALPHABET), symbols=len(ALPHABET))
 CUTTER = Characters(ALPHABET)
@@ -45,7 +45,7 @@ class ShakespeareTask(Task):
     """Tiny Shakespeare, a character a step."""
 
     name = "shakespeare"
-    recipe = Recipe(epochs=11, learning_rate=4e-3, average=0.998, precision="bfloat16", keep="best")
+    recipe = Recipe(epochs=10, learning_rate=5e-3, average=0.99, precision="bfloat16", keep="best")
     data = DATA
     card = """
 Reads a text character by character and says how likely each of its 65 characters is next; drawing from that

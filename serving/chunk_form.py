@@ -1,8 +1,8 @@
-"""What a stream's next message looks like if nothing but the step and the samples change.
+"""What a sequence's next chunk looks like in a message if nothing but its step and its samples change.
 
 A client that streams sends the same bytes around its samples again and again: the sequence's number, the
-tensor's name, dtype and shape. A message that is, byte for byte, what the last one leads us to expect needs
-no parser and no second look at its shape; that is half of what reading it costs (docs/decisions.md).
+tensor's name, dtype and shape. What is, byte for byte, what the last chunk leads us to expect needs no parser
+and no second look at its shape; that is half of what reading it costs (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -11,31 +11,34 @@ from typing import Self
 
 from tenuto.v1 import tenuto_pb2 as pb
 
-from .varint import LAST, MORE, varint
+from .varint import varint
 
 # Fields of the wire, each as its tag, which is its number << 3 | its kind.
 _EVENT = b"\x0a"  # StreamRequest.events
 _SEQUENCE, _CHUNK = b"\x08", b"\x1a"  # of an Event
 _STEP, _TENSOR = b"\x08", b"\x12"  # of a Chunk
 _DATA = b"\x22"  # of a Tensor
+_MORE = 0x80  # in a varint's byte: another one follows
 
 
 class ChunkForm:
-    """Expects one sequence's next chunk: the step that follows, and as many samples of one tensor again."""
+    """Expects one sequence's next chunk: the step that follows, and as many samples of one tensor again.
 
-    __slots__ = ("_after", "_begin", "_first", "_head", "_samples", "_tail", "size", "step")
+    In a message it stands as `head`, the step, what is behind it, and the samples.
+    """
+
+    __slots__ = ("_first", "_more", "_samples", "_tail", "head", "size", "step")
 
     def __init__(self, head: bytes, step: int, after: bytes, samples: int) -> None:
-        """`head` goes before the step in a message, `after` behind it, then so many bytes of samples."""
+        """`after` goes behind the step, and then so many bytes of samples."""
         told = varint(step)
+        self.head = head
         self.step = step  # that is expected
         self.size = len(head) + len(told) + len(after) + samples  # of the chunk, in a message
-        self._begin = head + told + after
-        self._head = head
         # The step's first byte changes with each chunk; what is behind it, every 128 of them.
-        self._first = LAST if len(told) == 1 else MORE
+        self._first = told[0]
+        self._more = _MORE if len(told) > 1 else 0
         self._tail = told[1:] + after
-        self._after = after
         self._samples = samples
 
     @classmethod
@@ -55,24 +58,34 @@ class ChunkForm:
         return cls(head, chunk.step, after, samples)
 
     def take(self, message: bytes, at: int) -> bytes | None:
-        """The samples, if what is expected stands there in the message. Then the step behind it is."""
-        begin = self._begin
-        if not message.startswith(begin, at):
+        """The samples, if what is expected stands there in the message. Then the step behind it is.
+
+        `head` is not looked at: whoever finds the form by it has seen that it is there.
+        """
+        at += len(self.head)
+        tail = self._tail
+        if not message.startswith(tail, at + 1) or message[at] != self._first:
             return None
-        samples = message[at + len(begin) : at + self.size]
+        at += 1 + len(tail)
+        samples = message[at : at + self._samples]
         if len(samples) != self._samples:
             return None
         self.step = step = self.step + 1
         if step & 0x7F:
-            self._begin = self._head + self._first[step & 0x7F] + self._tail
+            self._first = step & 0x7F | self._more
         else:
             self._carry()
         return samples
 
     def _carry(self) -> None:
         """All of the step's bytes change. If there is one more, all lengths do, and nothing fits."""
-        told = varint(self.step)
-        if len(told) + len(self._after) > 1 + len(self._tail):
+        before, told = varint(self.step - 1), varint(self.step)
+        self._first, self._tail = told[0], told[1:] + self._tail[len(before) - 1 :]
+        if len(told) > len(before):
             self._samples = -1
-        self._tail = told[1:] + self._after
-        self._begin = self._head + told + self._after
+
+
+def event_bytes(event: pb.Event) -> int:
+    """How many bytes of a message it is, as protobuf's own writers write it."""
+    nbytes = event.ByteSize()
+    return len(_EVENT) + len(varint(nbytes)) + nbytes

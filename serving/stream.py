@@ -6,7 +6,6 @@ while the table of sequences is read or changed.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import secrets
 import threading
@@ -23,7 +22,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import reply as wire
 from .call import Call
 from .catalogue import Catalogue, Served
-from .chunk_form import ChunkForm
+from .chunk_form import ChunkForm, event_bytes
 from .errors import (
     AlreadyOpen,
     NotOpen,
@@ -66,7 +65,7 @@ _SEED_BITS = 32
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
-# Forms that are learnt without one of them being of use; then a stream's messages are all parsed.
+# Forms of a sequence that are made without being of use; then its chunks are all parsed.
 _TRIES = 8
 _MOST_STEPS = 2**63  # beyond them a step may be the last that there is
 _MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
@@ -82,12 +81,16 @@ class StreamLimits:
     max_generate: int = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Held:
     """A sequence of this stream that has not ended."""
 
     sequence: Sequence
     served: Served
+    nbytes: int = -1  # of its last chunk's samples, if it may have a form
+    form: ChunkForm | None = None  # what its next chunk looks like
+    learnt_step: int = 0  # that the form expected at first
+    tries: int = _TRIES
 
 
 class Streams:
@@ -140,9 +143,8 @@ class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
     __slots__ = (
-        "__weakref__", "_alike", "_call", "_catalogue", "_empty_since", "_ended", "_expected", "_gone",
-        "_half_closed", "_held", "_learnt_step", "_limits", "_lock", "_metrics", "_pending", "_resume",
-        "_tries", "_unseal", "share",
+        "__weakref__", "_call", "_catalogue", "_empty_since", "_ended", "_formed", "_gone", "_half_closed",
+        "_heads", "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -169,32 +171,36 @@ class Stream:
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._half_closed = False
-        # What the next message brings if it is like the last ones, and whose that is.
-        self._expected: list[tuple[ChunkForm, _Held]] = []
-        self._learnt_step = 0  # that the first of them expected at first
-        self._tries = _TRIES
-        self._alike: tuple[int, list[int]] = (0, [])  # the last message's bytes and sequences
+        # By the form's head: whose next chunk it is that begins so in a message. And how long heads are.
+        self._formed: dict[bytes, tuple[ChunkForm, _Held]] = {}
+        self._heads: tuple[int, ...] = ()
 
     # transport.Listener
 
     def received(self, message: bytes) -> None:
-        at, now = 0, time.monotonic()
-        for form, held in self._expected:
-            samples = form.take(message, at)
+        at, end, now = 0, len(message), time.monotonic()
+        for taken in range(MAX_EVENTS + 1):
+            if at == end:
+                return
+            samples = None
+            for size in self._heads:
+                found = self._formed.get(message[at : at + size])
+                if found is not None:
+                    form, held = found
+                    samples = form.take(message, at)
+                    break
             if samples is None:
-                break
+                self._parse(message, at, taken, now)
+                return
             at += form.size
             nbytes = len(samples) + CHUNK_BYTES
             self.share.add_to_both(nbytes)
             held.served.engine.accept(held.sequence, Chunk(form.step - 1, (samples,), now, nbytes))
-        if at < len(message):
-            self._parse(message, at, now)
+        self._abort(_too_many(MAX_EVENTS + 1))
 
-    def _parse(self, message: bytes, at: int, now: float) -> None:
-        """From there on; before it are chunks that were taken. Events stand one behind the other, so the rest
-        of a message is a message as well."""
-        ends = itertools.accumulate([form.size for form, _ in self._expected] if at else ())
-        taken = sum([end <= at for end in ends])
+    def _parse(self, message: bytes, at: int, taken: int, now: float) -> None:
+        """From there on; before it are so many chunks that were taken. Events stand one behind the other, so
+        the rest of a message is a message as well."""
         message = message[at:]
         try:
             request = pb.StreamRequest.FromString(message)
@@ -203,13 +209,15 @@ class Stream:
             return
         events = request.events
         if taken + len(events) > MAX_EVENTS:
-            self._abort(TooLarge(f"{taken + len(events)} events in one message, the limit is {MAX_EVENTS}"))
+            self._abort(_too_many(taken + len(events)))
             return
+        alike = False
         for event in events:
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
             if kind == "chunk" and held is not None:
                 self._chunk(held, event.chunk, now)
+                alike = self._is_alike(held, event.chunk) or alike
             elif kind == "open":
                 self._open(event.sequence, event.open, held, now)
             elif held is None:
@@ -222,31 +230,43 @@ class Stream:
             else:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
-        self._expect(message, events)
+        if alike:
+            self._learn(message, events)
 
-    def _expect(self, message: bytes, events: Items[pb.Event]) -> None:
-        """After two messages of one size with chunks of the same sequences, the third may look like them."""
-        keys = [event.sequence for event in events]
-        alike, self._alike = self._alike, (len(message), keys)
-        if self._expected:  # a client whose messages look alike and are not must not have us learn for ever
-            used = self._expected[0][0].step != self._learnt_step
-            self._tries = _TRIES if used else self._tries
-            self._expected = []
-        if alike != self._alike or len(set(keys)) < len(keys) or not self._tries:
-            return
-        found = [held for key in keys if (held := self._held.get(key)) is not None]
-        if len(found) < len(keys) or not all(map(_has_form, events, found)):
-            return
-        self._tries -= 1
-        forms, at = [ChunkForm.of(event) for event in events], 0
-        for form in forms:  # it is itself what its form says, or its client writes in another way
-            if form.take(message, at) is None:
-                return
-            at += form.size
-        with self._lock:  # none of them ends meanwhile
-            if all(self._held.get(key) is held for key, held in zip(keys, found, strict=True)):
-                self._learnt_step = forms[0].step if forms else 0
-                self._expected = list(zip(forms, found, strict=True))
+    def _is_alike(self, held: _Held, chunk: pb.Chunk) -> bool:
+        """Whether the chunk is as long as its sequence's last one, and may have a form."""
+        before, held.nbytes = held.nbytes, -1
+        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or not held.tries:
+            return False
+        tensor = chunk.inputs[0]
+        if held.served.reader.takes_as_it_is(tensor):
+            held.nbytes = len(tensor.data)
+        return held.nbytes == before >= 0
+
+    def _learn(self, message: bytes, events: Items[pb.Event]) -> None:
+        """Makes forms for chunks that are as long as the ones before; the next ones may look like them."""
+        at = 0
+        for event in events:
+            held = self._held.get(event.sequence)
+            if held is not None and event.HasField("chunk") and held.nbytes >= 0:
+                form = held.form
+                used = form is not None and form.step > held.learnt_step
+                held.tries = _TRIES if used else held.tries - 1
+                self._expect(held, ChunkForm.of(event), message, at)
+            at += event_bytes(event)
+
+    def _expect(self, held: _Held, form: ChunkForm, message: bytes, at: int) -> None:
+        """From here on the form says what the sequence's next chunk looks like; if it says so of this one, or
+        its client writes in another way."""
+        fits = message.startswith(form.head, at) and form.take(message, at) is not None
+        with self._lock:  # the sequence does not end meanwhile
+            if held.form is not None:
+                self._formed.pop(held.form.head, None)
+            held.form, held.learnt_step = None, form.step
+            if fits and self._held.get(held.sequence.key) is held:
+                held.form = form
+                self._formed[form.head] = form, held
+                self._heads = tuple({len(head) for head in self._formed})
 
     def half_closed(self) -> None:
         with self._lock:
@@ -260,7 +280,7 @@ class Stream:
     def terminated(self) -> None:
         with self._lock:
             held, self._held = list(self._held.values()), {}
-            self._expected = []  # or it and its sequences would keep each other alive
+            self._formed.clear()  # or it and its sequences would keep each other alive
         for one in held:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
         if self._resume is not None:
@@ -461,7 +481,8 @@ class Stream:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
-            self._expected = []
+            if held.form is not None:
+                self._formed.pop(held.form.head, None)
             self._empty_since = time.monotonic()
             # After its own End the client sends no more of that number.
             if isinstance(ending, Failed) or ending.reason is not Ending.END:
@@ -474,11 +495,8 @@ class Stream:
             self._ended.popitem(last=False)
 
 
-def _has_form(event: pb.Event, held: _Held) -> bool:
-    """Whether it is a chunk whose samples are the bytes of one tensor."""
-    chunk = event.chunk
-    one = len(chunk.inputs) == 1 and not chunk.generate and chunk.step < _MOST_STEPS
-    return one and held.served.reader.takes_as_it_is(chunk.inputs[0])
+def _too_many(events: int) -> TooLarge:
+    return TooLarge(f"{events} events or more in one message, the limit is {MAX_EVENTS}")
 
 
 def _constants(wished: dict[str, float], manifest: Manifest) -> dict[str, float]:

@@ -78,20 +78,22 @@ def test_a_form_changes_no_answer(
     assert answers(made, together) == parsed
 
 
-@pytest.mark.parametrize("together", [1, 2])
-def test_the_third_message_of_a_kind_is_not_parsed(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+@pytest.mark.parametrize("together, sequences", [(1, 1), (1, 2), (2, 2)])
+def test_a_sequences_third_chunk_of_a_kind_is_not_parsed(
+    monkeypatch: pytest.MonkeyPatch, together: int, sequences: int
+) -> None:
     parsed: list[int] = []
     own = Stream._parse
 
-    def parse(stream: Stream, message: bytes, at: int, now: float) -> None:
+    def parse(stream: Stream, message: bytes, at: int, taken: int, now: float) -> None:
         parsed.append(len(pb.StreamRequest.FromString(message[at:]).events))
-        own(stream, message, at, now)
+        own(stream, message, at, taken, now)
 
     monkeypatch.setattr(Stream, "_parse", parse)
-    made = events([("one", key) for _ in range(4) for key in range(1, 1 + together)])
+    made = events([("one", key) for _ in range(4) for key in range(1, 1 + sequences)])
     outputs = [reply for reply in answers(made, together) if reply.HasField("output")]
-    assert len(outputs) == 4 * together
-    assert sum(parsed) == 2 + 2 * together  # the Opens, and the first two messages
+    assert len(outputs) == 4 * sequences
+    assert sum(parsed) == 2 + 2 * sequences  # the Opens, and the first two chunks of each
 
 
 def test_a_chunk_for_a_sequence_that_the_server_ended_does_not_reach_the_engine() -> None:
@@ -141,6 +143,19 @@ def test_a_client_that_writes_in_another_way_is_parsed_and_costs_no_more(
     outputs = [reply.output.step for reply in replies if reply.HasField("output")]
     assert outputs == list(range(1, 101))
     assert forms <= 8
+
+
+def test_one_that_is_parsed_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second sequence's chunks are of all lengths; the first one's form is made once."""
+    made: list[pb.Event] = []
+    for n in range(40):
+        made.append(chunk(n + 1, [1.0], sequence=1))
+        made.append(chunk(n + 1, [1.0] * (n % 4 + 1), sequence=2))
+    opens = [opening("accumulator", 1), opening("accumulator", 2)]
+    messages = [pb.StreamRequest(events=[event]).SerializeToString() for event in opens + made]
+    replies, forms = sent(monkeypatch, messages)
+    assert len([reply for reply in replies if reply.HasField("output")]) == 80
+    assert forms == 1
 
 
 def test_a_form_that_was_of_use_may_be_made_anew_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,8 +256,8 @@ class Stream:
             at += event_bytes(event)
 
     def _expect(self, held: _Held, form: ChunkForm, message: bytes, at: int) -> None:
-        """From here on the form says what the sequence's next chunk looks like; if it says so of this one, or
-        its client writes in another way."""
+        """From here on the form says what the sequence's next chunk looks like, if it says so of this one.
+        Else its client writes in another way."""
         fits = message.startswith(form.head, at) and form.take(message, at) is not None
         with self._lock:  # the sequence does not end meanwhile
             if held.form is not None:
@@ -266,7 +266,8 @@ class Stream:
             if fits and self._held.get(held.sequence.key) is held:
                 held.form = form
                 self._formed[form.head] = form, held
-                self._heads = tuple({len(head) for head in self._formed})
+                if len(form.head) not in self._heads:  # a dozen at most: what is in them is
+                    self._heads = (*self._heads, len(form.head))
 
     def half_closed(self) -> None:
         with self._lock:

@@ -183,3 +183,20 @@ def test_the_limit_on_events_holds_for_those_that_were_taken(monkeypatch: pytest
     stream.received(three + late)
     assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     core.assert_nothing_is_left()
+
+
+def test_many_sequences_share_a_few_lengths_of_heads() -> None:
+    """Each is looked for in turn, so there must be few, however many sequences a stream has."""
+    core = Core(max_sequences=1_000)
+    stream, _ = core.connect()
+    for key in range(600):
+        stream.received(pb.StreamRequest(events=[opening("accumulator", key)]).SerializeToString())
+    for step in range(1, 4):
+        values = [1.0] * 40  # so that an event's length takes two bytes with some keys
+        events = [chunk(step, values, sequence=key) for key in range(600)]
+        stream.received(pb.StreamRequest(events=events).SerializeToString())
+        core.settle()
+    assert len(stream._formed) == 600
+    assert len(stream._heads) <= 3
+    stream.terminated()
+    core.assert_nothing_is_left()

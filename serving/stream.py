@@ -68,7 +68,6 @@ _REMEMBERED = 4096
 # Forms of a sequence that are made without being of use; then its chunks are all parsed.
 _TRIES = 8
 _MOST_STEPS = 2**63  # beyond them a step may be the last that there is
-_MOST_US = 2**32 - 1  # what the wire's field holds: 71 minutes
 
 
 @dataclass(frozen=True)
@@ -211,13 +210,15 @@ class Stream:
         if taken + len(events) > MAX_EVENTS:
             self._abort(_too_many(taken + len(events)))
             return
-        alike = False
-        for event in events:
+        alike: dict[int, int] = {}  # by sequence, which event is to get a form
+        for number, event in enumerate(events):
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
             if kind == "chunk" and held is not None:
-                self._chunk(held, event.chunk, now)
-                alike = self._is_alike(held, event.chunk) or alike
+                if self._chunk(held, event.chunk, now) and self._is_alike(held, event.chunk):
+                    alike[event.sequence] = number
+                else:
+                    alike.pop(event.sequence, None)
             elif kind == "open":
                 self._open(event.sequence, event.open, held, now)
             elif held is None:
@@ -231,27 +232,27 @@ class Stream:
                 text = "an Event without open, chunk, checkpoint or end"
                 self._finish(held, WrongMessage(text))
         if alike:
-            self._learn(message, events)
+            self._learn(message, events, alike)
 
     def _is_alike(self, held: _Held, chunk: pb.Chunk) -> bool:
-        """Whether the chunk is as long as its sequence's last one, and may have a form."""
+        """Whether a chunk that was handed on is as long as its sequence's last one, and may have a form."""
+        if held.form is not None and held.form.step > held.learnt_step:  # it was of use
+            held.tries = _TRIES
         before, held.nbytes = held.nbytes, -1
-        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or not held.tries:
+        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or held.tries <= 0:
             return False
         tensor = chunk.inputs[0]
         if held.served.reader.takes_as_it_is(tensor):
             held.nbytes = len(tensor.data)
         return held.nbytes == before >= 0
 
-    def _learn(self, message: bytes, events: Items[pb.Event]) -> None:
-        """Makes forms for chunks that are as long as the ones before; the next ones may look like them."""
+    def _learn(self, message: bytes, events: Items[pb.Event], alike: dict[int, int]) -> None:
+        """Makes forms for those: what comes next may look like them."""
         at = 0
-        for event in events:
+        for number, event in enumerate(events):
             held = self._held.get(event.sequence)
-            if held is not None and event.HasField("chunk") and held.nbytes >= 0:
-                form = held.form
-                used = form is not None and form.step > held.learnt_step
-                held.tries = _TRIES if used else held.tries - 1
+            if held is not None and alike.get(event.sequence) == number:
+                held.tries -= 1
                 self._expect(held, ChunkForm.of(event), message, at)
             at += event_bytes(event)
 
@@ -266,7 +267,7 @@ class Stream:
             if fits and self._held.get(held.sequence.key) is held:
                 held.form = form
                 self._formed[form.head] = form, held
-                if len(form.head) not in self._heads:  # a dozen at most: what is in them is
+                if len(form.head) not in self._heads:  # 13 at most: lengths and a key are in them
                     self._heads = (*self._heads, len(form.head))
 
     def half_closed(self) -> None:
@@ -430,7 +431,8 @@ class Stream:
             sampling=_sampling(wish, manifest),
         )
 
-    def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> None:
+    def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> bool:
+        """Hands it on. Whether it was fit for that."""
         engine = held.served.engine
         try:
             if chunk.generate:
@@ -440,13 +442,15 @@ class Stream:
             else:
                 data = held.served.reader.read(chunk.inputs, engine.manifest.max_batch)
         except TenutoError as error:
+            held.nbytes = -1
             self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
-            return
+            return False
         nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
         if isinstance(data[0], Text):
             nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
         self.share.add_to_both(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
+        return True
 
     def _check_generate(self, parts: int, manifest: Manifest) -> None:
         if manifest.generate is None:

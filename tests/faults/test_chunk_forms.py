@@ -17,9 +17,9 @@ from tests.integration.wire import chunk, ending, opening
 
 from .core import Core
 
-# What a client does next on sequence 1 or 2: goes on with so many values, repeats, skips a step, ends, opens;
-# and how many events it puts into a message.
-KINDS = ["one", "one", "one", "two", "again", "gap", "end", "open", "turn"]
+# What a client does next on sequence 1 or 2: goes on with so many values, repeats, skips a step, ends, opens,
+# sends a chunk without a tensor, or with two.
+KINDS = ["one", "one", "one", "two", "again", "gap", "end", "open", "turn", "bare", "pair"]
 ACTIONS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from([1, 1, 1, 2])), max_size=30)
 # Both, in turn: what two events a message are mostly.
 TURNS = st.sampled_from([[("one", 1), ("one", 2)] * 8, [("one", 2), ("one", 1)] * 8])
@@ -42,7 +42,8 @@ def events(actions: list[tuple[str, int]]) -> list[pb.Event | None]:
             made.append(chunk(max(step[key], 1), values, sequence=key))
         else:
             step[key] += 2 if action == "gap" else 1
-            made.append(chunk(step[key], values, sequence=key))
+            inputs = {"bare": (), "pair": (values, values)}.get(action, (values,))
+            made.append(chunk(step[key], *inputs, sequence=key))
     return made
 
 
@@ -133,16 +134,69 @@ def sent(monkeypatch: pytest.MonkeyPatch, messages: list[bytes]) -> tuple[list[p
     return call.replies, len(made)
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 4])
 def test_a_client_that_writes_in_another_way_is_parsed_and_costs_no_more(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     unknown = b"\x98\x06\x01"  # a field that we do not know, in each event
-    bodies = [event.SerializeToString() + unknown for event in events([("one", 1)] * 100) if event]
-    messages = [b"\x0a" + varint(len(body)) + body for body in bodies]
+    bodies = [event.SerializeToString() + unknown for event in events([("one", 1)] * 118) if event]
+    alone = [b"\x0a" + varint(len(body)) + body for body in bodies]
+    messages = [b"".join(alone[at : at + together]) for at in range(0, len(alone), together)]
     replies, forms = sent(monkeypatch, messages)
     outputs = [reply.output.step for reply in replies if reply.HasField("output")]
-    assert outputs == list(range(1, 101))
+    assert outputs == list(range(1, 119))
     assert forms <= 8
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, 4])
+def test_a_form_of_use_lasts(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    """Past the steps where it is made anew, however many chunks a message has."""
+    opens, *made = (event for event in events([("one", 1)] * 400) if event is not None)
+    groups = [[opens], *(made[at : at + together] for at in range(0, len(made), together))]
+    messages = [pb.StreamRequest(events=group).SerializeToString() for group in groups]
+    replies, forms = sent(monkeypatch, messages)
+    assert len([reply for reply in replies if reply.HasField("output")]) == 400
+    assert 2 <= forms <= 4  # at first, and at step 128
+
+
+def test_a_chunk_without_a_tensor_among_others_ends_its_sequence_alone() -> None:
+    core = Core()
+    stream, call = core.connect()
+    first = [event for event in events([("one", 2)]) if event is not None]
+    stream.received(pb.StreamRequest(events=first).SerializeToString())
+    core.settle()
+    wrong = [chunk(1, sequence=1), chunk(2, [1.0], sequence=1), chunk(2, [1.0], sequence=2)]
+    stream.received(pb.StreamRequest(events=wrong).SerializeToString())
+    core.settle()
+    assert [r.failed.reason for r in call.replies if r.HasField("failed")] == ["WRONG_INPUT"]
+    assert [r.sequence for r in call.replies if r.HasField("output")] == [2, 2]
+    stream.terminated()
+    core.assert_nothing_is_left()
+
+
+def test_no_form_of_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a number that is opened again would meet it."""
+    core = Core()
+    stream, _ = core.connect()
+    made = events([action for _ in range(6) for action in [("one", 1)] * 3 + [("two", 1)] * 3])
+    for event in made:
+        stream.received(pb.StreamRequest(events=[event] if event else []).SerializeToString())
+        core.settle()
+    assert len(stream._formed) == 1
+    stream.received(pb.StreamRequest(events=[ending(sequence=1)]).SerializeToString())
+    core.settle()
+    assert not stream._formed
+    own = ChunkForm.of
+
+    def of(event: pb.Event) -> ChunkForm:
+        stream.terminated()  # as it is learnt
+        return own(event)
+
+    monkeypatch.setattr(ChunkForm, "of", of)
+    for step in (1, 2):
+        stream.received(pb.StreamRequest(events=[chunk(step, [1.0], sequence=2)]).SerializeToString())
+    assert not stream._formed
+    core.assert_nothing_is_left()
 
 
 def test_one_that_is_parsed_leaves_the_others_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,4 +253,20 @@ def test_many_sequences_share_a_few_lengths_of_heads() -> None:
     assert len(stream._formed) == 600
     assert len(stream._heads) <= 3
     stream.terminated()
+    core.assert_nothing_is_left()
+
+
+def test_more_chunks_than_a_message_may_have_are_refused_though_none_is_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stream_module, "MAX_EVENTS", 3)
+    core = Core()
+    stream, call = core.connect()
+    made = [event for event in events([("one", 1)] * 6) if event is not None]
+    for at in (0, 2, 3):
+        stream.received(pb.StreamRequest(events=made[at : at + 1 + (at == 0)]).SerializeToString())
+        core.settle()
+    assert len(stream._formed) == 1
+    stream.received(pb.StreamRequest(events=made[4:]).SerializeToString())  # four, and all as expected
+    assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     core.assert_nothing_is_left()

@@ -189,7 +189,7 @@ class Outflow:
         while more:
             if call._rest is not None and not self._split(call):
                 return
-            if self._queued + len(self._unsent) >= MOST_UNSENT and self._queue_is_full(call):
+            if self._queue_is_full(call):
                 return
             with box.lock:
                 was_full, message = box.full, box.take()

@@ -60,6 +60,7 @@ class OutputWriter:
         else:
             told = b"".join([self._head(i, shape, data) + data for i, (shape, data) in enumerate(tensors)])
         step, queue = output.step, int(output.queue_seconds * 1e6)
+        # Written out where two bytes do: two calls less, a tenth of all this.
         told_step = MORE[step & 0x7F] + LAST[step >> 7] if 0x80 <= step < 0x4000 else varint(step)
         told_queue = MORE[queue & 0x7F] + LAST[queue >> 7] if 0x80 <= queue < 0x4000 else varint(_us(queue))
         batch = self._batch_fields
@@ -112,6 +113,7 @@ def write_tensors(tensors: Any, output: Output, manifest: Manifest) -> None:
 
 
 def write_timing(timing: pb.Timing, output: Output) -> None:
+    """Fills it in, in microseconds."""
     timing.queue_us = _us(int(output.queue_seconds * 1e6))
     timing.compute_us = _us(int(output.compute_seconds * 1e6))
     timing.batch_size = output.batch_size

@@ -42,9 +42,8 @@ class StatePool:
         self.dump = capacity
         self._states = states
         self._axes = [0 if s.batch_axis is None else s.batch_axis for s in states]
-        self._before: list[tuple[Any, ...]] = [
-            (slice(None),) * axis for axis in self._axes
-        ]  # the slot, as an index
+        # What stands before the slot in an index.
+        self._before: list[tuple[Any, ...]] = [(slice(None),) * axis for axis in self._axes]
         # np.zeros leaves the pages to the first write, so unused slots cost address space alone.
         self._arrays: list[Array] = [np.zeros(_layout(s, capacity + 1), s.dtype) for s in states]
         self._initial: list[Array] = [_initial(s) for s in states]

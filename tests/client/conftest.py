@@ -1,5 +1,6 @@
 """What every test of the client may use."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,3 +12,11 @@ def clients_begin_at_their_first_target() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tenuto.servers.first_turn", lambda count: 0)
         yield
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """What is started here does not ignore SIGINT, as it would if a shell had us in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -309,14 +309,6 @@ def test_help_and_version_leave_with_0(words: list[str], capsys: Any) -> None:
     assert "tenuto" in capsys.readouterr().out
 
 
-@pytest.fixture
-def sigint() -> Iterator[None]:
-    """What is started here does not ignore SIGINT, as it would if a shell had us in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("sigint")
 def test_ctrl_c_leaves_with_130(server: FakeServer, sound: str) -> None:
     server.gate = threading.Semaphore(1)  # the command waits for a second answer that does not come

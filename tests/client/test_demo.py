@@ -70,7 +70,7 @@ def test_it_shows_everything_and_stops_by_itself() -> None:
     assert_no_server_at(found[1])
 
 
-@pytest.mark.usefixtures("models")
+@pytest.mark.usefixtures("models", "sigint")
 def test_ctrl_c_stops_the_server_too() -> None:
     process = start()
     assert process.stdout is not None

@@ -7,7 +7,8 @@ and no second look at its shape; that is half of what reading it costs (docs/dec
 
 from __future__ import annotations
 
-from typing import Self
+from collections.abc import Callable
+from typing import Generic, Self, TypeVar
 
 from tenuto.v1 import tenuto_pb2 as pb
 
@@ -19,6 +20,11 @@ _SEQUENCE, _CHUNK = b"\x08", b"\x1a"  # of an Event
 _STEP, _TENSOR = b"\x08", b"\x12"  # of a Chunk
 _DATA = b"\x22"  # of a Tensor
 _MORE = 0x80  # in a varint's byte: another one follows
+# Forms of a sequence that are made without being of use; then its chunks are all parsed.
+_TRIES = 8
+_MOST_STEPS = 2**63  # beyond them a step may be the last that there is
+
+Whose = TypeVar("Whose")
 
 
 class ChunkForm:
@@ -40,6 +46,14 @@ class ChunkForm:
         self._more = _MORE if len(told) > 1 else 0
         self._tail = told[1:] + after
         self._samples = samples
+
+    @classmethod
+    def behind(cls, event: pb.Event, message: bytes, at: int) -> Self | None:
+        """What comes behind this one, a chunk of one tensor that stands there in the message. None if its
+        client does not write as protobuf's own writers do."""
+        form = cls.of(event)
+        fits = message.startswith(form.head, at) and form.take(message, at) is not None
+        return form if fits else None
 
     @classmethod
     def of(cls, event: pb.Event) -> Self:
@@ -83,6 +97,73 @@ class ChunkForm:
         self._first, self._tail = told[0], told[1:] + self._tail[len(before) - 1 :]
         if len(told) > len(before):
             self._samples = -1
+
+
+class Habit:
+    """What one sequence's chunks were like, and the form of its next one, if they were alike."""
+
+    __slots__ = ("_learnt_step", "_nbytes", "_tries", "form")
+
+    def __init__(self) -> None:
+        self.form: ChunkForm | None = None
+        self._nbytes = -1  # of the last chunk's samples, if it may have a form
+        self._learnt_step = 0  # that the form expected at first
+        self._tries = _TRIES
+
+    def is_kept(self, chunk: pb.Chunk, takes_as_it_is: Callable[[pb.Tensor], bool]) -> bool:
+        """Whether this chunk, which was parsed, is as long as the last one and may have a form.
+
+        `takes_as_it_is`: whether another tensor of the same name, dtype, shape and length is as good as this.
+        """
+        if self.form is not None and self.form.step > self._learnt_step:  # it was of use
+            self._tries = _TRIES
+        before, self._nbytes = self._nbytes, -1
+        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or self._tries <= 0:
+            return False
+        tensor = chunk.inputs[0]
+        if takes_as_it_is(tensor):
+            self._nbytes = len(tensor.data)
+        return self._nbytes == before >= 0
+
+    def expect(self, form: ChunkForm | None) -> None:
+        """From here on the next chunk looks so."""
+        self._tries -= 1
+        self.form = form
+        self._learnt_step = form.step if form is not None else 0
+
+
+class ChunkForms(Generic[Whose]):
+    """The forms of one stream, found by how a message begins. Its lock is held while one comes or goes."""
+
+    __slots__ = ("_by_head", "lengths")
+
+    def __init__(self) -> None:
+        self._by_head: dict[bytes, tuple[ChunkForm, Whose]] = {}
+        self.lengths: tuple[int, ...] = ()  # of heads: 13 at most, since lengths and a key are in them
+
+    def __len__(self) -> int:
+        return len(self._by_head)
+
+    def find(self, message: bytes, at: int) -> tuple[ChunkForm, Whose] | None:
+        """The form that a chunk there may have, and whose chunk it is."""
+        for size in self.lengths:
+            found = self._by_head.get(message[at : at + size])
+            if found is not None:
+                return found
+        return None
+
+    def put(self, form: ChunkForm, whose: Whose) -> None:
+        size = len(form.head)
+        self._by_head[form.head] = form, whose
+        if size not in self.lengths:
+            self.lengths = (*self.lengths, size)
+
+    def drop(self, form: ChunkForm | None) -> None:
+        if form is not None:
+            self._by_head.pop(form.head, None)
+
+    def clear(self) -> None:
+        self._by_head.clear()
 
 
 def event_bytes(event: pb.Event) -> int:

@@ -22,7 +22,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import reply as wire
 from .call import Call
 from .catalogue import Catalogue, Served
-from .chunk_form import ChunkForm, event_bytes
+from .chunk_form import ChunkForm, ChunkForms, Habit, event_bytes
 from .errors import (
     AlreadyOpen,
     NotOpen,
@@ -65,9 +65,6 @@ _SEED_BITS = 32
 _MAX_PERIOD_MS = 3_600_000
 # Numbers of sequences that the server ended and whose late events are still ignored.
 _REMEMBERED = 4096
-# Forms of a sequence that are made without being of use; then its chunks are all parsed.
-_TRIES = 8
-_MOST_STEPS = 2**63  # beyond them a step may be the last that there is
 
 
 @dataclass(frozen=True)
@@ -80,16 +77,13 @@ class StreamLimits:
     max_generate: int = 4096
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     """A sequence of this stream that has not ended."""
 
     sequence: Sequence
     served: Served
-    nbytes: int = -1  # of its last chunk's samples, if it may have a form
-    form: ChunkForm | None = None  # what its next chunk looks like
-    learnt_step: int = 0  # that the form expected at first
-    tries: int = _TRIES
+    habit: Habit
 
 
 class Streams:
@@ -142,8 +136,8 @@ class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
     __slots__ = (
-        "__weakref__", "_call", "_catalogue", "_empty_since", "_ended", "_formed", "_gone", "_half_closed",
-        "_heads", "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
+        "__weakref__", "_call", "_catalogue", "_empty_since", "_ended", "_forms", "_gone", "_half_closed",
+        "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -170,9 +164,7 @@ class Stream:
         self._held: dict[int, _Held] = {}
         self._ended: OrderedDict[int, None] = OrderedDict()
         self._half_closed = False
-        # By the form's head: whose next chunk it is that begins so in a message. And how long heads are.
-        self._formed: dict[bytes, tuple[ChunkForm, _Held]] = {}
-        self._heads: tuple[int, ...] = ()
+        self._forms: ChunkForms[_Held] = ChunkForms()
 
     # transport.Listener
 
@@ -181,16 +173,11 @@ class Stream:
         for taken in range(MAX_EVENTS + 1):
             if at == end:
                 return
-            samples = None
-            for size in self._heads:
-                found = self._formed.get(message[at : at + size])
-                if found is not None:
-                    form, held = found
-                    samples = form.take(message, at)
-                    break
-            if samples is None:
+            found = self._forms.find(message, at)
+            if found is None or (samples := found[0].take(message, at)) is None:
                 self._parse(message, at, taken, now)
                 return
+            form, held = found
             at += form.size
             nbytes = len(samples) + CHUNK_BYTES
             self.share.add_to_both(nbytes)
@@ -215,7 +202,7 @@ class Stream:
             kind = event.WhichOneof("event")
             held = self._held.get(event.sequence)
             if kind == "chunk" and held is not None:
-                if self._chunk(held, event.chunk, now) and self._is_alike(held, event.chunk):
+                if self._chunk(held, event.chunk, now):
                     alike[event.sequence] = number
                 else:
                     alike.pop(event.sequence, None)
@@ -234,41 +221,19 @@ class Stream:
         if alike:
             self._learn(message, events, alike)
 
-    def _is_alike(self, held: _Held, chunk: pb.Chunk) -> bool:
-        """Whether a chunk that was handed on is as long as its sequence's last one, and may have a form."""
-        if held.form is not None and held.form.step > held.learnt_step:  # it was of use
-            held.tries = _TRIES
-        before, held.nbytes = held.nbytes, -1
-        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or held.tries <= 0:
-            return False
-        tensor = chunk.inputs[0]
-        if held.served.reader.takes_as_it_is(tensor):
-            held.nbytes = len(tensor.data)
-        return held.nbytes == before >= 0
-
     def _learn(self, message: bytes, events: Items[pb.Event], alike: dict[int, int]) -> None:
         """Makes forms for those: what comes next may look like them."""
         at = 0
         for number, event in enumerate(events):
             held = self._held.get(event.sequence)
             if held is not None and alike.get(event.sequence) == number:
-                held.tries -= 1
-                self._expect(held, ChunkForm.of(event), message, at)
+                form = ChunkForm.behind(event, message, at)
+                with self._lock:  # the sequence does not end meanwhile
+                    self._forms.drop(held.habit.form)
+                    held.habit.expect(form)
+                    if form is not None and self._held.get(event.sequence) is held:
+                        self._forms.put(form, held)
             at += event_bytes(event)
-
-    def _expect(self, held: _Held, form: ChunkForm, message: bytes, at: int) -> None:
-        """From here on the form says what the sequence's next chunk looks like, if it says so of this one.
-        Else its client writes in another way."""
-        fits = message.startswith(form.head, at) and form.take(message, at) is not None
-        with self._lock:  # the sequence does not end meanwhile
-            if held.form is not None:
-                self._formed.pop(held.form.head, None)
-            held.form, held.learnt_step = None, form.step
-            if fits and self._held.get(held.sequence.key) is held:
-                held.form = form
-                self._formed[form.head] = form, held
-                if len(form.head) not in self._heads:  # 13 at most: lengths and a key are in them
-                    self._heads = (*self._heads, len(form.head))
 
     def half_closed(self) -> None:
         with self._lock:
@@ -282,7 +247,7 @@ class Stream:
     def terminated(self) -> None:
         with self._lock:
             held, self._held = list(self._held.values()), {}
-            self._formed.clear()  # or it and its sequences would keep each other alive
+            self._forms.clear()  # or it and its sequences would keep each other alive
         for one in held:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
         if self._resume is not None:
@@ -391,7 +356,7 @@ class Stream:
             return
         with self._lock:
             self._ended.pop(key, None)
-            self._held[key] = _Held(sequence, served)
+            self._held[key] = _Held(sequence, served, Habit())
         self.share.add(COMMAND_BYTES)
         if snapshot is not None:
             for other in self._catalogue.engines:
@@ -432,7 +397,7 @@ class Stream:
         )
 
     def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> bool:
-        """Hands it on. Whether it was fit for that."""
+        """Hands it on. Whether the next one may look like it."""
         engine = held.served.engine
         try:
             if chunk.generate:
@@ -442,7 +407,6 @@ class Stream:
             else:
                 data = held.served.reader.read(chunk.inputs, engine.manifest.max_batch)
         except TenutoError as error:
-            held.nbytes = -1
             self._finish(held, type(error)(f"{error}, in step {chunk.step}"))
             return False
         nbytes = len(data[0]) + CHUNK_BYTES if len(data) == 1 else sum(map(len, data)) + CHUNK_BYTES
@@ -450,7 +414,7 @@ class Stream:
             nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
         self.share.add_to_both(nbytes)
         engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
-        return True
+        return held.habit.is_kept(chunk, held.served.reader.takes_as_it_is)
 
     def _check_generate(self, parts: int, manifest: Manifest) -> None:
         if manifest.generate is None:
@@ -486,8 +450,7 @@ class Stream:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
-            if held.form is not None:
-                self._formed.pop(held.form.head, None)
+            self._forms.drop(held.habit.form)
             self._empty_since = time.monotonic()
             # After its own End the client sends no more of that number.
             if isinstance(ending, Failed) or ending.reason is not Ending.END:

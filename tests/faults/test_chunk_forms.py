@@ -182,10 +182,10 @@ def test_no_form_of_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     for event in made:
         stream.received(pb.StreamRequest(events=[event] if event else []).SerializeToString())
         core.settle()
-    assert len(stream._formed) == 1
+    assert len(stream._forms) == 1
     stream.received(pb.StreamRequest(events=[ending(sequence=1)]).SerializeToString())
     core.settle()
-    assert not stream._formed
+    assert not stream._forms
     own = ChunkForm.of
 
     def of(event: pb.Event) -> ChunkForm:
@@ -195,7 +195,7 @@ def test_no_form_of_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ChunkForm, "of", of)
     for step in (1, 2):
         stream.received(pb.StreamRequest(events=[chunk(step, [1.0], sequence=2)]).SerializeToString())
-    assert not stream._formed
+    assert not stream._forms
     core.assert_nothing_is_left()
 
 
@@ -250,8 +250,8 @@ def test_many_sequences_share_a_few_lengths_of_heads() -> None:
         events = [chunk(step, values, sequence=key) for key in range(600)]
         stream.received(pb.StreamRequest(events=events).SerializeToString())
         core.settle()
-    assert len(stream._formed) == 600
-    assert len(stream._heads) <= 3
+    assert len(stream._forms) == 600
+    assert len(stream._forms.lengths) <= 3
     stream.terminated()
     core.assert_nothing_is_left()
 
@@ -266,7 +266,7 @@ def test_more_chunks_than_a_message_may_have_are_refused_though_none_is_parsed(
     for at in (0, 2, 3):
         stream.received(pb.StreamRequest(events=made[at : at + 1 + (at == 0)]).SerializeToString())
         core.settle()
-    assert len(stream._formed) == 1
+    assert len(stream._forms) == 1
     stream.received(pb.StreamRequest(events=made[4:]).SerializeToString())  # four, and all as expected
     assert call.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     core.assert_nothing_is_left()

@@ -30,7 +30,7 @@ FAIRNESS_SECONDS = 3.0
 PACED_SECONDS = 3.0  # 150 messages of the one stream
 SLOW_SECONDS = 3.5  # those that never read are read no more after 1.4, when their outboxes are full
 OVERLOADED_SECONDS = 3.0  # until a server forgets that it refused newcomers
-TURNS_SECONDS = 2.0  # until each sequence had its first answer, which comes with a resume token
+TURNS_SECONDS = 4.0  # until each sequence had its first answers, with a resume token, and its form is known
 CALIBRATION = Party(256, 1)
 
 
@@ -67,7 +67,8 @@ class Benchmark:
         paced = party.messages_per_second
         numbers = [party.streams, party.frames, PACED_SECONDS if paced else BARE_SECONDS]
         numbers.append(1 / paced if paced else 0.0)
-        words = [sys.executable, "-m", "benchmarks.bare_engine", str(self.repository.lstm)]
+        file = self.repository.images if party.tracks == "images" else self.repository.lstm
+        words = [sys.executable, "-m", "benchmarks.bare_engine", str(file)]
         return _run([*words, *map(str, numbers)], "bare session.run")
 
     def _seconds(self, case: Case) -> float:

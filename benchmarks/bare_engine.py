@@ -21,11 +21,19 @@ from . import model
 from .scenario import Measurement, Seen
 
 
+def feeds_of(first: str, rows: int, frames: int) -> dict[str, model.Floats]:
+    """Of the model whose first input has that name: the LSTM's x, or the CNN's image."""
+    rng = np.random.default_rng(model.SEED)
+    if first == "image":
+        return {first: rng.random((rows, *model.IMAGE), np.float32)}
+    x = rng.standard_normal((rows, frames, model.INPUTS), np.float32)
+    return {"x": x, "lengths": np.full(rows, frames, np.int32), **model.zero_state(rows)}
+
+
 def measure(path: Path, rows: int, frames: int, seconds: float, period: float) -> Measurement:
     runner = model.session(path)
     flush_denormals()
-    x = np.random.default_rng(model.SEED).standard_normal((rows, frames, model.INPUTS), np.float32)
-    feeds = {"x": x, "lengths": np.full(rows, frames, np.int32), **model.zero_state(rows)}
+    feeds = feeds_of(runner.get_inputs()[0].name, rows, frames)
     for _ in range(20):
         runner.run(None, feeds)
     latencies: list[float] = []

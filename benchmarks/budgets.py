@@ -85,8 +85,13 @@ def ratio(table: str, over: str, under: str, cost: Cost = by_message) -> Figure:
 
 
 def of_rows(table: str, over: str, under: str) -> Figure:
-    """Of two rows of our own server, by message."""
-    return lambda rows, _: rows[table, over].server_us / rows[table, under].server_us
+    """Of two rows of one server, by message."""
+
+    def figure(rows: Rows, server: str) -> float:
+        top, bottom = (rows[table, suites.row_of(row, server)] for row in (over, under))
+        return top.server_us / bottom.server_us
+
+    return figure
 
 
 def against_peers(streams: int, frames: int) -> list[Line]:
@@ -131,33 +136,39 @@ def others() -> list[Line]:
         seen = rows[suites.HALF, server].first
         return seen.p99_ms / seen.p50_ms
 
+    def images(rows: Rows, server: str) -> float:
+        """The least engine has no images: its place take the transport and ONNX Runtime alone."""
+        names = [suites.IMAGE_STREAM] if server == OURS else [suites.IMAGE_NULL, suites.IMAGE_BARE]
+        on_streams = sum(rows[suites.IMAGES, name].server_us for name in names)
+        return on_streams / rows[suites.IMAGES, suites.IMAGE_UNARY].server_us
+
     def packing(one: str) -> Figure:
         def figure(rows: Rows, server: str) -> float:
-            alone, ten = (rows[suites.PACKED, suites.packed_row(r, server)] for r in (one, suites.TEN_EACH))
+            alone, ten = (rows[suites.PACKED, suites.row_of(r, server)] for r in (one, suites.TEN_EACH))
             return alone.server_us_per_chunk / ten.server_us_per_chunk
 
         return figure
 
     def lively(over: str, under: str) -> Line:
-        return Line(f"{over} / {under}", of_rows(suites.LIVE, over, under), 1.15, at_least=False, floor=1.3)
+        figure = of_rows(suites.LIVE, over, under)
+        return Line(f"{over} / {under}", figure, 1.15, at_least=False, floor=1.3, limited=True)
 
     def packed(one: str) -> Line:
         text = f"{one} / {suites.TEN_EACH}, a chunk"
         return Line(text, packing(one), 5.0, at_least=True, floor=3.0, limited=True)
 
     alone = f"p50 beyond a bare session.run in ms, {suites.ALONE_PACED}"
-    images = of_rows(suites.IMAGES, suites.IMAGE_STREAM, suites.IMAGE_UNARY)
     return [
         lively(suites.LIVE_IDLE, suites.LIVE_64),
         lively(suites.LIVE_TURNS, suites.LIVE_64),
         lively(suites.PACED_IDLE, suites.PACED_64),
         packed(suites.ONE_EACH),
         packed(suites.ONE_ALONE),
-        Line("first reply of a newcomer, p99 / the others' p50", newcomer, 2.0, at_least=False),
+        Line("first reply of a newcomer, p99 / the others' p50", newcomer, 2.0, at_least=False, limited=True),
         Line("least / most served of 256 streams", evenness, 0.9, at_least=True),
         Line(alone, more_ms, 0.1, at_least=False, limited=True),
         Line(f"p99 / p50, {suites.HALF}", tail, 4.0, at_least=False, limited=True),
-        Line("images, streams / unary callers", images, 0.4, at_least=False),
+        Line("images, streams / unary callers", images, 0.4, at_least=False, limited=True),
     ]
 
 

@@ -29,6 +29,7 @@ NEWCOMERS = "256 streams flat out, and newcomers"
 FAIRNESS = "256 streams flat out, how evenly"
 HALF = "256 paced streams at half of tenuto's capacity"
 IMAGES, IMAGE_STREAM, IMAGE_UNARY = "images, one a message", "64 streams", "64 unary callers"
+IMAGE_NULL, IMAGE_BARE = "64 streams, null", "bare session.run, 64 rows, one thread"
 RAGGED = "chunks of 1 to 10 frames, 64 streams"
 CHANNELS = "64 streams on 1, 16 and 64 connections"
 MIXED = f"64 streams, 10 frames every {PACED_MS:g} ms, and images"
@@ -75,7 +76,7 @@ def peers(settings: Settings) -> list[list[Case]]:
     return tables
 
 
-def live(_: Settings) -> list[list[Case]]:
+def live(settings: Settings) -> list[list[Case]]:
     """64 messages in flight in every row, or `PACE` messages per second."""
     paced = replace(BUSY, messages_per_second=PACE)
     rows = {
@@ -85,7 +86,13 @@ def live(_: Settings) -> list[list[Case]]:
         PACED_64: paced,
         PACED_IDLE: replace(paced, idle_per_stream=156),
     }
-    return [[one(LIVE, row, OURS, party) for row, party in rows.items()]]
+    least = [one(LIVE, row_of(row, LEAST), LEAST, rows[row]) for row in (LIVE_64, LIVE_IDLE, LIVE_TURNS)]
+    return [
+        [
+            *(one(LIVE, row, OURS, party) for row, party in rows.items()),
+            *(least if LEAST in settings.servers else ()),
+        ]
+    ]
 
 
 def packed(settings: Settings) -> list[list[Case]]:
@@ -96,16 +103,17 @@ def packed(settings: Settings) -> list[list[Case]]:
         ONE_ALONE: BUSY,
     }
     servers = [s for s in settings.servers if s in (OURS, LEAST, NULL)]
-    return [[one(PACKED, packed_row(row, s), s, party) for s in servers for row, party in rows.items()]]
+    return [[one(PACKED, row_of(row, s), s, party) for s in servers for row, party in rows.items()]]
 
 
-def packed_row(row: str, server: str) -> str:
+def row_of(row: str, server: str) -> str:
+    """The same load on another server, in a table that is mostly of our own."""
     return row if server == OURS else f"{row}, {server}"
 
 
 def newcomers(settings: Settings) -> list[list[Case]]:
     visits = Party(4, 1, visits=True, messages_per_second=100.0, channels=4)
-    return [[one(NEWCOMERS, s, s, Party(256, 1), visits) for s in settings.servers if s not in (NULL, LEAST)]]
+    return [[one(NEWCOMERS, s, s, Party(256, 1), visits) for s in settings.servers if s != NULL]]
 
 
 def fairness(settings: Settings) -> list[list[Case]]:
@@ -127,12 +135,14 @@ def paced(settings: Settings) -> list[list[Case]]:
     ]
 
 
-def images(_: Settings) -> list[list[Case]]:
+def images(settings: Settings) -> list[list[Case]]:
     stream = Party(64, 1, tracks="images")
     return [
         [
             one(IMAGES, IMAGE_STREAM, OURS, stream),
             one(IMAGES, IMAGE_UNARY, OURS, replace(stream, unary=True)),
+            *(one(IMAGES, IMAGE_NULL, NULL, stream) for s in settings.servers if s == NULL),
+            one(IMAGES, IMAGE_BARE, BARE, stream),
         ]
     ]
 

@@ -86,9 +86,12 @@ def test_what_was_not_measured_has_no_verdict() -> None:
 def test_live_sequences_may_cost_so_much_more_at_most() -> None:
     cost = {suites.LIVE_64: 10.0, suites.LIVE_IDLE: 12.0, suites.LIVE_TURNS: 14.0}
     cost |= {suites.PACED_64: 20.0, suites.PACED_IDLE: 20.0}
+    cost |= {suites.row_of(row, suites.LEAST): cost[row] / 2 for row in (suites.LIVE_64, suites.LIVE_IDLE)}
+    cost[suites.row_of(suites.LIVE_TURNS, suites.LEAST)] = 5.5
     (table,) = suites.live(SETTINGS)
     found = budgets.verdicts([table_of(table, cost)])
     assert [(v.reached, v.holds) for v in found] == [(False, True), (False, False), (True, True)]
+    assert [v.limit.median for v in found if v.limit] == pytest.approx([1.2, 1.1])
 
 
 def test_chunks_in_one_message_are_compared_by_the_chunk() -> None:
@@ -103,6 +106,20 @@ def test_a_newcomer_is_compared_with_the_residents() -> None:
     taken = {c: measured(10.0, seen(p50_ms=5.0), seen(p50_ms=6.0, p99_ms=9.0)) for c in cases}
     (found,) = budgets.verdicts([taken])
     assert found.found.median == pytest.approx(9 / 5)
+
+
+def test_images_are_limited_by_the_transport_and_onnx_runtime() -> None:
+    (table,) = suites.images(SETTINGS)
+    cost = {
+        suites.IMAGE_STREAM: 40.0,
+        suites.IMAGE_UNARY: 80.0,
+        suites.IMAGE_NULL: 4.0,
+        suites.IMAGE_BARE: 20.0,
+    }
+    (found,) = budgets.verdicts([table_of(table, cost)])
+    assert found.found.median == pytest.approx(0.5)
+    assert found.limit is not None
+    assert found.limit.median == pytest.approx(0.3)
 
 
 def test_memory_is_judged_in_kibibytes() -> None:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-from . import budgets, memory, model, recording, report, suites
+from . import budgets, memory, model, own_code, recording, report, suites
 from .load import Job
 from .scenario import Case, Measurement, Party, Taken
 from .server_process import ServerProcess
@@ -118,12 +118,13 @@ def main() -> None:
                     time.sleep(OVERLOADED_SECONDS)
             rounds.append({case: taken[case] for table in tables for case in table})
         bytes_each = memory.measure(benchmark.repository) if options.memory else {}
-    show(rounds, bytes_each, options)
+        own = own_code.tables(benchmark.repository.lstm) if options.all else ""
+    show(rounds, bytes_each, own, options)
 
 
-def show(rounds: list[Taken], bytes_each: dict[str, float], options: argparse.Namespace) -> None:
+def show(rounds: list[Taken], bytes_each: dict[str, float], own: str, options: argparse.Namespace) -> None:
     verdicts = [*budgets.verdicts(rounds), *budgets.of_memory(bytes_each)]
-    body = report.text(rounds, verdicts, report.head(options.rounds, options.seconds))
+    body = report.text(rounds, verdicts, report.head(options.rounds, options.seconds), own)
     print(body)
     if options.json:
         settings = {key: value for key, value in vars(options).items() if key not in ("json", "write")}
@@ -163,7 +164,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     if options.write:
         report.check(options.write)
-    options.memory = options.memory and not options.scenarios
+    options.all = not options.scenarios
+    options.memory = options.memory and options.all
     options.scenarios = options.scenarios or list(SUITES)
     return options
 

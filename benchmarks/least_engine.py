@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -29,11 +30,17 @@ SLOTS = 16_384
 Work = tuple[Call, int, int, int, bytes]  # its stream, the client's number, slot, step, samples
 
 
+class Session(Protocol):
+    """ONNX Runtime's."""
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]: ...
+
+
 class Engine:
     """Runs what waits, at most `MAX_BATCH` chunks at once, all of one length."""
 
     def __init__(self, path: Path) -> None:
-        self.session = model.session(path)
+        self.session: Session = model.session(path)
         self.names = ["y", *(f"{state}_next" for state in STATES)]
         self.inbox: SimpleQueue[Work] = SimpleQueue()
         self.pool = {state: np.zeros((LAYERS, SLOTS, WIDTH), np.float32) for state in STATES}
@@ -43,11 +50,14 @@ class Engine:
     def run(self) -> None:
         flush_denormals()
         while True:
-            batch = [self.inbox.get()]
-            batch += [self.inbox.get_nowait() for _ in range(min(self.inbox.qsize(), MAX_BATCH - 1))]
-            for size in {len(work[4]) for work in batch}:
-                self.turn([work for work in batch if len(work[4]) == size])
-            self.flush()
+            self.step()
+
+    def step(self) -> None:
+        batch = [self.inbox.get()]
+        batch += [self.inbox.get_nowait() for _ in range(min(self.inbox.qsize(), MAX_BATCH - 1))]
+        for size in {len(work[4]) for work in batch}:
+            self.turn([work for work in batch if len(work[4]) == size])
+        self.flush()
 
     def turn(self, batch: list[Work]) -> None:
         slots = np.array([slot for _, _, slot, _, _ in batch])

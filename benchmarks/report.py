@@ -55,7 +55,7 @@ def table(rounds: list[Taken], name: str) -> str:
         more += ["-"] * (len(extra) - len(more))
         cells = _row(rounds, case, cases[0], cost)
         rows.append([*cells[:-1], *more, cells[-1]])
-    return _aligned(rows)
+    return aligned(rows)
 
 
 def _extra(name: str) -> list[tuple[str, Figure]]:
@@ -122,10 +122,10 @@ def verdict_table(verdicts: Iterable[Verdict]) -> str:
         floor = [v.floor, "yes" if v.holds else "no"] if v.floor else ["", ""]
         reached = ("yes" if v.reached else "no") if v.goal else ""
         rows.append([v.text, shown(v.found), v.goal, reached, limit, *floor])
-    return _aligned(rows)
+    return aligned(rows)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Markdown: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -137,10 +137,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def text(rounds: list[Taken], verdicts: list[Verdict], first_line: str) -> str:
+def text(rounds: list[Taken], verdicts: list[Verdict], first_line: str, last: str = "") -> str:
+    """All of a run. `last`: tables that come behind the others."""
     names = dict.fromkeys(case.table for case in rounds[0])
     checked = sum(taken.checked for found in rounds for taken in found.values())
     parts = [first_line, verdict_table(verdicts), *(table(rounds, name) for name in names)]
+    if last:
+        parts.append(last)
     parts.append(f"{checked:,} replies were compared with the sequence alone, bit for bit: no difference.")
     return "\n\n".join(parts)
 

@@ -1,0 +1,257 @@
+"""What our own code costs a chunk, on one thread and with nothing else running; and the least engine's.
+
+python -m benchmarks.own_code [--rounds 400] [--frames 1]
+
+Bytes as a socket would bring them go through the connection, the stream and the engine, and come out as
+bytes for a socket that takes all. ONNX Runtime runs in between, and its time is taken off. Both engines have
+their rounds in turn, so that a busy machine slows them alike. The difference between the two is the price of
+steps, windows, bounds, order, endings, tokens and metrics.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import hpack
+
+from tenuto.serving import frame as http
+from tenuto.serving.call import Listener
+from tenuto.serving.catalogue import Catalogue, Served
+from tenuto.serving.connection import Connection
+from tenuto.serving.engine import Engine
+from tenuto.serving.http_call import HttpCall, Limits
+from tenuto.serving.manifest import Manifest
+from tenuto.serving.metrics import ServerMetrics
+from tenuto.serving.model_runner import ModelRunner, flush_denormals
+from tenuto.serving.pending import PendingBytes
+from tenuto.serving.reply import OutputWriter
+from tenuto.serving.stream import StreamLimits, Streams
+from tenuto.serving.tensor import Reader
+from tenuto.v1 import tenuto_pb2 as pb
+
+from . import least_engine, model
+from .report import aligned
+
+MESSAGE_BYTES, PENDING_BYTES, SEQUENCES = 4 << 20, 1 << 28, 1024
+WINDOW = (1 << 31) - 1
+ROUNDS = 400
+WARM_ROUNDS = 100  # their chunks are not counted: the first of a sequence are parsed
+
+
+class Wire:
+    """A socket that takes everything."""
+
+    def __init__(self) -> None:
+        self.taken = 0  # bytes
+
+    def send(self, data: bytes | memoryview) -> int:
+        self.taken += len(data)
+        return len(data)
+
+
+class Loop:
+    """The reading thread, which is this one: it writes when an engine's batch is done."""
+
+    def __init__(self) -> None:
+        self.submitted: list[HttpCall] = []
+        self.errands: list[Callable[[], object]] = []
+
+    def submit(self, call: HttpCall) -> None:
+        self.submitted.append(call)
+
+    def soon(self, what: Callable[[], object]) -> None:
+        self.errands.append(what)
+
+    def dirty(self, _: Connection) -> None: ...
+
+    def blocked(self, _: Connection) -> None: ...
+
+    def flush(self, connection: Connection) -> None:
+        submitted, self.submitted = self.submitted, []
+        connection.write(submitted)
+
+
+class Session:
+    """ONNX Runtime, and the seconds that were spent in it."""
+
+    def __init__(self, run: Callable[..., list[Any]]) -> None:
+        self._run = run
+        self.seconds = 0.0
+
+    def run(self, *arguments: Any) -> list[Any]:
+        began = time.perf_counter()
+        found = self._run(*arguments)
+        self.seconds += time.perf_counter() - began
+        return found
+
+    def enter_thread(self) -> None: ...
+
+    def probe(self) -> None: ...
+
+
+class Turning(Protocol):
+    """An engine without a thread."""
+
+    session: Session
+
+    def open(self, call: HttpCall) -> Listener: ...
+
+    def turn(self) -> None:
+        """Runs what waits, and has the replies written."""
+
+
+class Ours:
+    """The engine that `tenuto serve` has, with its streams."""
+
+    def __init__(self, file: Path, flush: Callable[[], None]) -> None:
+        manifest = Manifest.parse(json.dumps(model.manifest()), model.NAME)
+        runner = ModelRunner(
+            file.read_bytes(), manifest, model.NAME, provider="CPUExecutionProvider", threads=1
+        )
+        self.session = Session(runner.run)
+        pending = PendingBytes(PENDING_BYTES)
+        engine = Engine(
+            manifest, self.session, version=1, max_sequences=SEQUENCES, pending=pending, flush=flush
+        )
+        reader, writer = Reader(manifest, MESSAGE_BYTES), OutputWriter(manifest)
+        catalogue = Catalogue([Served(engine, reader, writer, "cpu", "", "")], [])
+        streams = Streams(catalogue, pending, ServerMetrics(""), StreamLimits(4, 0.0), _no_tokens)
+        self.open: Callable[[HttpCall], Listener] = streams.open
+        self._engine = engine
+
+    def turn(self) -> None:
+        while self._engine.turn():
+            pass
+
+
+class Least:
+    """The least engine."""
+
+    def __init__(self, file: Path, flush: Callable[[], None]) -> None:
+        self._engine = least_engine.Engine(file)
+        self.session = Session(self._engine.session.run)
+        self._engine.session, self._engine.flush = self.session, flush
+
+    def open(self, call: HttpCall) -> Listener:
+        return least_engine.Stream(call, self._engine)
+
+    def turn(self) -> None:
+        while not self._engine.inbox.empty():
+            self._engine.step()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Microseconds a chunk, of one round."""
+
+    reading: float  # bytes -> the engine's inbox
+    answering: float  # schedule, gather, scatter, reply, write
+    runtime: float  # ONNX Runtime
+
+    @property
+    def own(self) -> float:
+        return self.reading + self.answering
+
+
+class Harness:
+    """One connection with so many streams, each with a sequence; `round` sends a chunk on each."""
+
+    def __init__(self, kind: Callable[[Path, Callable[[], None]], Turning], file: Path, streams: int) -> None:
+        self._loop = Loop()
+        self._engine = kind(file, lambda: self._loop.flush(self._connection))
+        self.wire = Wire()
+        self._connection = Connection(self.wire, "", Limits(MESSAGE_BYTES), self._engine.open, self._loop)
+        self._numbers = range(1, 2 * streams, 2)
+        self._step = 0
+        headers = [(":method", "POST"), (":path", "/"), ("content-type", "application/grpc")]
+        encoder = hpack.Encoder()
+        opening = pb.StreamRequest(events=[pb.Event(sequence=1, open=pb.Open(model=model.NAME))])
+        window = http.SETTING.pack(http.INITIAL_WINDOW_SIZE, WINDOW)  # the client takes what it gets
+        begin = [http.PREFACE, http.frame(http.SETTINGS, 0, 0, window), http.widen(0, WINDOW >> 1)]
+        for number in self._numbers:
+            block = encoder.encode(headers)
+            begin += [http.frame(http.HEADERS, http.END_HEADERS, number, block), _data(number, opening)]
+        self._connection.receive(b"".join(begin))
+        self._engine.turn()
+
+    def round(self, frames: int) -> Cost:
+        self._step += 1
+        data = bytes(4 * frames * model.INPUTS)
+        tensor = pb.Tensor(name="x", dtype="float32", shape=[frames, model.INPUTS], data=data)
+        chunk = pb.Event(sequence=1, chunk=pb.Chunk(step=self._step, inputs=[tensor]))
+        request = pb.StreamRequest(events=[chunk])
+        came = b"".join([_data(number, request) for number in self._numbers])
+        session, began = self._engine.session, time.perf_counter()
+        self._connection.receive(came)
+        read, before = time.perf_counter(), session.seconds
+        self._engine.turn()
+        spent, runtime = time.perf_counter() - read, session.seconds - before
+        for errand in self._loop.errands:
+            errand()
+        self._loop.errands.clear()
+        us = 1e6 / len(self._numbers)
+        return Cost(us * (read - began), us * (spent - runtime), us * runtime)
+
+
+def _data(number: int, request: pb.StreamRequest) -> bytes:
+    body = request.SerializeToString()
+    return http.frame(http.DATA, 0, number, http.PREFIX.pack(0, len(body)) + body)
+
+
+def _no_tokens(_: bytes) -> Any:
+    raise NotImplementedError("nobody resumes here")
+
+
+def measure(file: Path, streams: int, frames: int, rounds: int) -> dict[str, list[Cost]]:
+    """What each round cost, by engine."""
+    harnesses = {"tenuto": Harness(Ours, file, streams), "least_engine": Harness(Least, file, streams)}
+    found: dict[str, list[Cost]] = {name: [] for name in harnesses}
+    for number in range(WARM_ROUNDS + rounds):
+        for name, harness in harnesses.items():
+            cost = harness.round(frames)
+            if number >= WARM_ROUNDS:
+                found[name].append(cost)
+    return found
+
+
+def table(found: dict[str, list[Cost]], title: str) -> str:
+    """The least and the median of the rounds."""
+    rows = [[title, "reading", "answering", "both", "ONNX Runtime"]]
+    figures: tuple[Callable[[Cost], float], ...] = (
+        lambda cost: cost.reading,
+        lambda cost: cost.answering,
+        lambda cost: cost.own,
+        lambda cost: cost.runtime,
+    )
+    for name, costs in found.items():
+        cells = [[figure(cost) for cost in costs] for figure in figures]
+        rows.append([name, *(f"{min(cell):.1f} ({median(cell):.1f})" for cell in cells)])
+    return aligned(rows)
+
+
+def tables(file: Path, frames: int = 1, rounds: int = ROUNDS) -> str:
+    """Of 64 streams and of one."""
+    flush_denormals()
+    title = "one thread, {}, {} frame{}: µs a chunk, least (median)"
+    return "\n\n".join(
+        table(measure(file, n, frames, rounds), title.format(name, frames, "s" if frames > 1 else ""))
+        for n, name in ((64, "64 streams"), (1, "1 stream"))
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.own_code")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--frames", type=int, default=1, help="a chunk (1)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tenuto-benchmarks-") as folder:
+        repository = model.write_repository(Path(folder) / "repository")
+        print(tables(repository.lstm, options.frames, options.rounds))

@@ -17,8 +17,8 @@ STOP_SECONDS = 15
 TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 
 
-# No setting is tuned for speed; two make room, for 10,000 live sequences and 64 unary callers.
-ROOM = ("--max-sequences", "16384", "--max-predicts", "64")
+# No setting is tuned for speed; one makes room, for 10,000 live sequences.
+ROOM = ("--max-sequences", "16384")
 # What makes gRPC's own servers cheapest. The naive ones go without: their authors would not know of it.
 EXPERIMENTS, TUNED = "-event_engine_listener", ("tuned_aio", "micro_batcher")
 SERVE = ("--port", "0", "--metrics-port", "0", "--log-level", "warning", *ROOM)

@@ -25,6 +25,7 @@ from .loader import Loader
 from .metrics import ServerMetrics, TenutoCollector
 from .model_runner import choose_provider
 from .pending import PendingBytes
+from .predict import Predicts
 from .repository import ModelRepository
 from .resume_token import TokenSealer
 from .rollout import Rollout
@@ -42,7 +43,9 @@ READINESS = "readiness"
 HUNG, BROKEN = 70, 71
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-# Pool threads beyond those that waiting Predicts may hold, for health, models and refusals.
+# Threads that decode pictures, and read large requests.
+_READERS = 2
+# Pool threads beyond those that waiting Predicts may hold on gRPC's server, for health, models and refusals.
 _SPARE_THREADS = 8
 # What the end takes beyond the grace at most: for each engine whose run goes on; for the last replies.
 _JOIN_SECONDS, _LAST_REPLIES_SECONDS = 0.5, 1.0
@@ -78,7 +81,7 @@ class Server:
         self._transport = transport(
             self._streams,
             f"/{SERVICE}/Stream",
-            threads=config.max_predicts + _SPARE_THREADS,
+            threads=_SPARE_THREADS + (config.max_predicts if self._streams.mode == "threads" else 0),
             max_message_bytes=config.max_message_bytes,
             max_pending_bytes=config.max_pending_bytes,
         )
@@ -114,12 +117,15 @@ class Server:
 
     def _register(self) -> None:
         """All methods but the stream."""
-        servicer = Servicer(
+        predicts = Predicts(
             self.catalogue,
             self._pending,
-            max_predicts=self.config.max_predicts,
+            most=self.config.max_predicts,
             is_draining=lambda: self.metrics.draining,
+            readers=ThreadPoolExecutor(_READERS, "predict"),
         )
+        self._transport.listen(f"/{SERVICE}/Predict", predicts.open)
+        servicer = Servicer(self.catalogue, predicts)
         handler = grpc.method_handlers_generic_handler(SERVICE, servicer.handlers())
         server: Any = self._transport  # takes handlers as a grpc.Server does, and is none
         server.add_generic_rpc_handlers((handler,))

@@ -1,12 +1,8 @@
-"""The unary methods: decode, call the engine, encode. And the table of all methods.
-
-Unary calls run on a few pool threads and are meant to be rare; the fast path is the stream.
-"""
+"""The unary methods: decode, ask, encode. They run on a few pool threads, and are meant to be rare."""
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
@@ -17,28 +13,14 @@ from google.protobuf.message import DecodeError, Message
 from tenuto.v1 import tenuto_pb2 as pb
 
 from .catalogue import Catalogue, Refused, Served
-from .errors import (
-    DeadlinePassed,
-    ModelNotReady,
-    NotStateless,
-    PoolFull,
-    ServerDraining,
-    TenutoError,
-    UnknownModel,
-    UnknownSequence,
-    WrongMessage,
-)
-from .pending import PendingBytes
-from .reply import write_tensors, write_timing
-from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Output, Reply, Sequence
+from .errors import ModelNotReady, TenutoError, UnknownModel, UnknownSequence, WrongMessage
+from .predict import Predicts
+from .sequence import Ending
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.servicer")
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Tenuto"].full_name
-# A caller without a deadline does not wait for ever.
-_LONGEST_WAIT_SECONDS = 3600.0
-
 Request = TypeVar("Request", bound=Message)
 Parsed = TypeVar("Parsed", bound=Message, covariant=True)
 
@@ -49,38 +31,12 @@ class _Parser(Protocol[Parsed]):
     def FromString(self, data: bytes, /) -> Parsed: ...
 
 
-class _Answer:
-    """The sink of one Predict."""
-
-    def __init__(self) -> None:
-        self.there = threading.Event()
-        self.reply: Reply | None = None
-
-    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
-        self.reply = replies[-1][1]
-        self.there.set()
-
-    full = False
-    share = None  # one request, one answer: there is nothing to hold back
-
-
 class Servicer:
-    """Predict, the models, and the operators' calls. `max_predicts` bounds the calls that wait at once."""
+    """Predict, the models, and the operators' calls."""
 
-    def __init__(
-        self,
-        catalogue: Catalogue,
-        pending: PendingBytes,
-        *,
-        max_predicts: int,
-        is_draining: Callable[[], bool],
-    ) -> None:
+    def __init__(self, catalogue: Catalogue, predicts: Predicts) -> None:
         self._catalogue = catalogue
-        self._pending = pending
-        self._max_predicts = max_predicts
-        self._is_draining = is_draining
-        self._places = threading.BoundedSemaphore(max_predicts)
-        self._lock = threading.Lock()  # of the models' rejected_calls
+        self._predicts = predicts
 
     def handlers(self) -> dict[str, Any]:
         return {
@@ -92,62 +48,8 @@ class Servicer:
         }
 
     def predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
-        """One batch through a stateless model."""
-        served = self._catalogue.find(request.model, request.version)
-        if served.manifest.stateful:
-            raise NotStateless(f"model {request.model!r} holds state; use Stream, where a sequence keeps it")
-        self._admit(served)
-        try:
-            return self._predict(served, request, context)
-        finally:
-            self._places.release()
-
-    def _admit(self, served: Served) -> None:
-        """Takes a place among the calls that wait, or counts the refusal.
-
-        Raises: ServerDraining, PoolFull.
-        """
-        error: TenutoError
-        if self._is_draining():
-            error = ServerDraining("the server is leaving; call another one")
-        elif self._pending.full:
-            error = PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
-        elif self._places.acquire(blocking=False):
-            return
-        else:
-            text = f"{self._max_predicts} Predict calls wait already; retry, or send chunks on a Stream"
-            error = PoolFull(text)
-        with self._lock:
-            served.engine.metrics.rejected_calls[error.reason] += 1
-        raise error
-
-    def _predict(
-        self, served: Served, request: pb.PredictRequest, context: grpc.ServicerContext
-    ) -> pb.PredictResponse:
-        data = served.reader.read(request.inputs)
-        answer = _Answer()
-        now = time.monotonic()
-        sequence = Sequence(answer, served.manifest, now=now)
-        nbytes = sum(map(len, data)) + CHUNK_BYTES
-        self._pending.add(nbytes)
-        served.engine.request(sequence, Chunk(1, data, now, nbytes))
-        context.add_callback(answer.there.set)  # a caller that leaves is not waited for
-        seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
-        answer.there.wait(seconds)
-        reply = answer.reply
-        if isinstance(reply, Failed):
-            raise reply.error
-        if isinstance(reply, Output):
-            response = pb.PredictResponse(version=served.engine.version)
-            write_tensors(response.outputs, reply, served.manifest)
-            write_timing(response.timing, reply)
-            return response
-        if isinstance(reply, Closed):
-            raise ServerDraining("this version, or the server, left before the answer was there; call again")
-        served.engine.close(sequence, Ending.CANCELLED)
-        raise DeadlinePassed(
-            f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less"
-        )
+        """One batch through a stateless model. Our own server opens such calls by `Predicts.open` instead."""
+        return self._predicts.wait_for(request, context)
 
     def list_models(
         self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext

@@ -39,6 +39,9 @@ class Transport(Protocol):
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None: ...
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None: ...
 
+    def listen(self, path: str, opener: Opener) -> None:
+        """Calls of that method are opened so, if this server can; else by the handler that is registered."""
+
     def bind(self, host: str, port: int) -> int:
         """Listens there; 0 takes a free port. Returns the port. Raises: OSError, RuntimeError."""
 
@@ -56,14 +59,13 @@ class Transport(Protocol):
 
 
 class Http2Transport(Methods):
-    """Our own server: streams by the thread that reads, all other methods on a pool's threads."""
+    """Our own server: the thread that reads takes streams and whatever is listened to; a pool's, the rest."""
 
     def __init__(
         self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int, max_pending_bytes: int
     ) -> None:
         super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes)
-        self._streams = streams
-        self._path = path
+        self._openers: dict[str, Callable[[HttpCall], Listener]] = {path: streams.open}
         limits = Limits(max_message_bytes, max_pending_bytes, streams.max_streams + _SPARE_CALLS)
         self._server = Http2Server(self._route, limits)
         self.bind = self._server.bind
@@ -72,8 +74,11 @@ class Http2Transport(Methods):
         self.flush = self._server.flush
         self.defer = self._server.defer
 
+    def listen(self, path: str, opener: Opener) -> None:
+        self._openers[path] = opener
+
     def _route(self, call: HttpCall) -> Listener:
-        return self._streams.open(call) if call.path == self._path else self.open(call)
+        return self._openers.get(call.path, self.open)(call)
 
 
 class ThreadTransport:
@@ -110,6 +115,9 @@ class ThreadTransport:
 
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """The generic ones are enough."""
+
+    def listen(self, path: str, opener: Opener) -> None:
+        """gRPC's server calls handlers alone."""
 
     def bind(self, host: str, port: int) -> int:
         return int(self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))

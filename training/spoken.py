@@ -28,7 +28,7 @@ from .progress import progress
 from .recurrent import CELLS, Cell, State
 from .sound import BANDS, OVERLAP, STEP, Ear, tones
 from .stepper import initial, turn
-from .task import Batch, Figures, Task
+from .task import Answers, Batch, Figures, Task
 from .weights import count, exported
 
 BATCH = 32
@@ -316,24 +316,36 @@ class SpokenTask(Task):
             }
         )
 
+    def answers(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Answers:
+        """Hear every test recording; what counts is the running answer after its last whole 20 ms."""
+        recordings = self._recordings()
+        return _answers(recordings, streamed(session, manifest, recordings)["answer"])
+
     def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
         """Accuracy of the last running answer, each recording fed in chunks of 20 ms from silence."""
-        recordings = fsdd.recordings("test")
         named = "FSDD v1.0.10, official split: takes 0 to 4"
         if self.without is not None:
-            recordings = [*recordings, *fsdd.recordings("train")]
-            recordings = [one for one in recordings if one.speaker == self.without]
             named = f"FSDD v1.0.10, all recordings of {self.without}, who was left out of training"
+        recordings = self._recordings()
         last = streamed(session, manifest, recordings)
-        truth = np.array([one.digit for one in recordings])
-        right = {name: float((said == truth).mean()) for name, said in last.items()}
+        heard = _answers(recordings, last["log_probabilities"])
         return {
-            "metric": "accuracy",
-            "value": right["answer"],
-            "n": len(recordings),
-            "test_set": f"{named}; the running answer after the last whole 20 ms, fed 20 ms at a time",
-            "accuracy_of_last_log_probabilities": right["log_probabilities"],
+            **_answers(recordings, last["answer"]).figures(
+                f"{named}; the running answer after the last whole 20 ms, fed 20 ms at a time"
+            ),
+            "accuracy_of_last_log_probabilities": heard.figures("")["value"],
         }
+
+    def _recordings(self) -> list[Recording]:
+        """Return the test part: the official one, or all of the speaker who was left out."""
+        if self.without is None:
+            return fsdd.recordings("test")
+        everything = [*fsdd.recordings("test"), *fsdd.recordings("train")]
+        return [one for one in everything if one.speaker == self.without]
+
+
+def _answers(recordings: Sequence[Recording], said: NDArray[np.int64]) -> Answers:
+    return Answers(np.array([one.digit for one in recordings]), said, LABELS)
 
 
 def streamed(

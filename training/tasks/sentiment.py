@@ -25,7 +25,7 @@ from tenuto.training.progress import progress
 from tenuto.training.recipe import Recipe
 from tenuto.training.sentiment import Lexicon, SentimentNetwork
 from tenuto.training.stepper import Stepper
-from tenuto.training.task import Batch, Figures, Task
+from tenuto.training.task import Answers, Batch, Figures, Task
 from tenuto.training.weights import count, exported
 
 BUCKETS = 2**17  # of words; 18,000 different ones in the training part
@@ -134,25 +134,24 @@ was rude" gets 0.45. Two words may share a number (131,072 buckets), and so be o
             counted={"words": int((network.single != 0).sum()), "pairs": int((network.pair != 0).sum())}
         )
 
+    def answers(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Answers:
+        """Read the fold left out, each sentence in two chunks; the answer after its last word counts."""
+        reviews = Reviews.read([self._fold])
+        said = []
+        with progress("sentiment: test", len(reviews.words)) as bar:
+            for words in reviews.words:
+                stepper = Stepper(session, manifest)
+                parts = [part for part in np.array_split(words, 2) if len(part)]
+                said.append([stepper.step(part)["log_probabilities"] for part in parts][-1][-1].argmax())
+                bar.update()
+        return Answers(reviews.favourable.astype(np.int64), np.array(said), sentiment_graph.LABELS)
+
     def test(self, session: onnxruntime.InferenceSession, manifest: Manifest) -> Figures:
         """Accuracy on the fold left out, the answer after the last word."""
-        reviews = Reviews.read([self._fold])
-        right = []
-        with progress("sentiment: test", len(reviews.words)) as bar:
-            for words, favourable in zip(reviews.words, reviews.favourable, strict=True):
-                stepper = Stepper(session, manifest)
-                said = [
-                    stepper.step(part)["log_probabilities"] for part in np.array_split(words, 2) if len(part)
-                ]
-                right.append((said[-1][-1].argmax() == 1) == favourable)
-                bar.update()
-        return {
-            "metric": "accuracy",
-            "value": float(np.mean(right)),
-            "n": len(right),
-            "test_set": f"rt-polarity, fold {self._fold} of {FOLDS}, each sentence in two chunks, the answer "
-            "after its last word",
-        }
+        return self.answers(session, manifest).figures(
+            f"rt-polarity, fold {self._fold} of {FOLDS}, each sentence in two chunks, the answer after its "
+            "last word"
+        )
 
     def source(self) -> str:
         """Return the texts of this module and of the network's."""

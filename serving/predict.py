@@ -1,0 +1,266 @@
+"""Predict: one batch through a stateless model, on any thread, answered to whoever asked.
+
+On our own server the thread that reads takes a call and an engine's thread answers it, as on a stream: no
+thread waits. On gRPC's server one of its pool does.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .call import Metadata
+from .catalogue import Catalogue, Served
+from .errors import (
+    DeadlinePassed,
+    NotStateless,
+    PoolFull,
+    ServerDraining,
+    TenutoError,
+    WrongMessage,
+)
+from .pending import PendingBytes
+from .reply import write_tensors, write_timing
+from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Output, Reply, Sequence
+from .status import code_of, metadata_of
+
+log = logging.getLogger("tenuto.predict")
+
+# A caller without a deadline does not wait for ever.
+_LONGEST_WAIT_SECONDS = 3600.0
+# What takes longer to read than that would hold up the streams of all others.
+_MOST_AT_ONCE = 64 << 10
+
+Answer = pb.PredictResponse | TenutoError
+
+
+class Caller(Protocol):
+    """A call that is answered once."""
+
+    def send(self, message: bytes) -> None: ...
+
+    def finish(self, code: grpc.StatusCode = ..., details: str = ..., metadata: Metadata = ...) -> None: ...
+
+
+class Predicts:
+    """All Predicts of a server; no more than `most` of them wait at once. Any thread."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        pending: PendingBytes,
+        *,
+        most: int,
+        is_draining: Callable[[], bool],
+        readers: Executor,
+    ) -> None:
+        """`readers` are the threads that read requests which take long to read."""
+        self.readers = readers
+        self._catalogue = catalogue
+        self._pending = pending
+        self._most = most
+        self._is_draining = is_draining
+        self._places = threading.BoundedSemaphore(most)
+        self._lock = threading.Lock()  # of the models' rejected_calls
+
+    def open(self, call: Caller) -> PredictCall:
+        """Takes a call of our own server."""
+        return PredictCall(call, self)
+
+    def admit(self, request: pb.PredictRequest, done: Callable[[Answer], None]) -> Prediction:
+        """Takes a place among those that wait. `done` is called at most once, on an engine's thread.
+
+        Raises: UnknownModel, ModelNotReady, NotStateless; and counted, ServerDraining, PoolFull.
+        """
+        served = self._catalogue.find(request.model, request.version)
+        if served.manifest.stateful:
+            raise NotStateless(f"model {request.model!r} holds state; use Stream, where a sequence keeps it")
+        error: TenutoError
+        if self._is_draining():
+            error = ServerDraining("the server is leaving; call another one")
+        elif self._pending.full:
+            error = PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
+        elif self._places.acquire(blocking=False):
+            return Prediction(served, self._pending, done, self._places.release)
+        else:
+            error = PoolFull(f"{self._most} Predict calls wait already; retry, or send chunks on a Stream")
+        with self._lock:
+            served.engine.metrics.rejected_calls[error.reason] += 1
+        raise error
+
+    def wait_for(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
+        """The answer, on the thread of a caller of gRPC's server.
+
+        Raises: what `admit` and `Prediction.run` raise, and how it failed; DeadlinePassed.
+        """
+        there = threading.Event()
+        answers: list[Answer] = []
+
+        def done(answer: Answer) -> None:
+            answers.append(answer)
+            there.set()
+
+        prediction = self.admit(request, done)
+        try:
+            prediction.run(request)
+            context.add_callback(there.set)  # a caller that leaves is not waited for
+            seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
+            there.wait(seconds)
+        finally:
+            prediction.leave()
+        if not answers:
+            raise DeadlinePassed(
+                f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less"
+            )
+        if isinstance(answers[0], TenutoError):
+            raise answers[0]
+        return answers[0]
+
+
+class Prediction:
+    """One request on its way through an engine. Implements sequence.Sink."""
+
+    full = False
+    share = None  # one request, one answer: there is nothing to hold back
+
+    def __init__(
+        self,
+        served: Served,
+        pending: PendingBytes,
+        done: Callable[[Answer], None],
+        release: Callable[[], None],
+    ) -> None:
+        self._served = served
+        self._pending = pending
+        self._done = done
+        self._release = release
+        self._lock = threading.Lock()
+        self._over = False  # answered, or nobody waits
+        self._sequence: Sequence | None = None  # once the engine has it
+
+    def is_long_to_read(self, request: pb.PredictRequest) -> bool:
+        return any(
+            tensor.dtype in spec.wire_encodings or len(tensor.data) > _MOST_AT_ONCE
+            for tensor in request.inputs
+            for spec in self._served.manifest.inputs
+        )
+
+    def run(self, request: pb.PredictRequest) -> None:
+        """Reads the request and hands it to the engine.
+
+        Raises: what `Reader.read` raises; then the prediction is over.
+        """
+        try:
+            data = self._served.reader.read(request.inputs)
+        except TenutoError:
+            self._end()
+            raise
+        now = time.monotonic()
+        sequence = Sequence(self, self._served.manifest, now=now)
+        nbytes = sum(map(len, data)) + CHUNK_BYTES
+        with self._lock:
+            if self._over:  # its caller left meanwhile
+                return
+            self._sequence = sequence
+        self._pending.add(nbytes)
+        self._served.engine.request(sequence, Chunk(1, data, now, nbytes))  # it may answer at once
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        reply = replies[-1][1]
+        if not self._end():
+            return
+        if isinstance(reply, Failed):
+            self._done(reply.error)
+        elif isinstance(reply, Output):
+            response = pb.PredictResponse(version=self._served.engine.version)
+            write_tensors(response.outputs, reply, self._served.manifest)
+            write_timing(response.timing, reply)
+            self._done(response)
+        elif isinstance(reply, Closed):
+            text = "this version, or the server, left before the answer was there; call again"
+            self._done(ServerDraining(text))
+
+    def leave(self) -> None:
+        """Nobody waits for the answer any more."""
+        if self._end() and self._sequence is not None:
+            self._served.engine.close(self._sequence, Ending.CANCELLED)
+
+    def _end(self) -> bool:
+        """Gives the place back. Whether it was not over yet."""
+        with self._lock:
+            if self._over:
+                return False
+            self._over = True
+        self._release()
+        return True
+
+
+class PredictCall:
+    """One call on our own server. Implements call.Listener, on the thread that reads."""
+
+    __slots__ = ("_call", "_came", "_prediction", "_predicts")
+
+    def __init__(self, call: Caller, predicts: Predicts) -> None:
+        self._call = call
+        self._predicts = predicts
+        self._prediction: Prediction | None = None
+        self._came = False  # its request
+
+    def received(self, message: bytes) -> None:
+        if self._came:  # one is all that there may be
+            return
+        self._came = True
+        try:
+            request = pb.PredictRequest.FromString(message)
+        except DecodeError:
+            self._refuse(WrongMessage(f"{len(message)} bytes are no request of this method"))
+            return
+        try:
+            self._prediction = prediction = self._predicts.admit(request, self._answer)
+        except TenutoError as error:
+            self._refuse(error)
+            return
+        if prediction.is_long_to_read(request):
+            self._predicts.readers.submit(self._run, prediction, request)
+        else:
+            self._run(prediction, request)
+
+    def half_closed(self) -> None:
+        if not self._came:
+            self._call.finish(grpc.StatusCode.UNIMPLEMENTED, "the call brought no request")
+
+    def terminated(self) -> None:
+        if self._prediction is not None:
+            self._prediction.leave()
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return False
+
+    def _run(self, prediction: Prediction, request: pb.PredictRequest) -> None:
+        try:
+            prediction.run(request)
+        except TenutoError as error:
+            self._refuse(error)
+        except Exception:
+            log.exception("a call met a bug")
+            prediction.leave()
+            self._call.finish(grpc.StatusCode.INTERNAL, "an error inside the server; its log says more")
+
+    def _answer(self, answer: Answer) -> None:
+        if isinstance(answer, TenutoError):
+            self._refuse(answer)
+        else:
+            self._call.send(answer.SerializeToString())
+            self._call.finish()
+
+    def _refuse(self, error: TenutoError) -> None:
+        self._call.finish(code_of(error), str(error), metadata_of(error))

@@ -1,0 +1,299 @@
+"""Predict without a server, by a caller who waits and by one who is called: what it counts and leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from tenuto.serving import predict as predict_module
+from tenuto.serving.call import Metadata
+from tenuto.serving.catalogue import Catalogue, Served
+from tenuto.serving.engine import Engine
+from tenuto.serving.errors import TenutoError
+from tenuto.serving.manifest import Manifest
+from tenuto.serving.pending import PendingBytes
+from tenuto.serving.predict import PredictCall, Predicts
+from tenuto.serving.reply import OutputWriter, write_timing
+from tenuto.serving.sequence import Chunk, Ending, Output, Sequence
+from tenuto.serving.servicer import Servicer
+from tenuto.serving.status import code_of
+from tenuto.serving.tensor import Reader
+from tenuto.v1 import tenuto_pb2 as pb
+
+from .fakes import FAILS, Accumulator, Doubler, accumulator, doubler, f32
+
+NOW = 5e6
+Code = grpc.StatusCode
+WAYS = ["waits", "is called"]
+
+
+class InlineEngine(Engine):
+    """Answers a request in the call that brings it, unless it is stuck."""
+
+    stuck = False
+
+    def request(self, sequence: Sequence, chunk: Chunk) -> None:
+        super().request(sequence, chunk)
+        while not self.stuck and self.turn():
+            pass
+
+
+class FakeContext:
+    """A caller who waits, and whose deadline is now, or who is not in a hurry."""
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        self.seconds = seconds
+
+    def time_remaining(self) -> float:
+        return self.seconds
+
+    def add_callback(self, _: Callable[[], None]) -> bool:
+        return True
+
+
+class FakeCall:
+    """A call of our own server."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+
+    def send(self, message: bytes) -> None:
+        assert self.code is None
+        self.sent.append(message)
+
+    def finish(self, code: grpc.StatusCode = Code.OK, details: str = "", metadata: Metadata = ()) -> None:
+        assert self.code is None
+        self.code, self.details = code, details
+
+
+class Later(Executor):
+    """Threads that work when they are told to."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], object]] = []
+
+    def submit(self, work: Any, /, *args: Any, **named: Any) -> Future[Any]:
+        self.waiting.append(lambda: work(*args, **named))
+        return Future()
+
+
+class Bench:
+    def __init__(self, manifest: Manifest | None = None, runner: Any = None) -> None:
+        manifest = manifest or doubler()
+        self.pending = PendingBytes(1 << 20)
+        self.draining = False
+        self.engine = InlineEngine(
+            manifest,
+            runner or Doubler(),
+            version=2,
+            max_sequences=1,
+            pending=self.pending,
+            clock=lambda: NOW,
+        )
+        reader, writer = Reader(manifest, 1 << 20), OutputWriter(manifest)
+        served = Served(self.engine, reader, writer, "CPUExecutionProvider", "hash", "print")
+        catalogue = Catalogue([served], [])
+        self.readers = Later()
+        self.predicts = Predicts(
+            catalogue, self.pending, most=1, is_draining=lambda: self.draining, readers=self.readers
+        )
+        self.servicer = Servicer(catalogue, self.predicts)
+
+    def request(self, *values: float) -> pb.PredictRequest:
+        array = f32(values).reshape(-1, 2)
+        tensor = pb.Tensor(dtype="float32", shape=array.shape, data=array.tobytes())
+        return pb.PredictRequest(model=self.engine.manifest.name, inputs=[tensor])
+
+    def call(self, request: pb.PredictRequest) -> tuple[FakeCall, PredictCall]:
+        """One that is called back; so far it has sent its request."""
+        call = FakeCall()
+        listener = self.predicts.open(call)
+        listener.received(request.SerializeToString())
+        listener.half_closed()
+        return call, listener
+
+    def predict(self, way: str, *values: float, seconds: float = 60.0) -> tuple[grpc.StatusCode, str, Any]:
+        """Code, text and response."""
+        request = self.request(*values)
+        if way == "waits":
+            try:
+                response = self.servicer.predict(request, FakeContext(seconds))  # type: ignore[arg-type]
+            except TenutoError as error:
+                return code_of(error), str(error), None
+            return Code.OK, "", response
+        call, listener = self.call(request)
+        listener.terminated()  # as the transport says behind every ending
+        assert call.code is not None
+        return call.code, call.details, pb.PredictResponse.FromString(call.sent[0]) if call.sent else None
+
+    def settle(self) -> None:
+        self.engine.stuck = False
+        while self.engine.turn():
+            pass
+
+    def assert_nothing_is_left(self, held: int = 0) -> None:
+        self.settle()
+        assert self.pending.bytes == held
+        assert self.engine.metrics.pending_chunks == 0
+        assert self.predicts._places.acquire(blocking=False)  # its place is free again
+        self.predicts._places.release()
+        with pytest.raises(ValueError, match="released too many"):  # and was given back once
+            self.predicts._places.release()
+
+
+@pytest.fixture(autouse=True)
+def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict_module, "time", SimpleNamespace(monotonic=lambda: NOW))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_answer_has_its_tensors_by_name_and_the_version(way: str) -> None:
+    bench = Bench()
+    code, _, response = bench.predict(way, 1, 2, 3, 4)
+    assert code is Code.OK
+    (y,) = response.outputs
+    assert (y.name, y.dtype, list(y.shape), y.data) == ("y", "float32", [2, 2], f32([2, 4, 6, 8]).tobytes())
+    assert response.version == 2
+    assert response.timing.batch_size == 1
+    bench.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_time_to_the_first_output_counts_from_the_call(way: str) -> None:
+    """Not from when the machine was started."""
+    bench = Bench()
+    bench.predict(way, 1, 2)
+    assert bench.engine.metrics.first_output.total == 0.0
+
+
+def test_a_call_whose_deadline_passes_leaves_nothing_behind() -> None:
+    bench = Bench()
+    bench.engine.stuck = True
+    code, text, _ = bench.predict("waits", 1, 2, seconds=0.0)
+    assert (code, text[:40]) == (Code.DEADLINE_EXCEEDED, "no answer from 'doubler' within 0.000 s;")
+    bench.assert_nothing_is_left()
+    assert bench.engine.metrics.chunks == {"dropped": 1}
+
+
+@pytest.mark.parametrize("when", ["waiting", "being read", "answered"])
+def test_a_caller_who_leaves_is_not_answered_and_leaves_nothing_behind(when: str) -> None:
+    bench = Bench()
+    bench.engine.stuck = when == "waiting"
+    request = bench.request(*[1.0] * (20_000 if when == "being read" else 2))
+    call, listener = bench.call(request)
+    listener.terminated()
+    for work in bench.readers.waiting:
+        work()
+    bench.assert_nothing_is_left()
+    assert bool(call.sent) == (when == "answered")
+    expected = {"waiting": {"dropped": 1}, "being read": {}, "answered": {"answered": 1}}
+    assert bench.engine.metrics.chunks == expected[when]
+
+
+def test_a_large_request_is_read_by_other_threads() -> None:
+    bench = Bench()
+    call, _ = bench.call(bench.request(*[1.0] * 20_000))
+    assert not call.sent
+    (work,) = bench.readers.waiting
+    work()
+    assert call.code is Code.OK
+    assert pb.PredictResponse.FromString(call.sent[0]).outputs[0].data == f32([2.0] * 20_000).tobytes()
+
+
+def test_a_server_that_leaves_says_so_to_those_who_wait() -> None:
+    bench = Bench()
+    bench.engine.stuck = True
+    call, listener = bench.call(bench.request(1, 2))
+    (sequence,) = [command[1] for command in bench.engine._inbox._commands]
+    bench.engine.close(sequence, Ending.DRAINING)
+    bench.settle()
+    assert (call.code, call.details[:12]) == (Code.UNAVAILABLE, "this version")
+    listener.terminated()
+    bench.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("why", ["draining", "pending", "stateful", "failing", "shape"])
+def test_a_refusal_leaves_nothing_behind(why: str, way: str) -> None:
+    bench = Bench(accumulator(), Accumulator()) if why == "stateful" else Bench()
+    bench.draining = why == "draining"
+    held = (1 << 20) + 1 if why == "pending" else 0
+    bench.pending.add(held)
+    if why == "shape":
+        bench.request = lambda *_: pb.PredictRequest(model="doubler")  # type: ignore[method-assign]
+    code, text, _ = bench.predict(way, FAILS, 1)
+    expected = {
+        "draining": (Code.UNAVAILABLE, "the server is leaving"),
+        "pending": (Code.RESOURCE_EXHAUSTED, "more than 1048576 bytes are pending"),
+        "stateful": (Code.FAILED_PRECONDITION, "model 'accumulator' holds state"),
+        "failing": (Code.INTERNAL, "step 1: "),
+        "shape": (Code.INVALID_ARGUMENT, "input x is missing"),
+    }
+    assert (code, text[: len(expected[why][1])]) == expected[why]
+    bench.assert_nothing_is_left(held)
+    counted = {"draining": {"DRAINING": 1}, "pending": {"POOL_FULL": 1}}
+    assert bench.engine.metrics.rejected_calls == counted.get(why, {})
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_more_calls_wait_at_once_than_there_are_places(way: str) -> None:
+    bench = Bench()
+    bench.engine.stuck = True
+    first, _ = bench.call(bench.request(1, 2))
+    code, text, _ = bench.predict(way, 1, 2)
+    assert (code, text[:29]) == (Code.RESOURCE_EXHAUSTED, "1 Predict calls wait already;")
+    assert bench.engine.metrics.rejected_calls == {"POOL_FULL": 1}
+    bench.settle()
+    assert first.code is Code.OK
+    assert bench.predict(way, 1, 2)[0] is Code.OK
+
+
+def test_bytes_that_are_no_request_are_refused_and_a_second_message_is_nothing() -> None:
+    bench = Bench()
+    call = FakeCall()
+    listener = bench.predicts.open(call)
+    listener.received(b"\xff")
+    assert (call.code, call.details) == (Code.INVALID_ARGUMENT, "1 bytes are no request of this method")
+    call, listener = bench.call(bench.request(1, 2))
+    listener.received(bench.request(3, 4).SerializeToString())
+    assert len(call.sent) == 1
+    bench.assert_nothing_is_left()
+
+
+def test_a_call_without_a_request_is_finished() -> None:
+    call = FakeCall()
+    Bench().predicts.open(call).half_closed()
+    assert (call.code, call.details) == (Code.UNIMPLEMENTED, "the call brought no request")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bug_is_no_silence(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever waits is told, and the place is free."""
+    bench = Bench()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Reader, "read", broken)
+    if way == "is called":
+        assert bench.predict(way, 1, 2)[0] is Code.INTERNAL
+        assert "a call met a bug" in caplog.text
+    else:
+        with pytest.raises(ZeroDivisionError):
+            bench.servicer.predict(bench.request(1, 2), FakeContext())  # type: ignore[arg-type]
+    bench.assert_nothing_is_left()
+
+
+def test_a_chunk_that_waited_for_hours_can_still_be_answered() -> None:
+    timing = pb.Timing()
+    write_timing(timing, Output(1, 0, True, (), 1e5, 0.002, 3))
+    assert (timing.queue_us, timing.compute_us, timing.batch_size) == (2**32 - 1, 2000, 3)

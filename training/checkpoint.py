@@ -19,7 +19,6 @@ class Checkpoint:
     network: Weights = field(default_factory=dict)
     average: Weights = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
-    schedule: dict[str, Any] = field(default_factory=dict)
     best: float = float("inf")  # the lowest validation figure so far
     best_epoch: int = 0
     kept: Weights = field(default_factory=dict)  # the weights that became, or would now become, the model

@@ -8,10 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Recipe:
-    """AdamW (Loshchilov 2019) under one cycle of the learning rate (Smith 2018)."""
+    """What `optimizer.Optimizer` and the trainer do."""
 
     epochs: int
     learning_rate: float  # the highest of the cycle
+    matrix_rate: float | None = None  # of recurrent matrices, which Muon then learns; None: AdamW has them
     weight_decay: float = 0.01
     clip_norm: float | None = 1.0  # gradients longer than that are shortened to it
     # Epochs without a better validation figure, after which training stops; None: never. The cycle is laid

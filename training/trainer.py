@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .checkpoint import Checkpoint, Weights
 from .curve import Curve
+from .optimizer import Optimizer
 from .processes import Processes
 from .progress import progress
 from .recipe import Recipe
@@ -65,12 +66,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         self._network = self.task.network().to(self.device)
         self._average = self._averaged()
-        self._optimizer = torch.optim.AdamW(
-            self._network.parameters(), self.recipe.learning_rate, weight_decay=self.recipe.weight_decay
-        )
-        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, self.recipe.learning_rate, self.recipe.epochs * self.task.steps()
-        )
+        self._optimizer = Optimizer(self._network, self.recipe, self.recipe.epochs * self.task.steps())
         self._at = self._resumed()
         if not self._at.finished:
             if not train:
@@ -110,7 +106,6 @@ class Trainer:
             if self._average is not None:
                 self._average.load_state_dict(found.average)
             self._optimizer.load_state_dict(found.optimizer)
-            self._schedule.load_state_dict(found.schedule)
         return found
 
     def _train(self) -> None:
@@ -150,11 +145,10 @@ class Trainer:
             norms.append(norm)
             tick(1)
         self.processes.average_buffers(self._network)
-        rate = self._schedule.get_last_lr()[0]
         return {
             "loss": float(torch.stack(losses).mean()),
             "gradient_norm": float(torch.stack(norms).mean()),
-            "learning_rate": float(rate),
+            "learning_rate": self._optimizer.rate,
         }
 
     def _step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +162,6 @@ class Trainer:
         most = float("inf") if self.recipe.clip_norm is None else self.recipe.clip_norm
         norm = nn.utils.clip_grad_norm_(self._network.parameters(), most)
         self._optimizer.step()
-        self._schedule.step()
         if self._average is not None:
             self._average.update_parameters(self._network)
         return loss.detach(), norm
@@ -195,7 +188,6 @@ class Trainer:
         at.network = self._network.state_dict()
         at.average = {} if self._average is None else self._average.state_dict()
         at.optimizer = self._optimizer.state_dict()
-        at.schedule = self._schedule.state_dict()
         if self.processes.first:
             at.write(self._path)
         self.processes.wait()

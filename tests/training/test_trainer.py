@@ -23,6 +23,7 @@ RECIPES = {
     "last": Recipe(epochs=4, learning_rate=1e-2),
     "best": Recipe(epochs=4, learning_rate=1e-2, keep="best", patience=2),
     "averaged": Recipe(epochs=4, learning_rate=1e-2, average=0.9),
+    "matrices": Recipe(epochs=4, learning_rate=1e-2, matrix_rate=1e-2),
     "half": Recipe(epochs=4, learning_rate=1e-2, precision="bfloat16", clip_norm=None),
 }
 
@@ -128,6 +129,26 @@ def test_an_average_is_nearer_to_where_the_weights_were(tmp_path: Path) -> None:
     plain = _fit(tmp_path / "plain").network.state_dict()["head.weight"]
     averaged = _fit(tmp_path / "slow", slow).network.state_dict()["head.weight"]
     assert (averaged - start).abs().sum() < 0.1 * (plain - start).abs().sum()
+
+
+def test_the_matrices_of_recurrent_layers_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    def moved(matrix_rate: float) -> dict[str, float]:
+        fitted = _fit(
+            tmp_path / f"{matrix_rate}", dataclasses.replace(RECIPES["last"], matrix_rate=matrix_rate)
+        )
+        torch.manual_seed(3)
+        task = ToyTask()
+        task.load()
+        start = dict(task.network().named_parameters())
+        found = fitted.network.named_parameters()
+        return {name: float((value - start[name]).detach().abs().max()) for name, value in found}
+
+    still, fast = moved(1e-9), moved(1e-2)
+    recurrent = {name for name in still if "weight_ih" in name or "weight_hh" in name}
+    assert recurrent
+    for name in still:
+        assert fast[name] > 1e-3
+        assert (still[name] < 1e-4) == (name in recurrent), name
 
 
 def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:

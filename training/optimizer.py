@@ -44,8 +44,10 @@ class Optimizer:
 
     def step(self) -> None:
         """Follow the gradients, and go on in the cycle."""
-        for one in (*self._optimizers, *self._schedules):
+        for one in self._optimizers:
             one.step()
+        for schedule in self._schedules:
+            schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a training that goes on needs."""

@@ -45,7 +45,9 @@ class ShakespeareTask(Task):
     """Tiny Shakespeare, a character a step."""
 
     name = "shakespeare"
-    recipe = Recipe(epochs=10, learning_rate=5e-3, average=0.99, precision="bfloat16", keep="best")
+    recipe = Recipe(
+        epochs=9, learning_rate=5e-3, matrix_rate=1e-2, average=0.99, precision="bfloat16", keep="best"
+    )
     data = DATA
     card = """
 Reads a text character by character and says how likely each of its 65 characters is next; drawing from that

@@ -1,7 +1,7 @@
 """What a killed training goes on from: one file an epoch, written whole or not at all."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> "Checkpoint | None":
-        """Return what `path` holds, or None if there is no such file."""
+        """Return what `path` holds; None if there is no such file, or an older version wrote it."""
         if not path.is_file():
             return None
-        return cls(**torch.load(path, map_location="cpu", weights_only=True))
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return cls(**found) if found.keys() == {field.name for field in fields(cls)} else None

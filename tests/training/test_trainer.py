@@ -75,6 +75,16 @@ def test_what_is_finished_is_not_trained_again(tmp_path: Path) -> None:
     assert again.cpu_seconds == first.cpu_seconds
 
 
+def test_a_checkpoint_with_other_fields_is_begun_anew(tmp_path: Path) -> None:
+    """An older version wrote it."""
+    first = _fit(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"schedule": {}}, path)
+    task = ToyTask(batches_left=32)
+    assert _weights(_fit(tmp_path, task=task)) == _weights(first)
+    assert task.batches_left == 0
+
+
 @pytest.mark.parametrize("change", ["recipe", "seed", "text"])
 def test_another_training_does_not_go_on_from_this_one(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

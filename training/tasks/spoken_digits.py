@@ -1,8 +1,8 @@
 """Two LSTMs that listen to spoken digits: `tenuto train spoken-digits`.
 
-Every 20 ms of 8 kHz sound become two log-mel frames, in which a convolution finds patterns across the bands. The
-first LSTM (Hochreiter and Schmidhuber 1997) says what it hears in each 20 ms; the second reads the first and
-says what digit was spoken last.
+Every 20 ms of 8 kHz sound become two log-mel frames, in which a convolution finds patterns across the bands.
+The first LSTM (Hochreiter and Schmidhuber 1997) says what it hears in each 20 ms; the second reads the first
+and says what digit was spoken last.
 """
 
 from collections.abc import Mapping

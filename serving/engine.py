@@ -32,7 +32,7 @@ from .population import COMMAND_BYTES, Population
 from .scheduler import Batch, Scheduler
 from .sequence import Chunk, Ending, Sequence
 from .snapshot import Checkpoints, Snapshot
-from .state_pool import StatePool
+from .state_pool import HostPool, StatePool
 
 log = logging.getLogger("tenuto.engine")
 
@@ -72,6 +72,7 @@ class Engine:
         version: int,
         max_sequences: int,
         max_state_bytes: int = 0,
+        pool: StatePool | None = None,
         resume_reserve: float = 0.0,
         checkpoints: Checkpoints | None = None,
         pending: PendingBytes,
@@ -93,7 +94,8 @@ class Engine:
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
         self._delivery = Delivery(pending, flush, self.where)
-        self._pool = StatePool(manifest.states, max_sequences if manifest.stateful else 0, max_state_bytes)
+        slots = max_sequences if manifest.stateful else 0
+        self._pool = pool or HostPool(manifest.states, slots, max_state_bytes)
         self.state_bytes = self._pool.nbytes
         self.max_sequences = self._pool.capacity if manifest.stateful else max_sequences
         self.metrics.slots = self.max_sequences

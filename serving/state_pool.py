@@ -1,11 +1,11 @@
 """All recurrent state of one model version, preallocated, with the slot in the batch axis.
 
-The pool keeps the model's own layout (`h[layers, slots, hidden]`), so a batch is one `take` and one indexed
-assignment a state, without transposes. Index `capacity` is the dump slot: padding rows read and write it.
+Index `capacity` is the dump slot: padding rows read and write it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ from .manifest import State, Value
 Array = NDArray[np.generic]
 
 
-class StatePool:
+class StatePool(ABC):
     """Slots of `states`. Owned by the engine thread, which runs one batch at a time: a slot that is freed
     between batches is held by none.
 
-    `max_bytes` bounds all of its arrays, the dump slot included; 0: `max_sequences` alone is the bound.
+    `max_bytes` bounds all of its memory, the dump slot included; 0: `max_sequences` alone is the bound.
 
     Raises (when built): ModelInvalid if the bytes do not hold one sequence.
     """
@@ -40,21 +40,11 @@ class StatePool:
             capacity, self._setting = affordable, "--max-state-bytes"
         self.capacity = capacity
         self.dump = capacity
+        self.nbytes = slot_bytes * (capacity + 1)  # once every slot was used
         self._states = states
-        self._axes = [0 if s.batch_axis is None else s.batch_axis for s in states]
-        # What stands before the slot in an index.
-        self._before: list[tuple[Any, ...]] = [(slice(None),) * axis for axis in self._axes]
-        # np.zeros leaves the pages to the first write, so unused slots cost address space alone.
-        self._arrays: list[Array] = [np.zeros(_layout(s, capacity + 1), s.dtype) for s in states]
-        self._initial: list[Array] = [_initial(s) for s in states]
+        self._initial = [initial(s) for s in states]
         self._free = list(range(capacity - 1, -1, -1))
         self._holders: dict[int, str] = {}  # slot -> sequence id
-        self.reset(self.dump)
-
-    @property
-    def nbytes(self) -> int:
-        """What the arrays take once every slot was used."""
-        return sum(array.nbytes for array in self._arrays)
 
     @property
     def used(self) -> int:
@@ -83,45 +73,32 @@ class StatePool:
         del self._holders[slot]
         self._free.append(slot)
 
+    @abstractmethod
     def read(self, slot: int) -> tuple[bytes, ...]:
         """The slot's values, state by state, C order."""
-        return tuple(
-            array[*before, slot].tobytes() for array, before in zip(self._arrays, self._before, strict=True)
-        )
 
+    @abstractmethod
     def write(self, slot: int, values: tuple[bytes, ...]) -> None:
         """The inverse of `read`."""
-        for s, array, before, value in zip(self._states, self._arrays, self._before, values, strict=True):
-            array[*before, slot] = np.frombuffer(value, s.dtype).reshape(s.slot_shape)
 
+    @abstractmethod
     def reset(self, slot: int) -> None:
-        """Overwrites: a NaN would survive a multiplication by zero."""
-        for array, before, initial in zip(self._arrays, self._before, self._initial, strict=True):
-            array[*before, slot] = initial
+        """Overwrites it with the initial state: a NaN would survive a multiplication by zero."""
 
+    @abstractmethod
     def gather(self, slots: NDArray[np.intp]) -> dict[str, Array]:
-        """Each state's rows of `slots`, in the model's layout, by the name of the state's input."""
-        return {
-            s.input: array[slots[0]] if s.batch_axis is None else array.take(slots, axis)
-            for s, array, axis in zip(self._states, self._arrays, self._axes, strict=True)
-        }
+        """What a run is fed, by the graph's names, so that its rows have the states of `slots`."""
 
+    @abstractmethod
     def scatter(self, slots: NDArray[np.intp], values: list[Array]) -> None:
-        """The inverse of `gather`: writes each state's new rows back. A slot may stand in `slots` once."""
-        for s, array, before, value in zip(self._states, self._arrays, self._before, values, strict=True):
-            array[*before, slots[0] if s.batch_axis is None else slots] = value
+        """After the run: the states of `slots` are the new ones. A slot may stand in `slots` once.
 
+        `values`: what the run gave behind the model's outputs.
+        """
+
+    @abstractmethod
     def not_finite(self, values: list[Array], rows: int) -> list[int]:
-        """The rows of new state values that hold NaN or Inf where the manifest forbids it."""
-        bad: set[int] = set()
-        for s, value in zip(self._states, values, strict=True):
-            if not s.finite or value.dtype.kind != "f" or is_finite(value):
-                continue
-            if s.batch_axis is None:
-                return [0]
-            others = tuple(a for a in range(value.ndim) if a != s.batch_axis)
-            bad.update(np.flatnonzero(~np.isfinite(value).all(axis=others)).tolist())
-        return sorted(row for row in bad if row < rows)
+        """The rows whose new states hold NaN or Inf where the manifest forbids it."""
 
     def check(self) -> None:
         """Raises TenutoError unless free + used = capacity and no slot is in both."""
@@ -134,7 +111,59 @@ class StatePool:
             )
 
 
-def _layout(state: State, slots: int) -> tuple[int, ...]:
+class HostPool(StatePool):
+    """In the process's own memory: a run is fed copies of the rows, and gives the new ones back.
+
+    It keeps the model's own layout (`h[layers, slots, hidden]`), so a batch is one `take` and one indexed
+    assignment a state, without transposes.
+    """
+
+    def __init__(self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0) -> None:
+        super().__init__(states, max_sequences, max_bytes)
+        self._axes = [0 if s.batch_axis is None else s.batch_axis for s in states]
+        # What stands before the slot in an index.
+        self._before: list[tuple[Any, ...]] = [(slice(None),) * axis for axis in self._axes]
+        # np.zeros leaves the pages to the first write, so unused slots cost address space alone.
+        self._arrays: list[Array] = [np.zeros(layout(s, self.capacity + 1), s.dtype) for s in states]
+        self.reset(self.dump)
+
+    def read(self, slot: int) -> tuple[bytes, ...]:
+        return tuple(
+            array[*before, slot].tobytes() for array, before in zip(self._arrays, self._before, strict=True)
+        )
+
+    def write(self, slot: int, values: tuple[bytes, ...]) -> None:
+        for s, array, before, value in zip(self._states, self._arrays, self._before, values, strict=True):
+            array[*before, slot] = np.frombuffer(value, s.dtype).reshape(s.slot_shape)
+
+    def reset(self, slot: int) -> None:
+        for array, before, first in zip(self._arrays, self._before, self._initial, strict=True):
+            array[*before, slot] = first
+
+    def gather(self, slots: NDArray[np.intp]) -> dict[str, Array]:
+        return {
+            s.input: array[slots[0]] if s.batch_axis is None else array.take(slots, axis)
+            for s, array, axis in zip(self._states, self._arrays, self._axes, strict=True)
+        }
+
+    def scatter(self, slots: NDArray[np.intp], values: list[Array]) -> None:
+        for s, array, before, value in zip(self._states, self._arrays, self._before, values, strict=True):
+            array[*before, slots[0] if s.batch_axis is None else slots] = value
+
+    def not_finite(self, values: list[Array], rows: int) -> list[int]:
+        bad: set[int] = set()
+        for s, value in zip(self._states, values, strict=True):
+            if not s.finite or value.dtype.kind != "f" or is_finite(value):
+                continue
+            if s.batch_axis is None:
+                return [0]
+            others = tuple(a for a in range(value.ndim) if a != s.batch_axis)
+            bad.update(np.flatnonzero(~np.isfinite(value).all(axis=others)).tolist())
+        return sorted(row for row in bad if row < rows)
+
+
+def layout(state: State, slots: int) -> tuple[int, ...]:
+    """The state's shape with so many slots in its batch axis."""
     if state.batch_axis is None:
         return (slots, *state.slot_shape)
     shape = list(state.slot_shape)
@@ -142,7 +171,8 @@ def _layout(state: State, slots: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _initial(state: State) -> Array:
+def initial(state: State) -> Array:
+    """What a slot of it begins with."""
     if isinstance(state.init, tuple):
         return np.array(state.init, state.dtype).reshape(state.slot_shape)
     value = state.init.value if isinstance(state.init, Value) else 0

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tenuto.serving.errors import ModelInvalid, PoolFull, TenutoError
 from tenuto.serving.manifest import State
-from tenuto.serving.state_pool import StatePool
+from tenuto.serving.state_pool import HostPool
 
 CAPACITY = 3
 STATES: list[dict[str, Any]] = [
@@ -31,8 +31,8 @@ SLOT_BYTES = 6 * 4 + 2 * 8 + 8 + 4 * 4
 
 def create_pool(
     capacity: int = CAPACITY, states: list[dict[str, Any]] = STATES, *, max_bytes: int = 0
-) -> StatePool:
-    return StatePool(tuple(State.model_validate(s) for s in states), capacity, max_bytes)
+) -> HostPool:
+    return HostPool(tuple(State.model_validate(s) for s in states), capacity, max_bytes)
 
 
 def slots(*numbers: int) -> NDArray[np.intp]:

@@ -13,7 +13,7 @@ import grpc
 
 from . import frame as http
 from .call import GONE, Listener, Metadata, Outbox
-from .errors import PoolFull, TenutoError, TooLarge
+from .errors import DeadlinePassed, PoolFull, TenutoError, TooLarge
 from .frame import ProtocolError
 from .inflate import Inflater
 from .status import code_of, metadata_of
@@ -200,7 +200,8 @@ class HttpCall:
             return
         with self._outbox.lock:
             self._outbox.clear()
-        self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline has passed")
+        error = DeadlinePassed("the deadline has passed; allow more")
+        self.finish(code_of(error), str(error), metadata_of(error))
 
     def take(self, data: bytes, start: int, end: int) -> None:
         """The payload of a DATA frame."""

@@ -1,7 +1,8 @@
 """Predict: one batch through a stateless model, on any thread, answered to whoever asked.
 
 On our own server the thread that reads takes a call and an engine's thread answers it, as on a stream: no
-thread waits. On gRPC's server one of its pool does.
+thread waits. What takes long to read goes to other threads first; its bytes are pending from the moment when
+it is there. On gRPC's server a thread of its pool waits.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .errors import (
     DeadlinePassed,
     NotStateless,
     PoolFull,
+    RunFailed,
     ServerDraining,
     TenutoError,
     WrongMessage,
@@ -64,7 +66,7 @@ class Predicts:
         readers: Executor,
     ) -> None:
         """`readers` are the threads that read requests which take long to read."""
-        self.readers = readers
+        self._readers = readers
         self._catalogue = catalogue
         self._pending = pending
         self._most = most
@@ -75,6 +77,29 @@ class Predicts:
     def open(self, call: Caller) -> PredictCall:
         """Takes a call of our own server."""
         return PredictCall(call, self)
+
+    def read_later(self, read: Callable[[], None], nbytes: int) -> None:
+        """On one of the readers' threads. Until then so many bytes are pending.
+
+        Raises: PoolFull.
+        """
+        if self._pending.full:
+            raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
+        self._pending.add(nbytes)
+
+        def run() -> None:
+            self._pending.remove(nbytes)  # or a request could be refused for its own bytes
+            read()
+
+        try:
+            self._readers.submit(run)
+        except RuntimeError as error:  # they were shut down
+            self._pending.remove(nbytes)
+            raise ServerDraining("the server is leaving; call another one") from error
+
+    def close(self) -> None:
+        """Nothing more is read: what waits for it is forgotten."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def admit(self, request: pb.PredictRequest, done: Callable[[Answer], None]) -> Prediction:
         """Takes a place among those that wait. `done` is called at most once, on an engine's thread.
@@ -147,12 +172,10 @@ class Prediction:
         self._over = False  # answered, or nobody waits
         self._sequence: Sequence | None = None  # once the engine has it
 
-    def is_long_to_read(self, request: pb.PredictRequest) -> bool:
-        return any(
-            tensor.dtype in spec.wire_encodings or len(tensor.data) > _MOST_AT_ONCE
-            for tensor in request.inputs
-            for spec in self._served.manifest.inputs
-        )
+    def has_pictures(self, request: pb.PredictRequest) -> bool:
+        """Whether there are files to decode among the tensors that the model takes."""
+        specs = self._served.manifest.inputs
+        return any(t.dtype in spec.wire_encodings for t in request.inputs[: len(specs)] for spec in specs)
 
     def run(self, request: pb.PredictRequest) -> None:
         """Reads the request and hands it to the engine.
@@ -175,24 +198,31 @@ class Prediction:
         self._served.engine.request(sequence, Chunk(1, data, now, nbytes))  # it may answer at once
 
     def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
-        reply = replies[-1][1]
         if not self._end():
             return
+        try:
+            self._done(self._answer(replies[-1][1]))
+        except Exception:
+            log.exception("an answer could not be written")
+            self._done(RunFailed("an error inside the server; its log says more"))
+
+    def _answer(self, reply: Reply) -> Answer:
         if isinstance(reply, Failed):
-            self._done(reply.error)
-        elif isinstance(reply, Output):
-            response = pb.PredictResponse(version=self._served.engine.version)
-            write_tensors(response.outputs, reply, self._served.manifest)
-            write_timing(response.timing, reply)
-            self._done(response)
-        elif isinstance(reply, Closed):
+            return reply.error
+        if isinstance(reply, Closed):
             text = "this version, or the server, left before the answer was there; call again"
-            self._done(ServerDraining(text))
+            return ServerDraining(text)
+        assert isinstance(reply, Output)  # a request gets nothing else
+        response = pb.PredictResponse(version=self._served.engine.version)
+        write_tensors(response.outputs, reply, self._served.manifest)
+        write_timing(response.timing, reply)
+        return response
 
     def leave(self) -> None:
         """Nobody waits for the answer any more."""
-        if self._end() and self._sequence is not None:
-            self._served.engine.close(self._sequence, Ending.CANCELLED)
+        sequence = self._sequence
+        if self._end() and sequence is not None:
+            self._served.engine.close(sequence, Ending.CANCELLED)
 
     def _end(self) -> bool:
         """Gives the place back. Whether it was not over yet."""
@@ -200,6 +230,7 @@ class Prediction:
             if self._over:
                 return False
             self._over = True
+        self._sequence = None  # or each would keep the other alive
         self._release()
         return True
 
@@ -207,18 +238,51 @@ class Prediction:
 class PredictCall:
     """One call on our own server. Implements call.Listener, on the thread that reads."""
 
-    __slots__ = ("_call", "_came", "_prediction", "_predicts")
+    __slots__ = ("_call", "_came", "_gone", "_prediction", "_predicts")
 
     def __init__(self, call: Caller, predicts: Predicts) -> None:
         self._call = call
         self._predicts = predicts
         self._prediction: Prediction | None = None
         self._came = False  # its request
+        self._gone = False
 
     def received(self, message: bytes) -> None:
         if self._came:  # one is all that there may be
             return
         self._came = True
+        if len(message) > _MOST_AT_ONCE:
+            self._later(lambda: self._begin(message, later=True), len(message))
+        else:
+            self._begin(message, later=False)
+
+    def half_closed(self) -> None:
+        if not self._came:
+            self._call.finish(grpc.StatusCode.UNIMPLEMENTED, "the call brought no request")
+
+    def terminated(self) -> None:
+        self._gone = True
+        prediction, self._prediction = self._prediction, None  # or each would keep the other alive
+        if prediction is not None:
+            prediction.leave()
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return False
+
+    def _left(self) -> bool:
+        """Whether the call is over. On any thread, and at any moment."""
+        return self._gone
+
+    def _later(self, read: Callable[[], None], nbytes: int) -> None:
+        try:
+            self._predicts.read_later(read, nbytes)
+        except TenutoError as error:
+            self._refuse(error)
+
+    def _begin(self, message: bytes, *, later: bool) -> None:
+        """Reads the request; `later` on a thread that may take its time."""
+        if self._left():
+            return
         try:
             request = pb.PredictRequest.FromString(message)
         except DecodeError:
@@ -229,23 +293,16 @@ class PredictCall:
         except TenutoError as error:
             self._refuse(error)
             return
-        if prediction.is_long_to_read(request):
-            self._predicts.readers.submit(self._run, prediction, request)
-        else:
+        if self._left():  # meanwhile, and did not see it
+            prediction.leave()
+        elif later or not prediction.has_pictures(request):
             self._run(prediction, request)
-
-    def half_closed(self) -> None:
-        if not self._came:
-            self._call.finish(grpc.StatusCode.UNIMPLEMENTED, "the call brought no request")
-
-    def terminated(self) -> None:
-        if self._prediction is not None:
-            self._prediction.leave()
-
-    def wait(self, resume: Callable[[], None]) -> bool:
-        return False
+        else:
+            self._later(lambda: self._run(prediction, request), len(message))
 
     def _run(self, prediction: Prediction, request: pb.PredictRequest) -> None:
+        if self._left():
+            return
         try:
             prediction.run(request)
         except TenutoError as error:

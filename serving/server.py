@@ -45,6 +45,7 @@ _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # Threads that decode pictures, and read large requests.
 _READERS = 2
+_THREAD_PREDICTS = 24
 # Pool threads beyond those that waiting Predicts may hold on gRPC's server, for health, models and refusals.
 _SPARE_THREADS = 8
 # What the end takes beyond the grace at most: for each engine whose run goes on; for the last replies.
@@ -78,10 +79,13 @@ class Server:
         self._signals = 0
         _check_port(config.host, config.port)
         self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
+        # Where each of them holds a thread, and nothing bounds the bytes that they bring, fewer may wait.
+        most = config.max_predicts
+        self._most_predicts = min(most, _THREAD_PREDICTS) if self._streams.mode == "threads" else most
         self._transport = transport(
             self._streams,
             f"/{SERVICE}/Stream",
-            threads=_SPARE_THREADS + (config.max_predicts if self._streams.mode == "threads" else 0),
+            threads=_SPARE_THREADS + (self._most_predicts if self._streams.mode == "threads" else 0),
             max_message_bytes=config.max_message_bytes,
             max_pending_bytes=config.max_pending_bytes,
         )
@@ -117,10 +121,10 @@ class Server:
 
     def _register(self) -> None:
         """All methods but the stream."""
-        predicts = Predicts(
+        self._predicts = predicts = Predicts(
             self.catalogue,
             self._pending,
-            most=self.config.max_predicts,
+            most=self._most_predicts,
             is_draining=lambda: self.metrics.draining,
             readers=ThreadPoolExecutor(_READERS, "predict"),
         )
@@ -178,6 +182,7 @@ class Server:
             self._conversations.leave()  # those who came back at once
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
+        self._predicts.close()
         self._http.shutdown()
         self._http.server_close()
 

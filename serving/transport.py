@@ -75,7 +75,10 @@ class Http2Transport(Methods):
         self.defer = self._server.defer
 
     def listen(self, path: str, opener: Opener) -> None:
-        self._openers[path] = opener
+        def open_or_refuse(call: HttpCall) -> Listener:
+            return opener(call) if self.take_place(call, talks=False) else GONE
+
+        self._openers[path] = open_or_refuse
 
     def _route(self, call: HttpCall) -> Listener:
         return self._openers.get(call.path, self.open)(call)

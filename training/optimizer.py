@@ -23,6 +23,8 @@ class Optimizer:
         self._optimizers: list[torch.optim.Optimizer] = [adamw]
         self._schedules = [OneCycleLR(adamw, recipe.learning_rate, steps)]
         if recipe.matrix_rate is not None:
+            if not matrices:
+                raise ValueError("the recipe has a matrix_rate, but the network has no recurrent layer")
             muon = torch.optim.Muon(
                 matrices,
                 recipe.matrix_rate,

@@ -1,5 +1,6 @@
 """Trains any task's network: the one loop, its checkpoints, and what it keeps."""
 
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from . import optimizer
 from .checkpoint import Checkpoint, Weights
 from .curve import Curve
 from .optimizer import Optimizer
@@ -95,8 +97,9 @@ class Trainer:
 
     def _resumed(self) -> Checkpoint:
         """Return the checkpoint to go on from, its weights loaded, or a new one."""
+        how = inspect.getsource(optimizer) if self.recipe.matrix_rate is not None else ""
         fingerprint = self.recipe.fingerprint(
-            self.task.source(), self.seed, self.device.type, self.processes.count
+            self.task.source() + how, self.seed, self.device.type, self.processes.count
         )
         found = Checkpoint.read(self._path)
         if found is None or found.fingerprint != fingerprint:

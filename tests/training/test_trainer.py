@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="torch is missing: pip install 'tenuto[training]'")
 
+from tenuto.training.optimizer import Optimizer  # noqa: E402
 from tenuto.training.recipe import Recipe  # noqa: E402
 from tenuto.training.trainer import Fitted, NotTrained, Trainer  # noqa: E402
 
@@ -159,6 +160,11 @@ def test_the_matrices_of_recurrent_layers_have_a_rate_of_their_own(tmp_path: Pat
     for name in still:
         assert fast[name] > 1e-3
         assert (still[name] < 1e-4) == (name in recurrent), name
+
+
+def test_a_rate_for_recurrent_matrices_needs_some() -> None:
+    with pytest.raises(ValueError, match="the network has no recurrent layer"):
+        Optimizer(torch.nn.Linear(2, 2), RECIPES["matrices"], 10)
 
 
 def test_curves_are_written_for_tensorboard(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from types import SimpleNamespace
@@ -79,9 +81,22 @@ class Later(Executor):
     def __init__(self) -> None:
         self.waiting: list[Callable[[], object]] = []
 
+    over = False
+
     def submit(self, work: Any, /, *args: Any, **named: Any) -> Future[Any]:
+        if self.over:
+            raise RuntimeError("cannot schedule new futures after shutdown")
         self.waiting.append(lambda: work(*args, **named))
         return Future()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        assert cancel_futures
+        assert not wait
+        self.over = True
+
+    def work(self) -> None:
+        while self.waiting:
+            self.waiting.pop(0)()
 
 
 class Bench:
@@ -189,22 +204,102 @@ def test_a_caller_who_leaves_is_not_answered_and_leaves_nothing_behind(when: str
     request = bench.request(*[1.0] * (20_000 if when == "being read" else 2))
     call, listener = bench.call(request)
     listener.terminated()
-    for work in bench.readers.waiting:
-        work()
+    bench.readers.work()
     bench.assert_nothing_is_left()
     assert bool(call.sent) == (when == "answered")
     expected = {"waiting": {"dropped": 1}, "being read": {}, "answered": {"answered": 1}}
     assert bench.engine.metrics.chunks == expected[when]
 
 
-def test_a_large_request_is_read_by_other_threads() -> None:
+def test_a_large_request_is_read_by_other_threads_and_pending_until_then() -> None:
     bench = Bench()
-    call, _ = bench.call(bench.request(*[1.0] * 20_000))
+    request = bench.request(*[1.0] * 20_000)
+    call, _ = bench.call(request)
     assert not call.sent
-    (work,) = bench.readers.waiting
-    work()
+    assert bench.pending.bytes == request.ByteSize()
+    bench.readers.work()
     assert call.code is Code.OK
     assert pb.PredictResponse.FromString(call.sent[0]).outputs[0].data == f32([2.0] * 20_000).tobytes()
+    bench.assert_nothing_is_left()
+
+
+def test_so_are_many_small_tensors() -> None:
+    """It is the message that takes long to parse."""
+    bench = Bench()
+    call, _ = bench.call(pb.PredictRequest(model="doubler", inputs=[pb.Tensor()] * 40_000))
+    assert bench.readers.waiting
+    bench.readers.work()
+    assert call.code is Code.INVALID_ARGUMENT
+
+
+def test_what_waits_to_be_read_is_bounded_by_its_bytes() -> None:
+    bench = Bench()
+    calls = [bench.call(bench.request(*[1.0] * 200_000))[0] for _ in range(3)]
+    assert [call.code for call in calls] == [None, None, Code.RESOURCE_EXHAUSTED]
+    assert len(bench.readers.waiting) == 2
+    bench.readers.work()
+    bench.assert_nothing_is_left()
+
+
+def test_requests_that_were_left_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    listeners = [bench.call(bench.request(*[1.0] * 20_000))[1] for _ in range(5)]
+    for listener in listeners:
+        listener.terminated()
+    monkeypatch.setattr(pb.PredictRequest, "FromString", None)
+    bench.readers.work()
+    bench.assert_nothing_is_left()
+
+
+def test_pictures_are_decoded_by_other_threads() -> None:
+    wire = [{"dtype": "uint8", "scale": 1.0}, {"encoding": "png"}]
+    image = {"name": "x", "dtype": "float32", "shape": ["batch", 2, 2]}
+    bench = Bench(doubler(inputs=[image | {"wire": wire}], outputs=[image | {"name": "y"}]))
+    call, listener = bench.call(
+        pb.PredictRequest(model="doubler", inputs=[pb.Tensor(dtype="png", data=b"no picture")])
+    )
+    assert bench.readers.waiting
+    assert bench.pending.bytes > 0
+    bench.readers.work()
+    assert call.code is Code.INVALID_ARGUMENT
+    listener.terminated()
+    bench.assert_nothing_is_left()
+
+
+def test_nothing_is_read_once_the_server_has_left() -> None:
+    bench = Bench()
+    bench.predicts.close()
+    call, _ = bench.call(bench.request(*[1.0] * 20_000))
+    assert (call.code, call.details) == (Code.UNAVAILABLE, "the server is leaving; call another one")
+    bench.assert_nothing_is_left()
+
+
+def test_an_answer_that_cannot_be_written_is_no_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench()
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(predict_module, "write_tensors", broken)
+    call, _ = bench.call(bench.request(1, 2))
+    assert call.code is Code.INTERNAL
+    assert "an answer could not be written" in caplog.text
+    bench.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize("values", [(1, 2), (FAILS, 1)])
+def test_a_call_that_is_over_is_kept_alive_by_nothing(values: tuple[float, float]) -> None:
+    bench = Bench()
+    _, listener = bench.call(bench.request(*values))
+    prediction = weakref.ref(listener._prediction)
+    gc.disable()
+    try:
+        listener.terminated()
+        assert prediction() is None
+    finally:
+        gc.enable()
 
 
 def test_a_server_that_leaves_says_so_to_those_who_wait() -> None:

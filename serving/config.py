@@ -94,6 +94,10 @@ class ServerConfig(BaseModel):
     vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (
         8 << 30
     )
+    pool: Annotated[
+        Literal["numpy", "graph"],
+        Field(description="numpy: states are fed to the graph; graph: it keeps them, on its device"),
+    ] = "numpy"
     transport: Annotated[
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),

@@ -14,11 +14,11 @@ from .errors import ModelInvalid
 from .inbox import Defer, never
 from .manifest import Manifest, state_schema
 from .metrics import ModelMetrics
-from .model_runner import ModelRunner
 from .pending import PendingBytes
 from .reply import OutputWriter
 from .repository import ModelFiles, ModelFolder
 from .resume_token import TokenSealer
+from .runners import RunSettings, open_runner
 from .snapshot import Checkpoints, token_bytes
 from .tensor import Reader
 from .vetting import Limits, Verdict, vet
@@ -39,7 +39,7 @@ class Loader:
         defer: Defer = never,
     ) -> None:
         self._config = config
-        self._provider = provider
+        self._how = RunSettings(provider, config.threads, config.pool)
         self._pending = pending
         self._sealer = sealer
         self._flush = flush
@@ -51,7 +51,7 @@ class Loader:
         """What a child process makes of them. It ends when `stopping` is set."""
         config = self._config
         limits = Limits(config.vet_seconds, config.vet_memory_bytes)
-        return vet(folders, provider=self._provider, threads=config.threads, limits=limits, stopping=stopping)
+        return vet(folders, self._how, limits, stopping)
 
     def load(self, folder: ModelFolder, verdict: Verdict) -> Served:
         """Raises: TenutoError, with why it is not served."""
@@ -63,10 +63,8 @@ class Loader:
             raise ModelInvalid(
                 f"{folder.where}: its files changed while they were checked; leave versions as they are"
             )
-        config, provider = self._config, self._provider
-        runner = ModelRunner(
-            files.model, files.manifest, folder.where, provider=provider, threads=config.threads
-        )
+        config, provider = self._config, self._how.provider
+        runner = open_runner(files, self._how, config.max_sequences, config.max_state_bytes)
         runner.run(runner.zero_feeds())  # the first run takes memory and time that no client should wait for
         manifest = runner.manifest
         seconds = time.monotonic() - started
@@ -76,6 +74,7 @@ class Loader:
             version=folder.version,
             max_sequences=config.max_sequences,
             max_state_bytes=config.max_state_bytes,
+            pool=runner.pool,
             resume_reserve=config.resume_reserve,
             checkpoints=self._checkpoints(manifest, files),
             pending=self._pending,

@@ -99,16 +99,19 @@ class ModelRunner:
     ManifestInvalid where manifest and graph disagree, PlatformError if CUDA was chosen and did not load.
     """
 
+    pool = None  # its states come as feeds, and go as results
+
     def __init__(
         self, model: bytes, manifest: Manifest | None, where: str, *, provider: str, threads: int
     ) -> None:
         self.where = where
         self.provider = provider
-        wanted = threads or (available_cpus() if manifest and not manifest.stateful else 1)
-        self._session = _session(model, where, provider, wanted)
+        self.threads = threads or (available_cpus() if manifest and not manifest.stateful else 1)
+        self._session = session(model, where, provider, self.threads)
         self.manifest = manifest or self._own_manifest()
         if manifest is None and not threads and not self.manifest.stateful and available_cpus() > 1:
-            self._session = _session(model, where, provider, available_cpus())
+            self.threads = available_cpus()
+            self._session = session(model, where, provider, self.threads)
         _check_supported(self.manifest, where)
         inputs = [_graph_tensor(t) for t in self._session.get_inputs()]
         outputs = [_graph_tensor(t) for t in self._session.get_outputs()]
@@ -134,10 +137,8 @@ class ModelRunner:
 
         Raises: RunFailed, with ONNX Runtime's text.
         """
-        try:
+        with failing(self.where):
             results: list[Array] = self._session.run(self._names, feeds)
-        except Exception as error:  # ONNX Runtime raises a class of its own for each status
-            raise RunFailed(f"{self.where}: {str(error).splitlines()[0]}") from error
         return results
 
     def probe(self) -> None:
@@ -166,7 +167,20 @@ class ModelRunner:
         return feeds | Layout(m).constants(())
 
 
-def _session(model: bytes, where: str, provider: str, threads: int) -> onnxruntime.InferenceSession:
+@contextlib.contextmanager
+def failing(where: str) -> Iterator[None]:
+    """What ONNX Runtime raises in there is RunFailed."""
+    try:
+        yield
+    except Exception as error:  # it has a class of its own for each status
+        raise RunFailed(f"{where}: {str(error).splitlines()[0]}") from error
+
+
+def session(model: bytes, where: str, provider: str, threads: int) -> onnxruntime.InferenceSession:
+    """A session as all of this server's are.
+
+    Raises: ModelInvalid if ONNX Runtime refuses the model, PlatformError if it took another provider.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -179,14 +193,14 @@ def _session(model: bytes, where: str, provider: str, threads: int) -> onnxrunti
     providers: list[Any] = [(CUDA, cuda), CPU] if provider == CUDA else [CPU]
     try:
         with _environment_kept():  # the first session would change this thread's for good
-            session = onnxruntime.InferenceSession(model, options, providers=providers)
+            made = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # a class of its own for each status
         raise ModelInvalid(f"{where}: ONNX Runtime does not load it: {str(error).splitlines()[0]}") from error
     # It keeps the file's bytes for a change of providers, as much again as the weights: 128 MiB of 128.
-    session._model_bytes = None
-    if session.get_providers()[0] != provider:
-        raise PlatformError(f"{where}: {provider} was chosen, ONNX Runtime took {session.get_providers()[0]}")
-    return session
+    made._model_bytes = None
+    if made.get_providers()[0] != provider:
+        raise PlatformError(f"{where}: {provider} was chosen, ONNX Runtime took {made.get_providers()[0]}")
+    return made
 
 
 def _graph_tensor(node: Any) -> GraphTensor:

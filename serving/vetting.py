@@ -25,9 +25,9 @@ from typing import IO
 from .engine import Engine
 from .errors import ModelInvalid, RunFailed, TenutoError
 from .golden import replay
-from .model_runner import ModelRunner
 from .pending import PendingBytes
 from .repository import ModelFolder
+from .runners import RunSettings, open_runner
 
 log = logging.getLogger("tenuto.vetting")
 
@@ -55,9 +55,7 @@ class Limits:
 
 def vet(
     folders: list[ModelFolder],
-    *,
-    provider: str,
-    threads: int,
+    how: RunSettings,
     limits: Limits,
     stopping: threading.Event | None = None,
 ) -> dict[ModelFolder, Verdict]:
@@ -67,19 +65,18 @@ def vet(
     verdicts: dict[ModelFolder, Verdict] = {}
     while rest := [f for f in folders if f not in verdicts]:
         # at least one: where it died
-        verdicts.update(_one_child(rest, provider, threads, limits, stopping))
+        verdicts.update(_one_child(rest, how, limits, stopping))
     return verdicts
 
 
 def _one_child(
     folders: list[ModelFolder],
-    provider: str,
-    threads: int,
+    how: RunSettings,
     limits: Limits,
     stopping: threading.Event,
 ) -> dict[ModelFolder, Verdict]:
     """Verdicts until all are there or the child is gone; the folder that it was at has one then."""
-    command = [sys.executable, "-m", "tenuto.serving.vetting", provider, str(threads)]
+    command = [sys.executable, "-m", "tenuto.serving.vetting", json.dumps(asdict(how))]
     if stopping.is_set():
         return {folder: Verdict(why=_STOPPING) for folder in folders}
     # By exec, never fork: this process may have gRPC and ONNX Runtime threads.
@@ -162,11 +159,11 @@ def _resident_bytes(pid: int) -> int:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-def check(folder: ModelFolder, provider: str, threads: int) -> Verdict:
+def check(folder: ModelFolder, how: RunSettings) -> Verdict:
     """The child's work on one model."""
     try:
         files = folder.read()
-        runner = ModelRunner(files.model, files.manifest, folder.where, provider=provider, threads=threads)
+        runner = open_runner(files, how, max_sequences=1)
         if runner.manifest.name != folder.model:
             raise ModelInvalid(
                 f"{folder.where}: the manifest is named {runner.manifest.name!r}; they must agree"
@@ -180,6 +177,7 @@ def check(folder: ModelFolder, provider: str, threads: int) -> Verdict:
                 runner,
                 version=folder.version,
                 max_sequences=1,
+                pool=runner.pool,
                 pending=PendingBytes(1 << 40),
             )
             steps = replay(engine, golden, folder.where)
@@ -198,7 +196,7 @@ def _end_with_parent() -> None:
 
 def main(arguments: list[str]) -> None:
     _end_with_parent()
-    provider, threads = arguments[0], int(arguments[1])
+    how = RunSettings(**json.loads(arguments[0]))
     with contextlib.suppress(OSError):  # if memory runs out, this process goes first
         Path("/proc/self/oom_score_adj").write_text("1000")
     # What libraries print must not end up among the verdicts.
@@ -206,7 +204,7 @@ def main(arguments: list[str]) -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         model, version, path = json.loads(line)
-        verdict = check(ModelFolder(model, version, Path(path)), provider, threads)
+        verdict = check(ModelFolder(model, version, Path(path)), how)
         print(json.dumps(asdict(verdict)), file=verdicts, flush=True)
 
 

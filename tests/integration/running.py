@@ -54,7 +54,7 @@ def write_toys(root: Path) -> Path:
     return root
 
 
-def unvetted(folders: list[ModelFolder], **_: Any) -> dict[ModelFolder, Verdict]:
+def unvetted(folders: list[ModelFolder], *_: Any) -> dict[ModelFolder, Verdict]:
     verdicts = {}
     for folder in folders:
         try:
@@ -77,6 +77,8 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
         "threads": 1,
         "poll_seconds": 0,
         "checkpoint_every": 0,
+        # Whatever is tested on both transports is tested on both pools.
+        "pool": "graph" if settings.get("transport") == "threads" else "numpy",
     }
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:

@@ -29,7 +29,7 @@ class FakeVetting:
         self.changes: Path | None = None  # a file that changes after the check
         self.asked: list[list[str]] = []
 
-    def __call__(self, folders: list[ModelFolder], **_: object) -> dict[ModelFolder, Verdict]:
+    def __call__(self, folders: list[ModelFolder], *_: object) -> dict[ModelFolder, Verdict]:
         self.asked.append([f.where for f in folders])
         verdicts = {}
         for folder in folders:

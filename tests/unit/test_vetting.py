@@ -20,10 +20,13 @@ import pytest
 from tenuto.serving import model_runner, vetting
 from tenuto.serving.model_runner import CPU
 from tenuto.serving.repository import ModelFolder
+from tenuto.serving.runners import RunSettings
 from tenuto.serving.vetting import Limits, Verdict, check, vet
 from tests import toys
 
 from .fakes import f32
+
+ONE_THREAD = RunSettings(CPU, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +73,7 @@ def folders(*models: str) -> list[ModelFolder]:
 
 
 def verdicts(*models: str, limits: Limits = NEVER) -> dict[str, Verdict]:
-    found = vet(folders(*models), provider=CPU, threads=1, limits=limits)
+    found = vet(folders(*models), ONE_THREAD, limits)
     return {folder.model: verdict for folder, verdict in found.items()}
 
 
@@ -151,7 +154,7 @@ def test_a_server_that_stops_ends_the_child_and_starts_no_other(
         return children[-1]
 
     monkeypatch.setattr(vetting, "subprocess", SimpleNamespace(Popen=spy, PIPE=subprocess.PIPE))
-    found = vet(folders("hang", "b"), provider=CPU, threads=1, limits=NEVER, stopping=stopping)
+    found = vet(folders("hang", "b"), ONE_THREAD, NEVER, stopping)
     assert {v.why for v in found.values()} == {"the server stops"}
     assert [child.returncode for child in children] == [-signal.SIGKILL]
 
@@ -212,35 +215,35 @@ def create_folder(root: Path, made: tuple[bytes, toys.Manifest], model: str | No
 
 def test_a_good_model_gets_the_fingerprint_of_the_files_that_were_checked(tmp_path: Path) -> None:
     folder = create_folder(tmp_path, toys.accumulator())
-    assert check(folder, CPU, 1) == Verdict(folder.read().fingerprint)
+    assert check(folder, ONE_THREAD) == Verdict(folder.read().fingerprint)
 
 
 def test_its_golden_file_is_replayed(tmp_path: Path) -> None:
     folder = create_folder(tmp_path, toys.accumulator())
     golden = {"1.in.x": f32([1, 2]), "1.out.y": f32([1, 3])}
     np.savez(folder.path / "golden.npz", **golden)  # type: ignore[arg-type]
-    assert check(folder, CPU, 1).golden_steps == 1
+    assert check(folder, ONE_THREAD).golden_steps == 1
     np.savez(folder.path / "golden.npz", **golden | {"1.out.y": f32([1, 4])})  # type: ignore[arg-type]
-    assert "output 'y' is off by 1" in check(folder, CPU, 1).why
+    assert "output 'y' is off by 1" in check(folder, ONE_THREAD).why
 
 
 def test_a_manifest_of_another_name_is_refused(tmp_path: Path) -> None:
     folder = create_folder(tmp_path, toys.doubler())
     moved = tmp_path / "other" / "1"
     shutil.copytree(folder.path, moved)
-    why = check(ModelFolder("other", 1, moved), CPU, 1).why
+    why = check(ModelFolder("other", 1, moved), ONE_THREAD).why
     assert why == "other/1: the manifest is named 'doubler'; they must agree"
 
 
 def test_a_model_that_fails_on_zeros_is_refused(tmp_path: Path) -> None:
     made = toys.lookup(checked=False)
     made[1]["inputs"][0]["range"] = [9, 9]  # the nearest to zero that the manifest allows, and no row there
-    why = check(create_folder(tmp_path, made), CPU, 1).why
+    why = check(create_folder(tmp_path, made), ONE_THREAD).why
     assert why.startswith("its run on zeros failed: lookup/1: ")
 
 
 def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
     folder = create_folder(tmp_path, (b"no model", toys.doubler()[1]))
-    verdict = check(folder, CPU, 1)
+    verdict = check(folder, ONE_THREAD)
     assert "ONNX Runtime does not load it" in verdict.why
     assert verdict.fingerprint == ""

@@ -1,0 +1,138 @@
+"""A state pool that the graph itself reads and writes, one buffer a state, on the device that it runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from .extended_graph import FINITE, SLOTS, extend, pool_input, pool_output, pool_reader, pool_writer
+from .manifest import State
+from .model_runner import CUDA, ModelRunner, failing, session
+from .state_pool import StatePool, layout
+
+Array = NDArray[Any]
+Slots = NDArray[np.intp]
+Buffer = Any  # an onnxruntime.OrtValue
+
+
+class GraphPool(StatePool):
+    """Its slots are written and read by small graphs of their own. What is to be written waits for the next
+    batch, or for a read; so newcomers share one run."""
+
+    def __init__(
+        self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0, *, provider: str, where: str
+    ) -> None:
+        super().__init__(states, max_sequences, max_bytes)
+        self._device = "cuda" if provider == CUDA else "cpu"
+        self._waiting: dict[int, tuple[Array, ...]] = {}  # by slot: its values, state by state
+        self._buffers: list[Buffer] = [
+            onnxruntime.OrtValue.ortvalue_from_numpy(
+                np.zeros(layout(s, self.capacity + 1), s.dtype), self._device
+            )
+            for s in states
+        ]
+        self._where = f"{where}: its pool"
+        self._writer = session(pool_writer(states), self._where, provider, 1)
+        self._reader = session(pool_reader(states), self._where, provider, 1)
+        self.reset(self.dump)
+
+    def bind(self, binding: Any) -> None:
+        """The pool as a run's input, and as its output."""
+        for state, buffer in zip(self._states, self._buffers, strict=True):
+            binding.bind_ortvalue_input(pool_input(state), buffer)
+            binding.bind_ortvalue_output(pool_output(state), buffer)
+
+    def read(self, slot: int) -> tuple[bytes, ...]:
+        self._flush()
+        binding = self._reader.io_binding()
+        binding.bind_cpu_input(SLOTS, np.array([slot], np.int64))
+        for state, buffer in zip(self._states, self._buffers, strict=True):
+            binding.bind_ortvalue_input(pool_input(state), buffer)
+            binding.bind_output(state.input)
+        with failing(self._where):
+            self._reader.run_with_iobinding(binding)
+        return tuple(value.tobytes() for value in binding.copy_outputs_to_cpu())
+
+    def write(self, slot: int, values: tuple[bytes, ...]) -> None:
+        self._waiting[slot] = tuple(
+            np.frombuffer(value, s.dtype).reshape(s.slot_shape)
+            for s, value in zip(self._states, values, strict=True)
+        )
+
+    def reset(self, slot: int) -> None:
+        self._waiting[slot] = tuple(self._initial)
+
+    def gather(self, slots: Slots) -> dict[str, Array]:
+        self._flush()
+        return {SLOTS: slots.astype(np.int64, copy=False)}
+
+    def scatter(self, slots: Slots, values: list[Array]) -> None:
+        """The run did."""
+
+    def not_finite(self, values: list[Array], rows: int) -> list[int]:
+        flags = values[0][:rows, 0]
+        return [] if not flags.any() else np.flatnonzero(np.isnan(flags)).tolist()
+
+    def _flush(self) -> None:
+        """Writes what waits, in one run."""
+        if not self._waiting:
+            return
+        waiting, self._waiting = self._waiting, {}
+        binding = self._writer.io_binding()
+        binding.bind_cpu_input(SLOTS, np.array(list(waiting), np.int64))
+        for i, state in enumerate(self._states):
+            rows = np.stack([values[i] for values in waiting.values()], state.batch_axis or 0)
+            binding.bind_cpu_input(state.output, np.ascontiguousarray(rows))
+        self.bind(binding)
+        with failing(self._where):
+            self._writer.run_with_iobinding(binding)
+
+
+class GraphRunner:
+    """Runs a model whose states its graph keeps in a `GraphPool`. What comes and goes is inputs, outputs,
+    slot numbers and flags.
+
+    Raises (when built): NotSupported if the graph cannot be extended; ModelInvalid if the pool is too small.
+    """
+
+    def __init__(self, model: bytes, plain: ModelRunner, max_sequences: int, max_bytes: int = 0) -> None:
+        """`plain` has the same model, and checked it."""
+        self.manifest, self.where = plain.manifest, plain.where
+        states, provider = plain.manifest.states, plain.provider
+        extended = extend(model, plain.manifest)
+        self.pool = GraphPool(states, max_sequences, max_bytes, provider=provider, where=plain.where)
+        self._session = session(extended, plain.where, provider, plain.threads)
+        self._names = [*(o.name for o in plain.manifest.outputs), FINITE]
+        own = {s.input for s in states}
+        self._zeros = {name: value for name, value in plain.zero_feeds().items() if name not in own}
+        self.enter_thread = plain.enter_thread
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        """The manifest's outputs, then the flags of the rows' states.
+
+        Raises: RunFailed, with ONNX Runtime's text; then no state is another one.
+        """
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for name in self._names:
+            binding.bind_output(name)
+        self.pool.bind(binding)  # behind them: the pool itself stays where it is
+        with failing(self.where):
+            self._session.run_with_iobinding(binding)
+        outputs = binding.get_outputs()
+        return [outputs[i].numpy() for i in range(len(self._names))]
+
+    def zero_feeds(self) -> dict[str, Array]:
+        """One batch of one row and one frame, all zero, with the state of the dump slot."""
+        return self._zeros | self.pool.gather(np.array([self.pool.dump], np.intp))
+
+    def probe(self) -> None:
+        """Runs `zero_feeds`, which ran when the model was checked.
+
+        Raises: RunFailed.
+        """
+        self.run(self.zero_feeds())

@@ -1,0 +1,300 @@
+"""States that a graph keeps: the same numbers as outside of it, in the slots that are told and no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from tenuto.serving.errors import NotSupported, RunFailed
+from tenuto.serving.extended_graph import FINITE, SLOTS, extend, pool_output
+from tenuto.serving.graph_pool import GraphRunner
+from tenuto.serving.manifest import Manifest
+from tenuto.serving.model_runner import CPU, ModelRunner
+from tenuto.serving.state_pool import HostPool
+from tests import toys
+
+Array = NDArray[Any]
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+CAPACITY = 5
+
+
+def keeper(**changes: Any) -> tuple[bytes, Manifest]:
+    """x [batch, time], summed up in three states of different shapes, rows and dtypes; y tells the sums."""
+    nodes = [
+        helper.make_node("ReduceSum", ["x", "one"], ["sum"], keepdims=0),
+        helper.make_node("Unsqueeze", ["sum", "zero_two"], ["sum3"]),
+        helper.make_node("Add", ["h", "sum3"], ["h_next"]),
+        helper.make_node("Cast", ["sum"], ["sum64"], to=INT64),
+        helper.make_node("Add", ["n", "sum64"], ["n_next"]),
+        helper.make_node("Cast", ["sum"], ["double"], to=TensorProto.DOUBLE),
+        helper.make_node("Unsqueeze", ["double", "one"], ["column"]),
+        helper.make_node("Add", ["c", "column"], ["c_next"]),
+        helper.make_node("Cast", ["c_next"], ["c_float"], to=FLOAT),
+        helper.make_node("ReduceSum", ["c_float", "one"], ["c_sum"], keepdims=0),
+        # An index of 2 or more fails the run, after the states are known.
+        helper.make_node("Cast", ["last"], ["index"], to=INT64),
+        helper.make_node("Gather", ["table", "index"], ["looked"]),
+        helper.make_node("Slice", ["x", "minus", "end", "one"], ["lasts"]),
+        helper.make_node("Squeeze", ["lasts", "one"], ["last"]),
+        helper.make_node("Add", ["c_sum", "looked"], ["y"]),
+    ]
+    order = [*nodes[:10], nodes[12], nodes[13], *nodes[10:12], nodes[14]]
+    constants = {
+        "one": np.array([1]), "zero_two": np.array([0, 2]), "minus": np.array([-1]),
+        "end": np.array([2**31]), "table": np.zeros(2, np.float32),
+    }  # fmt: skip
+    value = toys.value
+    inputs, outputs = [value("x", FLOAT, "batch", "time")], [value("y", FLOAT, "batch")]
+    for tensors, after in ((inputs, ""), (outputs, "_next")):
+        tensors += [
+            value(f"h{after}", FLOAT, 2, "batch", 3),
+            value(f"n{after}", INT64, "batch"),
+            value(f"c{after}", TensorProto.DOUBLE, "batch", 4),
+        ]
+    states: list[dict[str, Any]] = [
+        {"input": "h", "output": "h_next", "dtype": "float32", "shape": [2, "batch", 3], "batch_axis": 1},
+        {"input": "n", "output": "n_next", "dtype": "int64", "shape": ["batch"], "init": {"value": 7}},
+        {"input": "c", "output": "c_next", "dtype": "float64", "shape": ["batch", 4], "init": [1, 2, 3, 4]},
+    ]
+    manifest: dict[str, Any] = {
+        "format": 1,
+        "name": "keeper",
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}],
+        "states": states,
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch"]}],
+    }
+    return toys.model(order, inputs, outputs, constants), Manifest.model_validate(manifest | changes)
+
+
+class Pair:
+    """The same model twice: its states in its graph, and outside."""
+
+    def __init__(self) -> None:
+        model, manifest = keeper()
+        self.plain = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1)
+        self.graph = GraphRunner(model, self.plain, CAPACITY)
+        self.host = HostPool(manifest.states, CAPACITY)
+
+    @property
+    def pools(self) -> tuple[Any, Any]:
+        return self.graph.pool, self.host
+
+    def run(self, slots: list[int], x: Array) -> Array:
+        """The outputs of both, which are the same."""
+        where = np.array(slots, np.intp)
+        found = self.graph.run({"x": x} | self.graph.pool.gather(where))
+        assert self.graph.pool.not_finite(found[1:], len(slots)) == []
+        self.graph.pool.scatter(where, found[1:])
+        expected = self.plain.run({"x": x} | self.host.gather(where))
+        self.host.scatter(where, expected[1:])
+        np.testing.assert_array_equal(found[0], expected[0])
+        return found[0]
+
+    def assert_same(self) -> None:
+        for slot in range(CAPACITY):
+            assert self.graph.pool.read(slot) == self.host.read(slot)
+
+
+@settings(max_examples=25)
+@given(st.data())
+def test_a_graphs_pool_holds_what_the_hosts_does(data: st.DataObject) -> None:
+    """Whatever is allocated, freed, written, reset and run, in any order, with padding rows too."""
+    pair = Pair()
+    held: list[int] = []
+    for _ in range(data.draw(st.integers(1, 12))):
+        action = data.draw(st.sampled_from(["allocate", "free", "reset", "move", "run", "run", "run"]))
+        if action == "allocate" and len(held) < CAPACITY:
+            slots = {pool.allocate("someone") for pool in pair.pools}
+            held += slots
+            assert len(slots) == 1
+        elif not held:
+            continue
+        elif action == "free":
+            slot = held.pop(data.draw(st.integers(0, len(held) - 1)))
+            for pool in pair.pools:
+                pool.free(slot, "someone")
+        elif action == "reset":
+            for pool in pair.pools:
+                pool.reset(held[0])
+        elif action == "move":  # as a sequence that resumes
+            values = pair.host.read(held[-1])
+            for pool in pair.pools:
+                pool.write(held[0], values)
+        else:
+            rows = data.draw(st.permutations(held))[: data.draw(st.integers(1, len(held)))]
+            rows += [pair.host.dump] * data.draw(st.integers(0, 2))
+            x = np.random.default_rng(len(rows)).integers(0, 2, (len(rows), 3)).astype(np.float32)
+            pair.run(rows, x)
+    pair.assert_same()
+    for pool in pair.pools:
+        pool.check()
+
+
+def test_a_run_that_fails_has_written_no_state() -> None:
+    """Here it fails where the states are known already."""
+    pair = Pair()
+    slots = [pool.allocate("a") for pool in pair.pools]
+    pair.run([slots[0]], np.ones((1, 2), np.float32))
+    before = pair.graph.pool.read(slots[0])
+    with pytest.raises(RunFailed, match="keeper/1: .*Gather"):
+        pair.graph.run(
+            {"x": np.full((1, 2), 5, np.float32)} | pair.graph.pool.gather(np.array(slots[:1], np.intp))
+        )
+    assert pair.graph.pool.read(slots[0]) == before
+    pair.assert_same()
+    pair.run([slots[0]], np.ones((1, 2), np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_whose_state_is_not_finite_is_told_from_the_others(bad: float) -> None:
+    model, manifest = keeper()
+    runner = GraphRunner(model, ModelRunner(model, manifest, "t", provider=CPU, threads=1), CAPACITY)
+    slots = np.array([runner.pool.allocate(f"{n}") for n in range(3)] + [runner.pool.dump], np.intp)
+    x = np.array([[1, 1], [bad, 1], [0, 1], [bad, 1]], np.float32)
+    results = runner.run({"x": x} | runner.pool.gather(slots))
+    assert runner.pool.not_finite(results[1:], 3) == [1]
+    results = runner.run({"x": x[:1]} | runner.pool.gather(slots[:1]))
+    assert runner.pool.not_finite(results[1:], 1) == []
+    runner.pool.free(int(slots[1]), "1")
+    again = runner.pool.allocate("next")
+    fresh = HostPool(manifest.states, 1)
+    assert again == slots[1]
+    assert runner.pool.read(again) == fresh.read(fresh.allocate("fresh"))
+
+
+def test_states_that_may_be_infinite_are_not_watched() -> None:
+    model, manifest = keeper()
+    states = [s.model_copy(update={"finite": False}) for s in manifest.states]
+    manifest = manifest.model_copy(update={"states": tuple(states)})
+    runner = GraphRunner(model, ModelRunner(model, manifest, "t", provider=CPU, threads=1), CAPACITY)
+    slots = np.array([runner.pool.allocate("a")], np.intp)
+    x = np.array([[np.inf, 0]], np.float32)
+    results = runner.run({"x": x} | runner.pool.gather(slots))
+    assert runner.pool.not_finite(results[1:], 1) == []
+
+
+def test_values_that_wait_together_go_to_their_own_slots() -> None:
+    pair = Pair()
+    for pool in pair.pools:
+        for n in range(CAPACITY):
+            pool.allocate(f"{n}")
+    values = [tuple(bytes([n + 1]) * len(part) for part in pair.host.read(0)) for n in range(CAPACITY)]
+    for pool in pair.pools:
+        for slot in (3, 0, 4):
+            pool.write(slot, values[slot])
+    pair.assert_same()
+    assert pair.graph.pool.read(4) == values[4]
+
+
+def test_newcomers_are_written_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = Pair()
+    runs: list[int] = []
+    writer = pair.graph.pool._writer
+
+    class Counting:
+        def io_binding(self) -> Any:
+            return writer.io_binding()
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            runs.append(1)
+            writer.run_with_iobinding(binding)
+
+    monkeypatch.setattr(pair.graph.pool, "_writer", Counting())
+    slots = [pair.graph.pool.allocate(f"{n}") for n in range(CAPACITY)]
+    pair.graph.pool.gather(np.array(slots, np.intp))
+    pair.graph.pool.gather(np.array(slots, np.intp))
+    assert runs == [1]
+
+
+def test_the_pool_stays_where_it_is() -> None:
+    """Input and output are one buffer: a run moves rows, not the pool."""
+    pair = Pair()
+    before = [buffer.data_ptr() for buffer in pair.graph.pool._buffers]
+    slot = pair.graph.pool.allocate("a")
+    pair.graph.run({"x": np.ones((1, 1), np.float32)} | pair.graph.pool.gather(np.array([slot], np.intp)))
+    assert [buffer.data_ptr() for buffer in pair.graph.pool._buffers] == before
+    values = pair.graph.pool._buffers[1].numpy()
+    assert values.tolist() == [
+        8 if place == slot else 0 if place < CAPACITY else 7 for place in range(CAPACITY + 1)
+    ]
+
+
+def test_zeros_run_as_a_probe() -> None:
+    Pair().graph.probe()
+
+
+def changed(model: bytes, change: Any) -> bytes:
+    proto = onnx.load_from_string(model)
+    change(proto)
+    return bytes(proto.SerializeToString())
+
+
+def old(proto: Any) -> None:
+    proto.opset_import[0].version = 10
+
+
+def external(proto: Any) -> None:
+    proto.graph.initializer[0].data_location = TensorProto.EXTERNAL
+
+
+def named(proto: Any) -> None:
+    proto.graph.node[0].output[0] = "tenuto.mine"
+
+
+def with_default(proto: Any) -> None:
+    proto.graph.initializer.append(helper.make_tensor("h", FLOAT, [2, 1, 3], [0.0] * 6))
+
+
+def unmade(proto: Any) -> None:
+    proto.graph.input.append(toys.value("n_next", INT64, "batch"))
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (old, "opset 10, and ScatterND came with 11"),
+        (external, "its weights lie in other files"),
+        (named, "it has names that begin with 'tenuto.'"),
+        (with_default, "h has a value of its own"),
+        (unmade, "n_next is no node's output"),
+    ],
+)
+def test_a_graph_that_cannot_keep_its_states_says_why(change: Any, reason: str) -> None:
+    model, manifest = keeper()
+    with pytest.raises(NotSupported, match=f"the states of 'keeper' stay outside of its graph: {reason}"):
+        extend(changed(model, change), manifest)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"fixed_batch": 4}, "its batch is fixed"),
+        ({"batch_axis": 2}, "h has its rows in axis 2"),
+    ],
+)
+def test_a_manifest_whose_states_do_not_fit_says_why(changes: dict[str, Any], reason: str) -> None:
+    model, manifest = keeper()
+    if "batch_axis" in changes:
+        states = list(manifest.states)
+        states[0] = states[0].model_copy(update=changes)
+        manifest = manifest.model_copy(update={"states": tuple(states)})
+    else:
+        manifest = manifest.model_copy(update=changes)
+    with pytest.raises(NotSupported, match=reason):
+        extend(model, manifest)
+
+
+def test_the_graph_keeps_its_own_outputs_and_names_its_new_ones() -> None:
+    model, manifest = keeper()
+    graph = onnx.load_from_string(extend(model, manifest)).graph
+    outputs = [tensor.name for tensor in graph.output]
+    assert outputs == ["y", FINITE, *(pool_output(s) for s in manifest.states)]
+    assert {"x", SLOTS} <= {tensor.name for tensor in graph.input}
+    assert not {"h", "n", "c"} & {tensor.name for tensor in graph.input}

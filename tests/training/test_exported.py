@@ -25,7 +25,7 @@ LIMITS = {
     "spoken-digits-rnn": (0.9, 60_000),
     "digit-strings": (0.04, 250_000),
     "oil-temperature": (0.39, 100_000),
-    "shakespeare": (1.63, 2_000_000),
+    "shakespeare": (1.5, 2_000_000),
     "chorales": (8.45, 500_000),
     "sentiment": (0.78, 1_000_000),
 }

@@ -87,12 +87,11 @@ class Ear(nn.Module):
         """Return float32 [batch, time, 80] of sound [batch, 120 + 160 * time]."""
         return self.steps(self.centred(self.power(sound) @ self.mel))
 
-    def measure(self, sound: list[Array], *, whiten: bool = True) -> None:
+    def measure(self, sound: list[Array]) -> None:
         """Set mean and whitening of the bands to those of `sound`, each float32 [samples].
 
         Bands rise and fall together: raw, four fifths of their variance are the level alone, and a network
-        takes long to look past it. ZCA (Bell and Sejnowski 1997), with less of what varies little. Not to
-        `whiten` makes the bands alike and no more: each stays what is heard there.
+        takes long to look past it. ZCA (Bell and Sejnowski 1997), with less of what varies little.
         """
         with torch.no_grad():
             frames = torch.cat(
@@ -103,9 +102,6 @@ class Ear(nn.Module):
             )
             self.mean.copy_(frames.mean(0))
             deviation = frames.double().std(0).numpy()
-            if not whiten:
-                self.white.copy_(torch.from_numpy(np.diag(1 / deviation)))
-                return
             variances, axes = np.linalg.eigh(np.corrcoef(frames.double().numpy().T))
             white = (axes / np.sqrt(variances + LEAST_VARIANCE)) @ axes.T / deviation[:, None]
             self.white.copy_(torch.from_numpy(white))

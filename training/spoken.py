@@ -1,7 +1,7 @@
 """Two recurrent layers that listen to spoken digits: what `spoken-digits` and `spoken-digits-rnn` share.
 
-A convolution across the bands finds what voices have in common. The first recurrent layer says what it hears
-in each 20 ms; the second reads the first and says what digit was spoken last: the running answer.
+The first layer says what it hears in each 20 ms; the second reads the first and says what digit was
+spoken last: the running answer.
 """
 
 import inspect
@@ -19,15 +19,14 @@ from torch.nn import functional as F
 
 from tenuto.serving.manifest import METADATA_KEY, Manifest
 
-from . import bands, sound, sound_graph, voices
-from .bands import FEATURES, BandConvolution, add_bands
+from . import sound, sound_graph, voices
 from .candidate import AnyArray, Candidate, Tensors
 from .datasets import fsdd
 from .datasets.fsdd import Recording
 from .graph import Array, Graph
 from .progress import progress
 from .recurrent import CELLS, Cell, State
-from .sound import OVERLAP, STEP, Ear, tones
+from .sound import BANDS, OVERLAP, STEP, Ear, tones
 from .stepper import initial, turn
 from .task import Answers, Batch, Figures, Task
 from .weights import count, exported
@@ -78,8 +77,7 @@ class SpokenDigitNetwork(nn.Module):
         self.sizes = sizes
         self.ear = Ear()
         cell = CELLS[sizes.cell]
-        self.bands = BandConvolution()
-        self.hear = cell(FEATURES, sizes.hear, batch_first=True)
+        self.hear = cell(2 * BANDS, sizes.hear, batch_first=True)
         self.hear_head = nn.Linear(sizes.hear, len(LABELS))
         self.answer = cell(sizes.hear, sizes.answer, batch_first=True)
         self.answer_head = nn.Linear(sizes.answer, len(LABELS))
@@ -100,7 +98,7 @@ class SpokenDigitNetwork(nn.Module):
 
         Returns the logits of each, [batch, time, 10], and the new state of each.
         """
-        heard, hear_state = run_layer(self.hear, self.bands(steps), state.hear)
+        heard, hear_state = run_layer(self.hear, steps, state.hear)
         heard = self.dropout(heard)
         answer, answer_state = run_layer(self.answer, heard, state.answer)
         logits = self.hear_head(heard), self.answer_head(self.dropout(answer))
@@ -200,7 +198,7 @@ class SpokenTask(Task):
 
     def source(self) -> str:
         """Return what decides the weights: the words for the card, and how it is tested, do not."""
-        code = map(inspect.getsource, (sound, bands, voices, sys.modules[__name__]))
+        code = map(inspect.getsource, (sound, voices, sys.modules[__name__]))
         return "".join(code) + f"{self.sizes} {self.dropout} {self.without}"
 
     def load(self) -> None:
@@ -215,7 +213,7 @@ class SpokenTask(Task):
         """Train on these recordings and validate on those."""
         self._train, self._held, self._ear = list(train), list(held), Ear()
         rng = np.random.default_rng(0)
-        self._ear.measure([vary([one], rng).sound for one in self._train[::5]], whiten=False)
+        self._ear.measure([vary([one], rng).sound for one in self._train[::5]])
         return self
 
     def network(self) -> nn.Module:
@@ -379,7 +377,7 @@ def build(weights: Mapping[str, Array], sizes: Sizes, described: Manifest) -> by
     graph.input("pcm", "int16", ["batch", "samples"])
     graph.input("lengths", "int32", ["batch"])
     steps, lengths = sound_graph.add_steps(graph, sound_graph.part(weights, "ear"))
-    hidden = add_bands(graph, sound_graph.part(weights, "bands"), steps)
+    hidden = steps
     for (layer, _), output in zip(sizes.layers, described.outputs, strict=True):
         part = sound_graph.part(weights, layer)
         hidden = sound_graph.add_layer(graph, layer, sizes.cell, part, hidden, lengths)

@@ -41,7 +41,7 @@ class Variety:
         return torch.from_numpy(np.stack([mel_bands(length) for length in lengths]))
 
 
-STRANGERS = Variety(speed=0.1)  # for voices that were never heard
+STRANGERS = Variety()  # for voices that were never heard
 # For the six who are in training and test: a six that lost its ends sounds as an eight.
 FAMILIAR = Variety(tract=0.08, echo_db=(-25.0, -12.0), tilt_db=2.0, waves_db=0.8, roll_off_db=0.5)
 

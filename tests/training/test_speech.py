@@ -107,25 +107,6 @@ def test_a_longer_vocal_tract_moves_resonances() -> None:
         assert moved == expected != (ear.power(_sine(1000)) @ ear.mel).mean((0, 1)).argmax()
 
 
-def test_a_pattern_counts_wherever_it_is_among_the_bands() -> None:
-    """If what follows does not ask where: here it sums over the groups of places."""
-    from tenuto.training.bands import GROUPS, POOL, STRIDE, BandConvolution
-
-    torch.manual_seed(0)
-    layer = BandConvolution()
-    with torch.no_grad():
-        one = layer.features.weight[:, : layer.features.in_features // GROUPS]
-        layer.features.weight.copy_(one.repeat(1, GROUPS))
-        pattern = torch.randn(2, 4)
-        heard = []
-        for shift in (0, POOL * STRIDE, 1):
-            steps = torch.zeros(1, 1, 2, 40)
-            steps[0, 0, :, 12 + shift : 16 + shift] = pattern
-            heard.append(layer(steps.flatten(2)))
-    torch.testing.assert_close(heard[0], heard[1])
-    assert (heard[0] - heard[2]).abs().max() > 1e-3
-
-
 def test_an_echo_comes_after_its_sound() -> None:
     from tenuto.training import voices
 
@@ -168,7 +149,7 @@ def test_an_answer_counts_more_the_more_of_its_word_was_heard() -> None:
     assert len(example.sound) == 160 * len(example.targets)
     change = int(np.flatnonzero(np.diff(example.targets) == 1)[0]) + 1
     assert set(example.targets[change:]) == {4}
-    assert example.weights[change - 1] > 0.8 > 0.1 > example.weights[change]
+    assert example.weights[change - 1] > 0.9 > 0.1 > example.weights[change]
     assert example.weights[-1] > 0.8
 
 

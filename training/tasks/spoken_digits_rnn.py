@@ -8,7 +8,7 @@ class SpokenDigitsRnnTask(SpokenTask):
     """The Free Spoken Digit Dataset, two plain tanh layers (Elman 1990) with as many units as the LSTMs."""
 
     name = "spoken-digits-rnn"
-    recipe = Recipe(epochs=60, learning_rate=2e-3)
+    recipe = Recipe(epochs=100, learning_rate=2e-3)
     sizes = Sizes("rnn", hear=160, answer=64)
     dropout = 0.15
     description = (

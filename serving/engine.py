@@ -291,6 +291,8 @@ class Engine:
         slots = NO_SLOTS
         if self.manifest.states:
             held = [t.sequence.slot for t in batch]
+            if len(held) < size:  # or what pads would go on from batch to batch
+                self._pool.reset(self._pool.dump)
             slots = np.array(held + [self._pool.dump] * (size - len(held)), np.intp)
             feeds.update(self._pool.gather(slots))
         if self.manifest.constants:

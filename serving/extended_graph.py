@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import ArrayLike
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -42,7 +43,12 @@ def extend(model: bytes, manifest: Manifest) -> bytes:
 
     Raises: NotSupported where that cannot be done, with the reason.
     """
-    proto = onnx.load_from_string(model)
+    try:
+        proto = onnx.load_from_string(model)
+    except DecodeError as error:  # ONNX Runtime has a format of its own, which it loads as well
+        raise NotSupported(
+            f"the states of {manifest.name!r} stay outside of its graph: no ONNX file"
+        ) from error
     reason = obstacle(proto, manifest)
     if reason:
         raise NotSupported(f"the states of {manifest.name!r} stay outside of its graph: {reason}")
@@ -57,9 +63,9 @@ def extend(model: bytes, manifest: Manifest) -> bytes:
     ]
     behind = _Nodes(graph)
     _add_flags(behind, states)
-    slots = _add_slots_after(behind, [*wanted, *(s.output for s in states), FINITE])
+    slots = _add_slots_after(behind, [*wanted, FINITE], states)
     for state in states:
-        _add_scatter(behind, state, slots)
+        _add_scatter(behind, state, _rows(state), slots)
     nodes = [*before, *graph.node, *behind.nodes]
     for field, values in ((graph.input, inputs), (graph.output, outputs), (graph.node, nodes)):
         _replace(field, values)
@@ -75,7 +81,7 @@ def pool_writer(states: tuple[State, ...]) -> bytes:
         graph.output.append(_pool(state, pool_output(state)))
     added = _Nodes(graph)
     for state in states:
-        _add_scatter(added, state, SLOTS)
+        _add_scatter(added, state, state.output, SLOTS)
     return _whole(graph, added.nodes, states)
 
 
@@ -190,20 +196,37 @@ def _add_flags(graph: _Nodes, states: tuple[State, ...]) -> None:
     graph.add("Identity", [total], FINITE)
 
 
-def _add_slots_after(graph: _Nodes, names: list[str]) -> str:
-    """The slots again, in a tensor that is there only once all of `names` are: nothing is added to them, and
-    that nothing is made of those tensors' sizes."""
+def _add_slots_after(graph: _Nodes, names: list[str], states: tuple[State, ...]) -> str:
+    """The slots again, in a tensor that is there only once all of `names` and all new states are.
+
+    Nothing is added to them, but that nothing is made of the tensors' sizes; and they are given the number of
+    each state's rows as their shape, which fails where that is another number. So nothing is written before
+    all that is to be written has its shape.
+    """
     nothing, total = graph.constant("nothing", 0), SLOTS
     for number, name in enumerate(names):
         own = f"{_PREFIX}after.{number}"
         value = graph.add("Size", [name], f"{own}.size")
         value = graph.add("Mul", [value, nothing], f"{own}.nothing")
         total = graph.add("Add", [total, value], own)
+    for state in states:
+        name = _rows(state)
+        shape = [-1 if axis == state.batch_axis else d for axis, d in enumerate(state.shape)]
+        graph.add("Reshape", [state.output, graph.constant(f"shape.{state.output}", shape)], name)
+        value = graph.add("Shape", [name], f"{name}.shape")
+        place = graph.constant(f"axis.{state.batch_axis}", [state.batch_axis or 0])
+        value = graph.add("Gather", [value, place], f"{name}.number", axis=0)
+        total = graph.add("Reshape", [total, value], f"{name}.slots_after")
     return total
 
 
-def _add_scatter(graph: _Nodes, state: State, slots: str) -> None:
-    """The pool with the new rows in their slots."""
+def _rows(state: State) -> str:
+    """The new state, in the shape that its slots have."""
+    return f"{_PREFIX}{state.output}.rows"
+
+
+def _add_scatter(graph: _Nodes, state: State, rows: str, slots: str) -> None:
+    """The pool with new rows in their slots."""
     name = f"{_PREFIX}{state.output}.place"
     if state.batch_axis == 0:
         place = graph.add("Reshape", [slots, graph.constant("column", [-1, 1])], name)
@@ -215,4 +238,4 @@ def _add_scatter(graph: _Nodes, state: State, slots: str) -> None:
         parts = graph.add("Add", [none, graph.constant(f"parts.{first}", grid)], f"{name}.parts")
         every = graph.add("Add", [value, graph.constant(f"no_parts.{first}", 0 * grid)], f"{name}.slots")
         place = graph.add("Concat", [parts, every], name, axis=2)
-    graph.add("ScatterND", [pool_input(state), place, state.output], pool_output(state))
+    graph.add("ScatterND", [pool_input(state), place, rows], pool_output(state))

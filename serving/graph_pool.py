@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .errors import ModelInvalid, NotSupported
 from .extended_graph import FINITE, SLOTS, extend, pool_input, pool_output, pool_reader, pool_writer
 from .manifest import State
 from .model_runner import CUDA, ModelRunner, failing, session
@@ -28,16 +29,21 @@ class GraphPool(StatePool):
         super().__init__(states, max_sequences, max_bytes)
         self._device = "cuda" if provider == CUDA else "cpu"
         self._waiting: dict[int, tuple[Array, ...]] = {}  # by slot: its values, state by state
-        self._buffers: list[Buffer] = [
-            onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros(layout(s, self.capacity + 1), s.dtype), self._device
-            )
-            for s in states
-        ]
+        try:
+            self._buffers = [self._buffer(state) for state in states]
+        except Exception as error:  # the device has no room; a class of ONNX Runtime's own
+            raise ModelInvalid(
+                f"{where}: its pool of {self.nbytes} bytes finds no room ({str(error).splitlines()[0]}); "
+                "lower --max-sequences, or set --max-state-bytes"
+            ) from error
         self._where = f"{where}: its pool"
         self._writer = session(pool_writer(states), self._where, provider, 1)
         self._reader = session(pool_reader(states), self._where, provider, 1)
         self.reset(self.dump)
+
+    def _buffer(self, state: State) -> Buffer:
+        values = np.zeros(layout(state, self.capacity + 1), state.dtype)
+        return onnxruntime.OrtValue.ortvalue_from_numpy(values, self._device)
 
     def bind(self, binding: Any) -> None:
         """The pool as a run's input, and as its output."""
@@ -46,15 +52,15 @@ class GraphPool(StatePool):
             binding.bind_ortvalue_output(pool_output(state), buffer)
 
     def read(self, slot: int) -> tuple[bytes, ...]:
-        self._flush()
-        binding = self._reader.io_binding()
-        binding.bind_cpu_input(SLOTS, np.array([slot], np.int64))
-        for state, buffer in zip(self._states, self._buffers, strict=True):
-            binding.bind_ortvalue_input(pool_input(state), buffer)
-            binding.bind_output(state.input)
+        self.flush()
         with failing(self._where):
+            binding = self._reader.io_binding()
+            binding.bind_cpu_input(SLOTS, np.array([slot], np.int64))
+            for state, buffer in zip(self._states, self._buffers, strict=True):
+                binding.bind_ortvalue_input(pool_input(state), buffer)
+                binding.bind_output(state.input)
             self._reader.run_with_iobinding(binding)
-        return tuple(value.tobytes() for value in binding.copy_outputs_to_cpu())
+            return tuple(value.tobytes() for value in binding.copy_outputs_to_cpu())
 
     def write(self, slot: int, values: tuple[bytes, ...]) -> None:
         self._waiting[slot] = tuple(
@@ -66,7 +72,6 @@ class GraphPool(StatePool):
         self._waiting[slot] = tuple(self._initial)
 
     def gather(self, slots: Slots) -> dict[str, Array]:
-        self._flush()
         return {SLOTS: slots.astype(np.int64, copy=False)}
 
     def scatter(self, slots: Slots, values: list[Array]) -> None:
@@ -76,19 +81,22 @@ class GraphPool(StatePool):
         flags = values[0][:rows, 0]
         return [] if not flags.any() else np.flatnonzero(np.isnan(flags)).tolist()
 
-    def _flush(self) -> None:
-        """Writes what waits, in one run."""
+    def flush(self) -> None:
+        """Writes what waits, in one run; to be called before a run of the model.
+
+        Raises: RunFailed; then all of it waits on.
+        """
         if not self._waiting:
             return
-        waiting, self._waiting = self._waiting, {}
-        binding = self._writer.io_binding()
-        binding.bind_cpu_input(SLOTS, np.array(list(waiting), np.int64))
-        for i, state in enumerate(self._states):
-            rows = np.stack([values[i] for values in waiting.values()], state.batch_axis or 0)
-            binding.bind_cpu_input(state.output, np.ascontiguousarray(rows))
-        self.bind(binding)
         with failing(self._where):
+            binding = self._writer.io_binding()
+            binding.bind_cpu_input(SLOTS, np.array(list(self._waiting), np.int64))
+            for i, state in enumerate(self._states):
+                rows = np.stack([values[i] for values in self._waiting.values()], state.batch_axis or 0)
+                binding.bind_cpu_input(state.output, np.ascontiguousarray(rows))
+            self.bind(binding)
             self._writer.run_with_iobinding(binding)
+        self._waiting.clear()
 
 
 class GraphRunner:
@@ -104,30 +112,35 @@ class GraphRunner:
         states, provider = plain.manifest.states, plain.provider
         extended = extend(model, plain.manifest)
         self.pool = GraphPool(states, max_sequences, max_bytes, provider=provider, where=plain.where)
-        self._session = session(extended, plain.where, provider, plain.threads)
+        try:
+            self._session = session(extended, plain.where, provider, plain.threads)
+        except ModelInvalid as error:  # which loads as it is
+            raise NotSupported(f"its extended graph is refused: {error}") from error
         self._names = [*(o.name for o in plain.manifest.outputs), FINITE]
         own = {s.input for s in states}
         self._zeros = {name: value for name, value in plain.zero_feeds().items() if name not in own}
-        self.enter_thread = plain.enter_thread
+        self.enter_thread = ModelRunner.enter_thread  # not the plain one's: it would be kept, weights and all
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """The manifest's outputs, then the flags of the rows' states.
 
         Raises: RunFailed, with ONNX Runtime's text; then no state is another one.
         """
-        binding = self._session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
-        for name in self._names:
-            binding.bind_output(name)
-        self.pool.bind(binding)  # behind them: the pool itself stays where it is
+        self.pool.flush()
         with failing(self.where):
+            binding = self._session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_cpu_input(name, value)
+            for name in self._names:
+                binding.bind_output(name)
+            self.pool.bind(binding)  # behind them: the pool itself stays where it is
             self._session.run_with_iobinding(binding)
-        outputs = binding.get_outputs()
-        return [outputs[i].numpy() for i in range(len(self._names))]
+            outputs = binding.get_outputs()
+            return [outputs[i].numpy() for i in range(len(self._names))]
 
     def zero_feeds(self) -> dict[str, Array]:
-        """One batch of one row and one frame, all zero, with the state of the dump slot."""
+        """One batch of one row and one frame, all zero, with the initial state, in the dump slot."""
+        self.pool.reset(self.pool.dump)
         return self._zeros | self.pool.gather(np.array([self.pool.dump], np.intp))
 
     def probe(self) -> None:

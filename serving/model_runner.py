@@ -127,7 +127,8 @@ class ModelRunner:
             )
         return Manifest.parse(text, self.where)
 
-    def enter_thread(self) -> None:
+    @staticmethod
+    def enter_thread() -> None:
         """Called on the thread that will run: denormal numbers are treated as zero there."""
         if not flush_denormals():
             log.info("denormals are not flushed to zero on %s: they may be slow", platform.machine())

@@ -81,7 +81,7 @@ class Predicts:
     def read_later(self, read: Callable[[], None], nbytes: int) -> None:
         """On one of the readers' threads. Until then so many bytes are pending.
 
-        Raises: PoolFull.
+        Raises: PoolFull, ServerDraining.
         """
         if self._pending.full:
             raise PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
@@ -252,9 +252,9 @@ class PredictCall:
             return
         self._came = True
         if len(message) > _MOST_AT_ONCE:
-            self._later(lambda: self._begin(message, later=True), len(message))
+            self._later(lambda: self._guarded(lambda: self._begin(message, later=True)), len(message))
         else:
-            self._begin(message, later=False)
+            self._guarded(lambda: self._begin(message, later=False))
 
     def half_closed(self) -> None:
         if not self._came:
@@ -298,7 +298,7 @@ class PredictCall:
         elif later or not prediction.has_pictures(request):
             self._run(prediction, request)
         else:
-            self._later(lambda: self._run(prediction, request), len(message))
+            self._later(lambda: self._guarded(lambda: self._run(prediction, request)), len(message))
 
     def _run(self, prediction: Prediction, request: pb.PredictRequest) -> None:
         if self._left():
@@ -307,9 +307,15 @@ class PredictCall:
             prediction.run(request)
         except TenutoError as error:
             self._refuse(error)
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        """A bug is no silence, on whatever thread."""
+        try:
+            step()
         except Exception:
             log.exception("a call met a bug")
-            prediction.leave()
+            if self._prediction is not None:
+                self._prediction.leave()
             self._call.finish(grpc.StatusCode.INTERNAL, "an error inside the server; its log says more")
 
     def _answer(self, answer: Answer) -> None:

@@ -711,6 +711,24 @@ def test_a_graph_of_fixed_batch_gets_its_size_and_padding_touches_nobody() -> No
     assert bench.outputs(one) == [[1, 2], [3, 4]]
 
 
+def test_padding_rows_begin_anew_in_each_batch() -> None:
+    """A state that counts, say, would count on there, and leave the table that it is an index of."""
+    states: list[Array] = []
+
+    class Carrying(Accumulator):
+        def run(self, feeds: dict[str, Array]) -> list[Array]:
+            states.append(feeds["total"].copy())
+            y, total = super().run(feeds)
+            return [y, total + 1]
+
+    bench = Bench(accumulator(fixed_batch=3), Carrying())
+    one = bench.open()
+    for step in (1, 2, 3):
+        bench.send(one, step, [1])
+    bench.settle()
+    assert [total[:, 0].tolist() for total in states] == [[0, 0, 0], [2, 0, 0], [4, 0, 0]]
+
+
 def test_chosen_constants_reach_the_run_and_no_other_sequence() -> None:
     class Gained(Accumulator):
         def run(self, feeds: dict[str, Array]) -> list[Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from tenuto.serving.errors import NotSupported, RunFailed
+from tenuto.serving.errors import ModelInvalid, NotSupported, RunFailed
 from tenuto.serving.extended_graph import FINITE, SLOTS, extend, pool_output
-from tenuto.serving.graph_pool import GraphRunner
+from tenuto.serving.graph_pool import GraphPool, GraphRunner
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.model_runner import CPU, ModelRunner
 from tenuto.serving.state_pool import HostPool
@@ -208,9 +210,107 @@ def test_newcomers_are_written_in_one_run(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(pair.graph.pool, "_writer", Counting())
     slots = [pair.graph.pool.allocate(f"{n}") for n in range(CAPACITY)]
-    pair.graph.pool.gather(np.array(slots, np.intp))
-    pair.graph.pool.gather(np.array(slots, np.intp))
+    for _ in range(2):
+        pair.graph.run(
+            {"x": np.ones((CAPACITY, 1), np.float32)} | pair.graph.pool.gather(np.array(slots, np.intp))
+        )
     assert runs == [1]
+
+
+def test_what_could_not_be_written_waits_on() -> None:
+    """Or those whose batch it is not would go on with the states of whoever had their slots before."""
+    pair = Pair()
+    pool, writer = pair.graph.pool, pair.graph.pool._writer
+
+    class Full:
+        def io_binding(self) -> Any:
+            raise RuntimeError("Failed to allocate memory")
+
+    slots, _ = ([each.allocate(f"{n}") for n in range(3)] for each in pair.pools)
+    pair.run(slots, np.ones((3, 2), np.float32))
+    for each in pair.pools:
+        each.free(slots[1], "1")
+        assert each.allocate("newcomer") == slots[1]
+    pool._writer = Full()
+    feeds = {"x": np.ones((1, 1), np.float32)} | pool.gather(np.array(slots[:1], np.intp))
+    with pytest.raises(RunFailed, match="its pool: Failed to allocate memory"):
+        pair.graph.run(feeds)
+    pool._writer = writer
+    pair.assert_same()
+
+
+def test_a_probe_begins_anew_each_time() -> None:
+    pair = Pair()
+    pool = pair.graph.pool
+    fresh = pair.host.read(pair.host.dump)
+    pair.run([pool.dump], np.ones((1, 2), np.float32))
+    assert pool.read(pool.dump) != fresh
+    pair.graph.probe()
+    assert pool.read(pool.dump) == fresh
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_state_of_another_shape_fails_the_run_before_any_is_written(order: int) -> None:
+    """The graph calls an axis free that the manifest fixes."""
+    nodes = [
+        helper.make_node("Add", ["h", "x"], ["h_next"]),
+        helper.make_node("Slice", ["x", "from", "to", "one"], ["cut"]),
+        helper.make_node("Cast", ["cut"], ["g_next"], to=INT64),
+        helper.make_node("Identity", ["g"], ["seen"]),
+        helper.make_node("Identity", ["x"], ["y"]),
+    ]
+    constants = {"one": np.array([1]), "from": np.array([0]), "to": np.array([2])}
+    value = toys.value
+    tensors = [
+        [value(f"h{n}", FLOAT, "batch", "k"), value(f"g{n}", INT64, "batch", "k")] for n in ("", "_next")
+    ]
+    model = toys.model(
+        nodes, [value("x", FLOAT, "batch", "k"), *tensors[0]], [value("y", FLOAT, "batch", "k"), *tensors[1]],
+        constants,
+    )  # fmt: skip
+    states = [
+        {"input": "h", "output": "h_next", "dtype": "float32", "shape": ["batch", 3]},
+        {"input": "g", "output": "g_next", "dtype": "int64", "shape": ["batch", 3]},
+    ][::order]
+    tensor = {"dtype": "float32", "shape": ["batch", 3]}
+    manifest = Manifest.model_validate({
+        "format": 1, "name": "cut", "inputs": [{"name": "x"} | tensor], "states": states,
+        "outputs": [{"name": "y"} | tensor],
+    })  # fmt: skip
+    runner = GraphRunner(model, ModelRunner(model, manifest, "cut/1", provider=CPU, threads=1), CAPACITY)
+    slots = np.array([runner.pool.allocate("a"), runner.pool.allocate("b")], np.intp)
+    before = [runner.pool.read(int(slot)) for slot in slots]
+    with pytest.raises(RunFailed):
+        runner.run({"x": np.ones((2, 3), np.float32)} | runner.pool.gather(slots))
+    assert [runner.pool.read(int(slot)) for slot in slots] == before
+
+
+def test_the_weights_are_not_kept_twice() -> None:
+    model, manifest = keeper()
+    plain = ModelRunner(model, manifest, "t", provider=CPU, threads=1)
+    runner, weights = GraphRunner(model, plain, CAPACITY), weakref.ref(plain)
+    del plain
+    gc.collect()
+    assert weights() is None
+    runner.probe()
+
+
+def test_bytes_that_are_no_onnx_file_stay_as_they_are() -> None:
+    """ONNX Runtime loads a format of its own, too."""
+    with pytest.raises(NotSupported, match="no ONNX file"):
+        extend(b"\xffORTM", keeper()[1])
+
+
+def test_a_pool_that_finds_no_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("BFCArena: failed to allocate\nmore")
+
+    model, manifest = keeper()
+    plain = ModelRunner(model, manifest, "t/1", provider=CPU, threads=1)
+    monkeypatch.setattr(GraphPool, "_buffer", full)
+    text = r"t/1: its pool of 384 bytes finds no room \(BFCArena: failed to allocate\); lower --max-sequences"
+    with pytest.raises(ModelInvalid, match=text):
+        GraphRunner(model, plain, CAPACITY)
 
 
 def test_the_pool_stays_where_it_is() -> None:

@@ -388,6 +388,22 @@ def test_a_bug_is_no_silence(
     bench.assert_nothing_is_left()
 
 
+@pytest.mark.parametrize("values", [2, 20_000])
+def test_a_bug_before_the_engine_is_no_silence_on_any_thread(
+    values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Predicts, "admit", broken)
+    call, _ = bench.call(bench.request(*[1.0] * values))
+    bench.readers.work()
+    assert call.code is Code.INTERNAL
+    bench.assert_nothing_is_left()
+
+
 def test_a_chunk_that_waited_for_hours_can_still_be_answered() -> None:
     timing = pb.Timing()
     write_timing(timing, Output(1, 0, True, (), 1e5, 0.002, 3))

@@ -50,7 +50,10 @@ class ServerConfig(BaseModel):
         int, Field(ge=0, description="bytes of state per model version; 0: what --max-sequences takes")
     ] = 0
     max_streams: Annotated[Positive, Field(description="open gRPC streams")] = 8192
-    max_predicts: Annotated[Positive, Field(description="unary Predict calls that may wait at once")] = 256
+    max_predicts: Annotated[
+        Positive,
+        Field(description="unary Predict calls that may wait at once; with --transport threads 24 at most"),
+    ] = 256
     max_pending_bytes: Annotated[
         Positive, Field(description="unanswered bytes; above it no stream is read")
     ] = 256 << 20

@@ -12,6 +12,7 @@ from .errors import ModelInvalid, NotSupported
 from .extended_graph import FINITE, SLOTS, extend, pool_input, pool_output, pool_reader, pool_writer
 from .manifest import State
 from .model_runner import CUDA, ModelRunner, failing, session
+from .placement import Placement
 from .state_pool import StatePool, layout
 
 Array = NDArray[Any]
@@ -113,9 +114,11 @@ class GraphRunner:
         extended = extend(model, plain.manifest)
         self.pool = GraphPool(states, max_sequences, max_bytes, provider=provider, where=plain.where)
         try:
-            self._session = session(extended, plain.where, provider, plain.threads)
+            tf32 = plain.manifest.precision == "tf32"
+            self._session = session(extended, plain.where, provider, plain.threads, tf32)
         except ModelInvalid as error:  # which loads as it is
             raise NotSupported(f"its extended graph is refused: {error}") from error
+        self.placement = Placement.of(self._session)
         self._names = [*(o.name for o in plain.manifest.outputs), FINITE]
         own = {s.input for s in states}
         self._zeros = {name: value for name, value in plain.zero_feeds().items() if name not in own}

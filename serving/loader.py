@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .catalogue import Served
 from .config import ServerConfig
@@ -18,10 +19,13 @@ from .pending import PendingBytes
 from .reply import OutputWriter
 from .repository import ModelFiles, ModelFolder
 from .resume_token import TokenSealer
-from .runners import RunSettings, open_runner
+from .runners import RunSettings, open_runner, reduced
 from .snapshot import Checkpoints, token_bytes
 from .tensor import Reader
 from .vetting import Limits, Verdict, vet
+
+if TYPE_CHECKING:
+    from .runners import AnyRunner
 
 log = logging.getLogger("tenuto.loader")
 
@@ -78,21 +82,43 @@ class Loader:
             resume_reserve=config.resume_reserve,
             checkpoints=self._checkpoints(manifest, files),
             pending=self._pending,
-            metrics=ModelMetrics(manifest.name, folder.version, provider, load_seconds=seconds),
+            metrics=ModelMetrics(
+                manifest.name,
+                folder.version,
+                provider,
+                load_seconds=seconds,
+                nodes=runner.placement.counts(),
+            ),
             flush=self._flush,
             defer=self._defer,
         )
-        golden = f"{verdict.golden_steps} golden steps replayed" if verdict.golden_steps else "no golden.npz"
-        log.info(
-            "%s serves on %s: %d sequences, %.1f MiB of state at most, %s",
-            folder.where,
-            provider,
-            engine.max_sequences,
-            engine.state_bytes / 2**20,
-            golden,
-        )
+        self._tell(folder, engine, verdict, runner)
         reader = Reader(manifest, config.max_message_bytes)
         return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)
+
+    def _tell(self, folder: ModelFolder, engine: Engine, verdict: Verdict, runner: AnyRunner) -> None:
+        """How the model runs, and what of it does not run where it was to."""
+        provider, precision = self._how.provider, "float32"
+        if reduced(engine.manifest, self._how):
+            precision = engine.manifest.precision
+        golden = "no golden.npz to tell its error"
+        if verdict.golden_steps:
+            golden = (
+                f"{verdict.golden_steps} golden steps replayed, off by at most {verdict.golden_worst:.2g}"
+            )
+        log.info(
+            "%s serves on %s in %s: %d sequences, %.1f MiB of state at most%s, %s",
+            folder.where,
+            provider,
+            precision,
+            engine.max_sequences,
+            engine.state_bytes / 2**20,
+            ", which its graph keeps" if runner.pool else "",
+            golden,
+        )
+        strays = runner.placement.elsewhere(provider)
+        if strays:
+            log.warning("%s: %s", folder.where, strays)
 
     def _checkpoints(self, manifest: Manifest, files: ModelFiles) -> Checkpoints:
         """How its sequences are sealed.

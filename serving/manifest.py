@@ -28,6 +28,7 @@ Dtype = Literal[
     "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 Encoding = Literal["png", "jpeg"]
+Precision = Literal["float32", "tf32", "float16"]
 Dim = int | str  # a fixed length, or the name of an axis that may vary
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -348,6 +349,7 @@ class Manifest(_Frozen):
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 64
     max_frames: Annotated[int, Field(ge=1, le=65536)] = 32
     fixed_batch: Annotated[int, Field(ge=1)] | None = None
+    precision: Precision = "float32"
     generate: Generate | None = None
     resumes_from: tuple[str, ...] = ()
 

@@ -92,6 +92,7 @@ class ModelMetrics:
     retiring: bool = False  # the rollout's
     busy_ratio: Callable[[], float] = lambda: 0.0
     load_seconds: float = 0.0
+    nodes: dict[str, int] = field(default_factory=dict)  # of the graph, by the provider that runs them
     stages: dict[str, Distribution] = field(default_factory=lambda: {s: _seconds() for s in STAGES})
     chunk_latency: Distribution = field(default_factory=_seconds)
     first_output: Distribution = field(default_factory=_seconds)
@@ -274,6 +275,15 @@ class TenutoCollector(Collector):
         for m in list(s.models):
             info.add_metric([m.model, str(m.version), m.provider], 1)
         yield info
+        nodes = GaugeMetricFamily(
+            "tenuto_model_nodes",
+            "Nodes of a model's graph, by the provider that runs them.",
+            labels=["model", "version", "provider"],
+        )
+        for m in list(self._server.models):
+            for provider, count in m.nodes.items():
+                nodes.add_metric([m.model, str(m.version), provider], count)
+        yield nodes
 
     def _resumes(self) -> Metric:
         family = CounterMetricFamily(

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .errors import ModelInvalid, NotSupported, PlatformError, RunFailed
 from .layout import Layout
 from .manifest import METADATA_KEY, GraphTensor, Manifest
+from .placement import RECORD, Placement
 
 log = logging.getLogger("tenuto.model_runner")
 
@@ -62,6 +63,7 @@ def choose_provider(device: Device) -> str:
         return CPU
     missing = _missing_for_cuda()
     if not missing:
+        log.info("running on CUDA")
         return CUDA
     if device == "cuda":
         raise PlatformError(
@@ -107,16 +109,24 @@ class ModelRunner:
         self.where = where
         self.provider = provider
         self.threads = threads or (available_cpus() if manifest and not manifest.stateful else 1)
-        self._session = session(model, where, provider, self.threads)
+        self._session = session(model, where, provider, self.threads, _tf32(manifest))
         self.manifest = manifest or self._own_manifest()
-        if manifest is None and not threads and not self.manifest.stateful and available_cpus() > 1:
-            self.threads = available_cpus()
-            self._session = session(model, where, provider, self.threads)
+        self._build_again(model, threads, known=manifest is not None)
+        self.placement = Placement.of(self._session)
         _check_supported(self.manifest, where)
         inputs = [_graph_tensor(t) for t in self._session.get_inputs()]
         outputs = [_graph_tensor(t) for t in self._session.get_outputs()]
         self.manifest.check_graph(inputs, outputs, where)
         self._names = [o.name for o in self.manifest.outputs] + [s.output for s in self.manifest.states]
+
+    def _build_again(self, model: bytes, threads: int, known: bool) -> None:
+        """Where the manifest came out of the session, and says that it should be another one."""
+        more = not threads and not self.manifest.stateful and available_cpus() > 1
+        tf32 = self.provider == CUDA and _tf32(self.manifest)
+        if known or not (more or tf32):
+            return
+        self.threads = available_cpus() if more else self.threads
+        self._session = session(model, self.where, self.provider, self.threads, tf32)
 
     def _own_manifest(self) -> Manifest:
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
@@ -177,8 +187,10 @@ def failing(where: str) -> Iterator[None]:
         raise RunFailed(f"{where}: {str(error).splitlines()[0]}") from error
 
 
-def session(model: bytes, where: str, provider: str, threads: int) -> onnxruntime.InferenceSession:
-    """A session as all of this server's are.
+def session(
+    model: bytes, where: str, provider: str, threads: int, tf32: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session as all of this server's are. `tf32`: CUDA may round factors to 10 bits.
 
     Raises: ModelInvalid if ONNX Runtime refuses the model, PlatformError if it took another provider.
     """
@@ -189,8 +201,13 @@ def session(model: bytes, where: str, provider: str, threads: int) -> onnxruntim
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if _libm():  # its own threads like the engine's, or a row's bits would depend on which of them has it
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    options.add_session_config_entry(RECORD, "1")
     options.log_severity_level = 3
-    cuda = {"arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    cuda = {
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "use_tf32": "1" if tf32 else "0",  # on, if nothing is said
+    }
     providers: list[Any] = [(CUDA, cuda), CPU] if provider == CUDA else [CPU]
     try:
         with _environment_kept():  # the first session would change this thread's for good
@@ -202,6 +219,10 @@ def session(model: bytes, where: str, provider: str, threads: int) -> onnxruntim
     if made.get_providers()[0] != provider:
         raise PlatformError(f"{where}: {provider} was chosen, ONNX Runtime took {made.get_providers()[0]}")
     return made
+
+
+def _tf32(manifest: Manifest | None) -> bool:
+    return manifest is not None and manifest.precision == "tf32"
 
 
 def _graph_tensor(node: Any) -> GraphTensor:

@@ -1,4 +1,4 @@
-"""Which runner a model gets: one that is fed its states, or one whose graph keeps them."""
+"""Which runner a model gets: one that is fed its states or one whose graph keeps them, in which precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from .errors import NotSupported, PlatformError
-from .model_runner import ModelRunner
+from .manifest import Manifest
+from .model_runner import CUDA, ModelRunner
 from .repository import ModelFiles
 
 if TYPE_CHECKING:
     from .graph_pool import GraphRunner
+
+    AnyRunner = ModelRunner | GraphRunner
 
 log = logging.getLogger("tenuto.runners")
 
@@ -30,23 +33,46 @@ class RunSettings:
 
 def open_runner(
     files: ModelFiles, settings: RunSettings, max_sequences: int, max_bytes: int = 0
-) -> ModelRunner | GraphRunner:
+) -> AnyRunner:
     """A graph that cannot keep its states is fed them; the log says why.
 
-    Raises: what ModelRunner raises; PlatformError if a package is missing.
+    Raises: what ModelRunner raises; PlatformError if a package is missing; NotSupported if the manifest says
+    float16 and nothing in the graph can be halved.
     """
     where = files.folder.where
-    plain = ModelRunner(
-        files.model, files.manifest, where, provider=settings.provider, threads=settings.threads
-    )
-    if settings.pool == "numpy" or not plain.manifest.states:
+    model, manifest, how = files.model, files.manifest, settings
+    plain = ModelRunner(model, manifest, where, provider=how.provider, threads=how.threads)
+    precision = plain.manifest.precision
+    if precision != "float32" and not reduced(plain.manifest, how):
+        log.info("%s: %s is for CUDA; on the CPU it is computed in float32", where, precision)
+    elif precision == "float16":
+        model = _halved(model, where)
+        plain = ModelRunner(model, plain.manifest, where, provider=how.provider, threads=how.threads)
+    if how.pool == "numpy" or not plain.manifest.states:
         return plain
-    if find_spec("onnx") is None:
-        raise PlatformError("--pool graph needs the package onnx; install 'tenuto[gpu]', or use --pool numpy")
+    _need_onnx("--pool graph", "use --pool numpy")
     from .graph_pool import GraphRunner  # it takes onnx along, which nobody else needs
 
     try:
-        return GraphRunner(files.model, plain, max_sequences, max_bytes)
+        return GraphRunner(model, plain, max_sequences, max_bytes)
     except NotSupported as error:
         log.info("%s: %s", where, error)
         return plain
+
+
+def reduced(manifest: Manifest, settings: RunSettings) -> bool:
+    """Whether the model runs in fewer bits than its golden steps were computed in."""
+    return manifest.precision != "float32" and settings.provider == CUDA
+
+
+def _halved(model: bytes, where: str) -> bytes:
+    """Raises: PlatformError if a package is missing; NotSupported if nothing in the graph can be halved."""
+    _need_onnx(f"{where}: precision float16", "leave precision at float32")
+    from .precision import halved
+
+    return halved(model, where)
+
+
+def _need_onnx(what: str, instead: str) -> None:
+    if find_spec("onnx") is None:
+        raise PlatformError(f"{what} needs the package onnx; install 'tenuto[gpu]', or {instead}")

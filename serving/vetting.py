@@ -24,10 +24,10 @@ from typing import IO
 
 from .engine import Engine
 from .errors import ModelInvalid, RunFailed, TenutoError
-from .golden import replay
+from .golden import Replayed, replay
 from .pending import PendingBytes
 from .repository import ModelFolder
-from .runners import RunSettings, open_runner
+from .runners import RunSettings, open_runner, reduced
 
 log = logging.getLogger("tenuto.vetting")
 
@@ -43,6 +43,7 @@ class Verdict:
     fingerprint: str = ""
     why: str = ""
     golden_steps: int = 0
+    golden_worst: float = 0.0  # the largest difference of any number in them
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def check(folder: ModelFolder, how: RunSettings) -> Verdict:
             )
         runner.enter_thread()
         runner.run(runner.zero_feeds())
-        golden, steps = folder.path / "golden.npz", 0
+        golden, found = folder.path / "golden.npz", Replayed(0, 0.0)
         if golden.is_file():
             engine = Engine(
                 runner.manifest,
@@ -180,12 +181,12 @@ def check(folder: ModelFolder, how: RunSettings) -> Verdict:
                 pool=runner.pool,
                 pending=PendingBytes(1 << 40),
             )
-            steps = replay(engine, golden, folder.where)
+            found = replay(engine, golden, folder.where, judged=not reduced(runner.manifest, how))
     except RunFailed as error:
         return Verdict(why=f"its run on zeros failed: {error}")
     except TenutoError as error:
         return Verdict(why=str(error))
-    return Verdict(files.fingerprint, golden_steps=steps)
+    return Verdict(files.fingerprint, golden_steps=found.steps, golden_worst=found.worst)
 
 
 def _end_with_parent() -> None:

@@ -78,6 +78,8 @@ def _rows(metrics: Mapping[str, Any]) -> dict[str, str]:
         "parameters": f"{training['parameters']:,}",
         "training, CPU seconds": f"{training['cpu_seconds']:.0f} ({training['threads']} thread)",
         "torch against ONNX, largest difference": f"{checks['parity_max_abs_error']:.1e}",
+        "`precision` float16 against float32, largest difference": f"{checks['float16_max_abs_error']:.1e} "
+        "(golden steps, rounded on the CPU as a GPU does)",
         "any chunking or batch against alone and whole": f"{invariance:g} (bit for bit, ONNX Runtime CPU)",
     }
 

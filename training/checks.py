@@ -7,10 +7,11 @@ import numpy as np
 import onnxruntime
 
 from tenuto.serving.manifest import Manifest
+from tenuto.serving.precision import halved
 
 from .candidate import AnyArray, Candidate, Tensors
 from .progress import progress
-from .stepper import initial, replay, turn
+from .stepper import initial, load, replay, turn
 
 ROWS = (1, 2, 6)  # sequences beside each other in one trial; the model's max_batch is tried too
 
@@ -37,6 +38,18 @@ def parity(candidate: Candidate, session: onnxruntime.InferenceSession) -> float
             f"more than {candidate.tolerance:g}; nothing was written"
         )
     return worst
+
+
+def half(candidate: Candidate, session: onnxruntime.InferenceSession) -> float:
+    """Return the largest difference between the model with `precision` float16 and as it is, golden steps.
+
+    On the CPU: factors and results are rounded to 11 bits as on a GPU, and added up in float32. Infinite where
+    one of the two overflows.
+    """
+    reduced, manifest = load(halved(candidate.model, candidate.manifest.name))
+    exact = replay(session, manifest, candidate.golden)
+    got = replay(reduced, manifest, candidate.golden)
+    return max(_difference(a, b) for a, b in zip(exact, got, strict=True))
 
 
 def _split(whole: AnyArray, multiple: int, frames: Sequence[int]) -> list[AnyArray]:

@@ -10,6 +10,8 @@ from tenuto.training import checks
 from tenuto.training.graph import Graph
 from tenuto.training.stepper import Stepper, load, replay
 
+from .toy_task import ToyTask
+
 AXES: dict[str, Any] = {"dtype": "float32", "shape": ["batch", "time", 1], "time_axis": 1}
 MANIFEST = Manifest.model_validate(
     {
@@ -68,3 +70,10 @@ def test_replay_starts_a_new_sequence() -> None:
     session, manifest = load(_toy("Identity"))
     steps = replay(session, manifest, [NOISE[:3], NOISE[3:4]])
     np.testing.assert_array_equal(np.concatenate([s["y"] for s in steps]), NOISE[:4])
+
+
+def test_half_the_width_is_measured_against_the_whole() -> None:
+    task = ToyTask()
+    candidate = task.candidate(task.network().eval(), 0)
+    session, _ = load(candidate.model)
+    assert 1e-6 < checks.half(candidate, session) < 1e-2

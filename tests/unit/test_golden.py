@@ -11,7 +11,7 @@ import pytest
 
 from tenuto.serving.engine import Runner
 from tenuto.serving.errors import ModelInvalid, TenutoError
-from tenuto.serving.golden import replay
+from tenuto.serving.golden import Replayed, replay
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.model_runner import CPU, ModelRunner
 from tests import toys
@@ -33,19 +33,21 @@ def write(folder: Path, arrays: dict[str, Any]) -> Path:
     return path
 
 
-def run(path: Path, manifest: Manifest | None = None, runner: Runner | None = None) -> int:
-    """Steps that were replayed, through the accumulator if nothing else is said."""
-    return replay(Bench(manifest, runner).engine, path, "toy/1")
+def run(
+    path: Path, manifest: Manifest | None = None, runner: Runner | None = None, judged: bool = True
+) -> Replayed:
+    """What was replayed, through the accumulator if nothing else is said."""
+    return replay(Bench(manifest, runner).engine, path, "toy/1", judged)
 
 
 def test_the_steps_are_one_sequence_and_counted(tmp_path: Path) -> None:
-    assert run(write(tmp_path, STEPS)) == 3
+    assert run(write(tmp_path, STEPS)) == Replayed(3, 0.0)
 
 
 def test_a_stateless_model_answers_each_step_alone(tmp_path: Path) -> None:
     ones = np.ones((2, 2), np.float32)
     arrays = {"1.in.x": ones, "1.out.y": ones * 2, "2.in.x": ones[:1], "2.out.y": ones[:1] * 2}
-    assert run(write(tmp_path, arrays), doubler(), Doubler()) == 2
+    assert run(write(tmp_path, arrays), doubler(), Doubler()).steps == 2
 
 
 def test_a_model_that_generates_is_tested_by_what_it_is_sent(tmp_path: Path) -> None:
@@ -59,7 +61,7 @@ def test_a_model_that_generates_is_tested_by_what_it_is_sent(tmp_path: Path) -> 
         "2.in.id": ids,
         "2.out.sum": np.array([7, 10]),
     }
-    assert run(write(tmp_path, arrays), manifest, runner) == 2
+    assert run(write(tmp_path, arrays), manifest, runner).steps == 2
 
 
 def test_off_by_more_than_the_tolerance_is_refused_with_how_much(tmp_path: Path) -> None:
@@ -69,11 +71,19 @@ def test_off_by_more_than_the_tolerance_is_refused_with_how_much(tmp_path: Path)
 
 
 def test_off_by_less_than_the_tolerance_passes(tmp_path: Path) -> None:
-    assert run(write(tmp_path, STEPS | {"3.out.y": f32([6.02]), "tolerance": 0.05})) == 3
+    off = STEPS | {"1.out.y": f32([1.01, 3]), "3.out.y": f32([6.02]), "tolerance": 0.05}
+    assert run(write(tmp_path, off)) == Replayed(3, pytest.approx(0.02, abs=1e-6))
+
+
+def test_where_it_is_not_judged_any_finite_difference_passes_and_is_told(tmp_path: Path) -> None:
+    assert run(write(tmp_path, STEPS | {"3.out.y": f32([7])}), judged=False) == Replayed(3, 1.0)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(ModelInvalid, match="golden step 3: output 'y' is off by (nan|inf)"):
+            run(write(tmp_path, STEPS | {"3.out.y": f32([bad])}), judged=False)
 
 
 def test_without_a_tolerance_a_ten_thousandth_is_allowed(tmp_path: Path) -> None:
-    assert run(write(tmp_path, STEPS | {"3.out.y": f32([6.00005])})) == 3
+    assert run(write(tmp_path, STEPS | {"3.out.y": f32([6.00005])})).steps == 3
     with pytest.raises(ModelInvalid, match="is off by"):
         run(write(tmp_path, STEPS | {"3.out.y": f32([6.0002])}))
 
@@ -86,6 +96,16 @@ def test_nan_is_no_number_within_any_tolerance(tmp_path: Path) -> None:
 
     with pytest.raises(ModelInvalid, match="output 'y' is off by nan"):
         run(write(tmp_path, STEPS | {"tolerance": 1e9}), runner=Broken())
+
+
+def test_what_is_not_finite_on_both_sides_does_not_differ(tmp_path: Path) -> None:
+    class Endless(Accumulator):
+        def run(self, feeds: dict[str, Array]) -> list[Array]:
+            y, total = super().run(feeds)
+            return [np.where(y > 2, np.float32(np.inf), y), total]
+
+    path = write(tmp_path, STEPS | {"1.out.y": f32([1, np.inf]), "3.out.y": f32([np.inf])})
+    assert run(path, runner=Endless()) == Replayed(3, 0.0)
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -157,4 +177,4 @@ def test_inputs_are_found_by_name(tmp_path: Path) -> None:
     x = {"name": "x", "dtype": "float32", "shape": ["batch", "time"], "time_axis": 1}
     manifest = accumulator(inputs=[x, x | {"name": "z"}])
     arrays = {"1.in.z": f32([2]), "1.in.x": f32([1]), "1.out.y": f32([21])}
-    assert run(write(tmp_path, arrays), manifest, Weighted()) == 1
+    assert run(write(tmp_path, arrays), manifest, Weighted()).steps == 1

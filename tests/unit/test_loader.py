@@ -113,7 +113,8 @@ def test_a_budget_of_bytes_bounds_the_sequences_and_is_told_at_start(
     assert {m.model: m.slots for m in metrics.models} == slots
     assert catalogue.find("accumulator").engine.state_bytes == 4 * 4
     assert (
-        f"accumulator/1 serves on {CPU}: 3 sequences, 0.0 MiB of state at most, no golden.npz" in caplog.text
+        f"accumulator/1 serves on {CPU} in float32: 3 sequences, 0.0 MiB of state at most, no golden.npz"
+        in caplog.text
     )
 
 

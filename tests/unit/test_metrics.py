@@ -29,6 +29,7 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_model_info": MODEL | {"provider"},
     "tenuto_model_load_seconds": MODEL,
     "tenuto_model_loads": {"model", "result"},
+    "tenuto_model_nodes": MODEL | {"provider"},
     "tenuto_model_retiring": MODEL,
     "tenuto_open_streams": set(),
     "tenuto_padding_ratio": MODEL,
@@ -50,7 +51,7 @@ LABELS = {  # of every family; a new one is added here on purpose
 
 def create_metrics() -> ServerMetrics:
     server = ServerMetrics("1.2.3", pending_bytes=lambda: 12, open_streams=lambda: 3)
-    model = ModelMetrics("digits", 2, "CPUExecutionProvider", slots=8)
+    model = ModelMetrics("digits", 2, "CPUExecutionProvider", slots=8, nodes={"CPUExecutionProvider": 6})
     model.chunks["answered"] += 5
     model.ended["END"] += 1
     model.rejected["POOL_FULL"] += 1
@@ -99,6 +100,7 @@ def test_values_arrive_under_their_names() -> None:
     assert value(server, "tenuto_open_streams") == 3
     assert value(server, "tenuto_build_info", version="1.2.3") == 1
     assert value(server, "tenuto_model_info", provider="CPUExecutionProvider") == 1
+    assert value(server, "tenuto_model_nodes", provider="CPUExecutionProvider") == 6
     assert value(server, "tenuto_batch_size_bucket", le="2.0") == 0
     assert value(server, "tenuto_batch_size_bucket", le="4.0") == 1
     assert value(server, "tenuto_batch_size_bucket", le="+Inf") == 1

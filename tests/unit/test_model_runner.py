@@ -284,9 +284,13 @@ def test_cuda_demanded_of_a_build_without_it_says_so(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.usefixtures("cuda_build")
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_cuda_that_loads_is_taken(device: model_runner.Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_that_loads_is_taken_and_the_log_says_so(
+    device: model_runner.Device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(model_runner, "_loads", lambda _: True)
-    assert choose_provider(device) == CUDA
+    with caplog.at_level("INFO"):
+        assert choose_provider(device) == CUDA
+    assert "running on CUDA" in caplog.text
 
 
 flushes = pytest.mark.skipif(

@@ -353,6 +353,8 @@ class Engine:
         """Cuts the outputs into rows, and answers each chunk that is done."""
         parts = self._layout.cut(results, [t.frames for t in batch])
         rows, now = len(batch), self._clock()
+        if self._pool.reads_together:
+            self._population.expect_tokens(t.sequence for t in batch if t.frames == t.chunk.frames)
         for turn, part in zip(batch, parts, strict=True):
             sequence, chunk = turn.sequence, turn.chunk
             if sequence.ended:

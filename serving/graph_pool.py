@@ -22,7 +22,9 @@ Buffer = Any  # an onnxruntime.OrtValue
 
 class GraphPool(StatePool):
     """Its slots are written and read by small graphs of their own. What is to be written waits for the next
-    batch, or for a read; so newcomers share one run."""
+    batch, so newcomers share one run; and so do those who are read after one, if they are expected."""
+
+    reads_together = True
 
     def __init__(
         self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0, *, provider: str, where: str
@@ -30,6 +32,7 @@ class GraphPool(StatePool):
         super().__init__(states, max_sequences, max_bytes)
         self._device = "cuda" if provider == CUDA else "cpu"
         self._waiting: dict[int, tuple[Array, ...]] = {}  # by slot: its values, state by state
+        self._expected: dict[int, tuple[bytes, ...]] = {}  # by slot: its values since the last run
         try:
             self._buffers = [self._buffer(state) for state in states]
         except Exception as error:  # the device has no room; a class of ONNX Runtime's own
@@ -48,20 +51,33 @@ class GraphPool(StatePool):
 
     def bind(self, binding: Any) -> None:
         """The pool as a run's input, and as its output."""
+        self._expected.clear()
         for state, buffer in zip(self._states, self._buffers, strict=True):
             binding.bind_ortvalue_input(pool_input(state), buffer)
             binding.bind_ortvalue_output(pool_output(state), buffer)
 
+    def expect(self, slots: list[int]) -> None:
+        stored = [slot for slot in slots if slot not in self._waiting]
+        self._expected.update(zip(stored, self._fetch(stored), strict=True) if stored else ())
+
     def read(self, slot: int) -> tuple[bytes, ...]:
-        self.flush()
+        """Raises: RunFailed."""
+        if slot in self._waiting:
+            return tuple(value.tobytes() for value in self._waiting[slot])
+        return self._expected.get(slot) or self._fetch([slot])[0]
+
+    def _fetch(self, slots: list[int]) -> list[tuple[bytes, ...]]:
+        """The values of each slot, out of the buffers: one run, and one copy a state."""
         with failing(self._where):
             binding = self._reader.io_binding()
-            binding.bind_cpu_input(SLOTS, np.array([slot], np.int64))
+            binding.bind_cpu_input(SLOTS, np.array(slots, np.int64))
             for state, buffer in zip(self._states, self._buffers, strict=True):
                 binding.bind_ortvalue_input(pool_input(state), buffer)
                 binding.bind_output(state.input)
             self._reader.run_with_iobinding(binding)
-            return tuple(value.tobytes() for value in binding.copy_outputs_to_cpu())
+            values = binding.copy_outputs_to_cpu()
+        by_row = [np.moveaxis(v, s.batch_axis or 0, 0) for v, s in zip(values, self._states, strict=True)]
+        return [tuple(rows[i].tobytes() for rows in by_row) for i in range(len(slots))]
 
     def write(self, slot: int, values: tuple[bytes, ...]) -> None:
         self._waiting[slot] = tuple(

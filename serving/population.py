@@ -11,12 +11,13 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import islice
 
 from .admission import Admission
 from .delivery import Delivery
-from .errors import AlreadyOpen, ModelNotReady, PoolFull, ServerDraining, StepGap, TenutoError
+from .errors import AlreadyOpen, ModelNotReady, PoolFull, RunFailed, ServerDraining, StepGap, TenutoError
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics
@@ -154,9 +155,7 @@ class Population:
         self._delivery.send(sequence, output, chunk.nbytes)
         if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
             self._keep(sequence, output)
-            every = sequence.checkpoint_every  # the first one at once: until then a resume is a new sequence
-            due = every and (not sequence.sealed or chunk.step - sequence.sealed >= every)
-            if due or (self._owed and sequence.number in self._owed):
+            if self._is_due(sequence, chunk.step):
                 self._checkpoint(sequence)
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
@@ -167,6 +166,27 @@ class Population:
             self.late += waited or chunk.came_late
             self._metrics.chunk_lag.add(max(lag, 0.0))
             self._metrics.deadline_misses += lag > 0
+
+    def _is_due(self, sequence: Sequence, step: int) -> bool:
+        """Whether a token follows that step's output."""
+        every = sequence.checkpoint_every  # the first one at once: until then a resume is a new sequence
+        due = every and (not sequence.sealed or step - sequence.sealed >= every)
+        return bool(due or (self._owed and sequence.number in self._owed))
+
+    def expect_tokens(self, sequences: Iterable[Sequence]) -> None:
+        """Those of a batch whose chunk is about to be answered: of them the pool reads at once all that a
+        token follows."""
+        if self._checkpoints is not None:
+            self._expect(s for s in sequences if not s.ended and self._is_due(s, s.answered + 1))
+
+    def _expect(self, sequences: Iterable[Sequence]) -> None:
+        """As many as one delivery may bring."""
+        most = max(1, SEALED_BYTES // max(1, self._manifest.slot_bytes))
+        slots = [s.slot for s in islice(sequences, most) if s.slot >= 0]
+        try:
+            self._pool.expect(slots)
+        except RunFailed as error:  # a token that cannot be sealed says so itself
+            log.debug("%s: %s", self._where, error)
 
     def _keep(self, sequence: Sequence, output: Output) -> None:
         """Keeps the outputs of the last step for a client who sends it again, if all of them are small."""
@@ -342,6 +362,8 @@ class Population:
 
     def _seal_owed(self) -> None:
         """Those that rest now. The others come by when their chunk is answered."""
+        if self._pool.reads_together:
+            self._expect(s for s in self._owed.values() if s.at_rest and not s.ended)
         for sequence in list(self._owed.values()):
             if sequence.ended:
                 del self._owed[sequence.number]
@@ -353,6 +375,11 @@ class Population:
         sealing = self._checkpoints
         if sealing is None or not sequence.at_rest or sequence.id not in self.live:
             return b""
+        try:
+            states = self._pool.read(sequence.slot) if self._manifest.stateful else ()
+        except RunFailed as error:  # a lost device: the next run finds out, and the watchdog ends the process
+            log.warning("%s: no token for %s: %s", self._where, sequence.id, error)
+            return b""
         snapshot = Snapshot(
             self._manifest.name,
             self._version,
@@ -362,7 +389,7 @@ class Population:
             sequence.answered,
             sequence.constants,
             tuple([feed.rest() for feed in sequence.feeds]),
-            self._pool.read(sequence.slot) if self._manifest.stateful else (),
+            states,
             sequence.feeds[0].waiting,
             replace(sequence.generation) if sequence.generation else None,
         )
@@ -520,6 +547,8 @@ class Population:
 
     def _send_away(self) -> None:
         """As many as get their tokens with one delivery; those who leave their replies untaken wait."""
+        if self._pool.reads_together:
+            self._expect(s for s, _ in self._leaving if s.at_rest and not s.ended)
         for _ in range(len(self._leaving)):
             if self._sealed_bytes >= SEALED_BYTES:
                 return

@@ -73,6 +73,12 @@ class StatePool(ABC):
         del self._holders[slot]
         self._free.append(slot)
 
+    reads_together = False  # whether `expect` is worth calling
+
+    def expect(self, slots: list[int]) -> None:
+        """They will be read before the next run: a pool that pays for each read reads them at once."""
+        return
+
     @abstractmethod
     def read(self, slot: int) -> tuple[bytes, ...]:
         """The slot's values, state by state, C order."""

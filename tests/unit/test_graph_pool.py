@@ -195,26 +195,65 @@ def test_values_that_wait_together_go_to_their_own_slots() -> None:
     assert pair.graph.pool.read(4) == values[4]
 
 
-def test_newcomers_are_written_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = Pair()
-    runs: list[int] = []
-    writer = pair.graph.pool._writer
+class Counting:
+    """A pool's small session that counts its runs, and the slots of each."""
 
-    class Counting:
-        def io_binding(self) -> Any:
-            return writer.io_binding()
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.slots: list[list[int]] = []
 
-        def run_with_iobinding(self, binding: Any) -> None:
-            runs.append(1)
-            writer.run_with_iobinding(binding)
+    def io_binding(self) -> Any:
+        counted, binding = self, self.real.io_binding()
+        bind = binding.bind_cpu_input
 
-    monkeypatch.setattr(pair.graph.pool, "_writer", Counting())
-    slots = [pair.graph.pool.allocate(f"{n}") for n in range(CAPACITY)]
+        def bind_cpu_input(name: str, value: Array) -> None:
+            if name == SLOTS:
+                counted.slots.append(value.tolist())
+            bind(name, value)
+
+        binding.bind_cpu_input = bind_cpu_input
+        return binding
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.real.run_with_iobinding(binding)
+
+
+def test_newcomers_are_written_in_one_run() -> None:
+    pool = (pair := Pair()).graph.pool
+    pool._writer = counting = Counting(pool._writer)
+    slots = [pool.allocate(f"{n}") for n in range(CAPACITY)]
     for _ in range(2):
-        pair.graph.run(
-            {"x": np.ones((CAPACITY, 1), np.float32)} | pair.graph.pool.gather(np.array(slots, np.intp))
-        )
-    assert runs == [1]
+        pair.graph.run({"x": np.ones((CAPACITY, 1), np.float32)} | pool.gather(np.array(slots, np.intp)))
+    assert [sorted(one) for one in counting.slots] == [[*range(CAPACITY), pool.dump]]
+
+
+def test_slots_that_are_expected_are_read_in_one_run_and_no_others() -> None:
+    pair = Pair()
+    pool = pair.graph.pool
+    slots, _ = ([each.allocate(f"{n}") for n in range(CAPACITY)] for each in pair.pools)
+    pair.run(slots, np.arange(CAPACITY * 2, dtype=np.float32).reshape(CAPACITY, 2) / 100)
+    for each in pair.pools:
+        each.free(slots[1], "1")
+        assert each.allocate("newcomer") == slots[1]  # not written yet: its values are known here
+    pool._reader = counting = Counting(pool._reader)
+    pool.expect([slots[1], slots[3], slots[0]])
+    for slot in (slots[0], slots[1], slots[3]):
+        assert pool.read(slot) == pair.host.read(slot)
+    assert counting.slots == [[slots[3], slots[0]]]
+    assert pool.read(slots[2]) == pair.host.read(slots[2])
+    assert counting.slots[1:] == [[slots[2]]]
+
+
+def test_what_was_read_before_a_run_is_not_what_it_is_after_it() -> None:
+    pair = Pair()
+    slots, _ = ([each.allocate(f"{n}") for n in range(2)] for each in pair.pools)
+    for _ in range(2):
+        pair.run(slots, np.ones((2, 1), np.float32))
+        pair.graph.pool.expect(slots)
+        assert [pair.graph.pool.read(slot) for slot in slots] == [pair.host.read(slot) for slot in slots]
+    for each in pair.pools:
+        each.reset(slots[0])
+    assert pair.graph.pool.read(slots[0]) == pair.host.read(slots[0])
 
 
 def test_what_could_not_be_written_waits_on() -> None:

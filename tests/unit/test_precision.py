@@ -18,15 +18,15 @@ from tests import toys
 
 FLOAT, DOUBLE, HALF = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16
 RNG = np.random.default_rng(3)
-WEIGHTS = {
+WEIGHTS: dict[str, NDArray[np.float32]] = {
     "w": RNG.standard_normal((1, 16, 3), np.float32),
     "r": RNG.standard_normal((1, 16, 4), np.float32) / 2,
     "p": RNG.standard_normal((4, 2), np.float32),
-    "shared": np.float32([0.1, 0.2]),
+    "shared": np.array([0.1, 0.2], np.float32),
 }
 
 
-def network(*more: onnx.NodeProto, dtype: int = FLOAT) -> bytes:
+def network(*more: onnx.NodeProto, dtype: TensorProto.DataType = FLOAT) -> bytes:
     """x [time, batch, 3] through an LSTM, a product, a sum and a logarithm, to y [time, batch, 2]; c goes
     round."""
     value = toys.value
@@ -40,7 +40,7 @@ def network(*more: onnx.NodeProto, dtype: int = FLOAT) -> bytes:
         helper.make_node("LogSoftmax", ["sum"], ["y"], axis=-1),
         *more,
     ]
-    as_numpy = {FLOAT: np.float32, DOUBLE: np.float64}[dtype]
+    as_numpy = np.float64 if dtype == DOUBLE else np.float32
     graph = helper.make_graph(
         nodes,
         "g",

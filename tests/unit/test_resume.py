@@ -17,6 +17,7 @@ from tenuto.serving.population import SEALED_BYTES
 from tenuto.serving.resume_token import TokenSealer
 from tenuto.serving.sequence import Checkpoint, Closed, Ending, Failed, Opened, Sequence
 from tenuto.serving.snapshot import Checkpoints, Snapshot
+from tenuto.serving.state_pool import HostPool
 
 from .fakes import FAILS, Accumulator, Bench, accumulator, doubler
 
@@ -415,3 +416,66 @@ def test_a_token_of_another_layout_is_refused_and_takes_no_slot() -> None:
         assert isinstance(one.ending(goes_on), TokenInvalid)
     one.check_at_rest()
     assert one.engine.metrics.resumes_refused == {"TOKEN_INVALID": 3}
+
+
+class Together(HostPool):
+    """A pool that is told what will be read, and can be out of reach."""
+
+    reads_together = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.expected: list[list[int]] = []
+        self.lost = False
+
+    def expect(self, slots: list[int]) -> None:
+        if self.lost:
+            raise RunFailed("the device is lost")
+        self.expected.append(sorted(slots))
+
+    def read(self, slot: int) -> tuple[bytes, ...]:
+        if self.lost:
+            raise RunFailed("the device is lost")
+        return super().read(slot)
+
+
+def together(**settings: Any) -> tuple[Bench, Together]:
+    pool = Together(accumulator().states, 4)
+    return bench(pool=pool, **settings), pool
+
+
+def test_a_pool_is_told_of_a_batch_whose_tokens_are_due_and_of_no_other() -> None:
+    one, pool = together(every=2)
+    live = [one.open() for _ in range(3)]
+    for step in range(1, 4):
+        for sequence in live[: 2 if step == 1 else 3]:
+            one.send(sequence, sequence.accepted + 1, [1])
+        one.settle()
+    slots = [sequence.slot for sequence in live]
+    # At first the two that came; then the third; then the two again, two chunks later.
+    assert pool.expected == [sorted(slots[:2]), slots[2:], sorted(slots[:2])]
+    assert [[step for step, _ in tokens(one, sequence)] for sequence in live] == [[1, 3], [1, 3], [1]]
+
+
+def test_a_pool_is_told_of_those_who_leave() -> None:
+    one, pool = together()
+    live = [one.open() for _ in range(3)]
+    one.settle()
+    one.engine.drain()
+    one.settle()
+    assert pool.expected == [sorted(sequence.slot for sequence in live)]
+    assert all(last_token(one, sequence).step == 0 for sequence in live)
+
+
+def test_a_state_that_cannot_be_read_costs_its_token_and_nothing_else() -> None:
+    one, pool = together(every=1)
+    live = one.open()
+    pool.lost = True
+    one.send(live, 1, [1])
+    one.settle()
+    assert len(one.outputs(live)) == 1
+    assert tokens(one, live) == []
+    pool.lost = False
+    one.send(live, 2, [1])
+    one.settle()
+    assert [step for step, _ in tokens(one, live)] == [2]

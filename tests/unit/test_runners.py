@@ -6,6 +6,7 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import onnx
 import onnxruntime
@@ -122,7 +123,7 @@ def test_tf32_is_asked_for_by_the_manifest_alone(
     real = onnxruntime.InferenceSession
 
     def build(model: bytes, options: object, providers: list[object]) -> object:
-        name, cuda = providers[0]  # type: ignore[misc]
+        name, cuda = cast(tuple[str, dict[str, str]], providers[0])
         asked.append(cuda["use_tf32"])
         made = real(model, options, providers=[CPU])
         made.get_providers = lambda: [name]

@@ -78,10 +78,18 @@ bench: .venv/.stamp
 soak: .venv/.stamp
 	.venv/bin/python -m benchmarks.soak $(ARGS)
 
+# One GPU, some minutes.
+bench-gpu: .venv/.stamp
+	.venv/bin/python -m benchmarks.gpu $(ARGS)
+
 # --- checking it ------------------------------------------------------------------------------------
 
 test: .venv/.stamp
 	.venv/bin/python -m pytest $(ARGS)
+
+# Where there is no GPU it fails, and says what is missing.
+test-gpu: .venv/.stamp
+	TEST_GPU=1 .venv/bin/python -m pytest tests/gpu -s $(ARGS)
 
 # The client as users get it: its wheel with its base dependencies, and tests that see no source tree.
 CLIENT_TESTS = tests/oldest $(wildcard tests/client)

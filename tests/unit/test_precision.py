@@ -18,7 +18,7 @@ from tests import toys
 
 FLOAT, DOUBLE, HALF = TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16
 RNG = np.random.default_rng(3)
-WEIGHTS: dict[str, NDArray[np.float32]] = {
+WEIGHTS: dict[str, NDArray[Any]] = {
     "w": RNG.standard_normal((1, 16, 3), np.float32),
     "r": RNG.standard_normal((1, 16, 4), np.float32) / 2,
     "p": RNG.standard_normal((4, 2), np.float32),

@@ -22,6 +22,10 @@ def _parser() -> argparse.ArgumentParser:
         text = f"{field.description} (default {field.default}, {variable_of(name)})".replace("%", "%%")
         if name == "repository":
             parser.add_argument(name, nargs="?", default=argparse.SUPPRESS, help=text)
+        elif field.annotation is bool:
+            parser.add_argument(
+                flag_of(name), dest=name, default=argparse.SUPPRESS, action="store_true", help=text
+            )
         else:
             parser.add_argument(
                 flag_of(name), dest=name, default=argparse.SUPPRESS, metavar="VALUE", help=text

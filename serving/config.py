@@ -7,6 +7,7 @@ A setting is a flag of `tenuto serve` (`--max-sequences`) and an environment var
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,17 @@ class ServerConfig(BaseModel):
     )
     host: Annotated[str, Field(min_length=1, description="address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Field(description="gRPC port; 0 takes a free one")] = 8001
+    tls_cert: Annotated[
+        Path | None,
+        Field(description="PEM file of the server's certificate chain; read again when it changes"),
+    ] = None
+    tls_key: Annotated[Path | None, Field(description="PEM file of its key")] = None
+    tls_client_ca: Annotated[
+        Path | None, Field(description="PEM file of authorities: clients must show a certificate of one")
+    ] = None
+    insecure: Annotated[
+        bool, Field(description="listen beyond this machine without TLS: behind a proxy, in a closed network")
+    ] = False
     metrics_port: Annotated[Port, Field(description="Prometheus port; 0 takes a free one")] = 8002
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
@@ -135,6 +147,26 @@ class ServerConfig(BaseModel):
             faults = [(str(e["loc"][0]), e) for e in error.errors()]
             lines = [f"{flag_of(n)} ({variable_of(n)}) is {e['input']!r}: {e['msg']}" for n, e in faults]
             raise ConfigInvalid("; ".join(lines)) from error
+
+    def check_encryption(self) -> None:
+        """Whether TLS is whole, or its lack meant. Raises: ConfigInvalid."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigInvalid("--tls-cert and --tls-key come together: give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ConfigInvalid("--tls-client-ca needs --tls-cert and --tls-key")
+        if self.tls_cert is None and not self.insecure and not _is_loopback(self.host):
+            raise ConfigInvalid(
+                f"--host {self.host} is reached from other machines, and without TLS all that comes and goes "
+                "can be read on the way: give --tls-cert and --tls-key, or --insecure if something else "
+                "protects it"
+            )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def flag_of(name: str) -> str:

@@ -19,12 +19,17 @@ from contextlib import suppress
 from .connection import Connection
 from .frame import ProtocolError
 from .http_call import HttpCall, Limits, Partial, Route
+from .tls import Tls, TlsWire
 
 log = logging.getLogger("tenuto.transport")
 
 READ_BYTES = 1 << 16  # a read; larger ones are mapped and unmapped every time
 _BACKLOG = 4096
 _ACCEPTED_AT_ONCE = 64
+# Steps of TLS handshakes in one turn, a millisecond each, so that newcomers do not hold up who is here; and
+# connections that may be in the middle of one.
+_HANDSHAKES_AT_ONCE = 4
+_MOST_UNPROVEN = 1_024
 _PING_SECONDS, _PONG_SECONDS = 30.0, 20.0  # a silent client is asked; it answers, or is gone
 _LOOK_SECONDS = 1.0
 _LEAVE_SECONDS = 0.01  # the same, while the server ends
@@ -37,9 +42,12 @@ _LONGEST_ERRAND_SECONDS = 1.0
 class Http2Server:
     """Serves gRPC calls on its addresses from `start` on. `route` opens a call, on the reading thread."""
 
-    def __init__(self, route: Route, limits: Limits) -> None:
+    def __init__(self, route: Route, limits: Limits, tls: Tls | None = None) -> None:
         self._route = route
         self._limits = limits
+        self._tls = tls
+        self._handshakes_left = _HANDSHAKES_AT_ONCE  # in this turn
+        self._unproven = 0  # connections whose handshakes are not over
         self._selector: selectors.BaseSelector
         self._read_end: socket.socket  # the reading thread wakes when something is written to the other end
         self._write_end: socket.socket
@@ -161,6 +169,7 @@ class Http2Server:
         self._close()
 
     def _turn(self) -> None:
+        self._handshakes_left = _HANDSHAKES_AT_ONCE
         for key, events in self._selector.select(self._patience()):
             key.data(events)
         while self._errands:
@@ -253,13 +262,39 @@ class Http2Server:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = address[:2]
         name = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-        peer = _Peer(self, accepted, self._connection(accepted, name))
-        self._peers[peer.connection] = peer
-        self._selector.register(accepted, selectors.EVENT_READ, peer.ready)
-        self._dirty[peer.connection] = None
+        wire = self._encrypted(accepted) if self._tls is not None else accepted
+        if wire is None:
+            accepted.close()
+            return
+        connection = Connection(wire, name, self._limits, self._route, self, self._partial)
+        peer = _Peer(self, wire, connection)
+        self._peers[connection] = peer
+        self._selector.register(peer.socket, selectors.EVENT_READ, peer.ready)
+        if peer.is_proven:
+            self._dirty[connection] = None
+        else:
+            self._unproven += 1
 
-    def _connection(self, accepted: socket.socket, name: str) -> Connection:
-        return Connection(accepted, name, self._limits, self._route, self, self._partial)
+    def _encrypted(self, accepted: socket.socket) -> TlsWire | None:
+        """None where too many are on their way in, or it has left."""
+        assert self._tls is not None
+        if self._unproven >= _MOST_UNPROVEN:
+            log.warning("%d handshakes are under way; a connection is not taken", self._unproven)
+            return None
+        try:
+            return TlsWire(accepted, self._tls.context)
+        except OSError:
+            return None
+
+    def may_shake_hands(self) -> bool:
+        """Whether a handshake may go on in this turn."""
+        self._handshakes_left -= 1
+        return self._handshakes_left >= 0
+
+    def proven(self, peer: _Peer) -> None:
+        """Its handshake is over."""
+        self._unproven -= 1
+        self._dirty[peer.connection] = None
 
     def dirty(self, connection: Connection) -> None:
         """Something is to be written when this turn is over."""
@@ -280,6 +315,7 @@ class Http2Server:
         if self._peers.pop(peer.connection, None) is None:
             return
         peer.gone = True
+        self._unproven -= not peer.is_proven
         self._selector.unregister(peer.socket)
         # In this order: a thread that writes would else write to whoever gets the same file descriptor next.
         peer.connection.lost()
@@ -300,7 +336,10 @@ class Http2Server:
                 self._selector.unregister(listening)
         self._close_listening()
         for peer in list(self._peers.values()):
-            peer.connection.leave()
+            if peer.is_proven:
+                peer.connection.leave()
+            else:
+                self.forget(peer)
         self._look_at = 0.0
 
     def _see_whether_all_left(self, now: float) -> None:
@@ -335,9 +374,11 @@ class Http2Server:
 class _Peer:
     """One client's socket."""
 
-    def __init__(self, server: Http2Server, own: socket.socket, connection: Connection) -> None:
-        self.socket = own
+    def __init__(self, server: Http2Server, wire: socket.socket | TlsWire, connection: Connection) -> None:
+        self.socket = wire.socket if isinstance(wire, TlsWire) else wire
         self.connection = connection
+        self.is_proven = wire is self.socket  # no handshake is needed, or it is over
+        self._wire = wire
         self._server = server
         self._lingers_until = 0.0  # 0: it does not end
         self.gone = False
@@ -345,13 +386,15 @@ class _Peer:
     def ready(self, events: int) -> None:
         if self.gone:  # kqueue tells of one socket twice
             return
+        if not self.is_proven and not self._shake_hands():
+            return
         if events & selectors.EVENT_WRITE:
             self._server.watch(self, selectors.EVENT_READ)
             self.connection.write_on()
         if not events & selectors.EVENT_READ:
             return
         try:
-            read = self.socket.recv(READ_BYTES)
+            read = self._wire.recv(READ_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -360,6 +403,23 @@ class _Peer:
             self._server.forget(self)
         elif not self._lingers_until:
             self._receive(read)
+
+    def _shake_hands(self) -> bool:
+        """Whether all that was to be said is said."""
+        assert isinstance(self._wire, TlsWire)
+        if not self._server.may_shake_hands():
+            return False
+        try:
+            self._wire.handshake()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            log.info("%s: the TLS handshake failed: %s", self.connection.peer, error)
+            self._server.forget(self)
+            return False
+        self.is_proven = True
+        self._server.proven(self)
+        return True
 
     def _receive(self, read: bytes) -> None:
         try:
@@ -383,7 +443,10 @@ class _Peer:
         if not self._lingers_until:
             self._lingers_until = time.monotonic() + _LINGER_SECONDS
             with suppress(OSError):
-                self.socket.shutdown(socket.SHUT_WR)
+                if isinstance(self._wire, TlsWire):
+                    self._wire.shutdown()
+                else:
+                    self._wire.shutdown(socket.SHUT_WR)
 
     def look(self, now: float) -> None:
         if self._lingers_until:

@@ -32,6 +32,7 @@ from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import Stream, StreamLimits, Streams
+from .tls import Tls, TlsFiles
 from .transport import StreamMethod, Transport, transport
 
 log = logging.getLogger("tenuto.server")
@@ -75,6 +76,7 @@ class Server:
             max_bytes=config.max_token_bytes if config.large_states == "refuse" else config.max_message_bytes,
         )
         self.provider = choose_provider(config.device)
+        self._tls = _tls(config)
         self._stopped = threading.Event()
         self._signals = 0
         _check_port(config.host, config.port)
@@ -88,6 +90,7 @@ class Server:
             threads=_SPARE_THREADS + (self._most_predicts if self._streams.mode == "threads" else 0),
             max_message_bytes=config.max_message_bytes,
             max_pending_bytes=config.max_pending_bytes,
+            tls=self._tls,
         )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
@@ -225,8 +228,10 @@ class Server:
             try:
                 self._conversations.expire(time.monotonic())
                 self._sealer.reload()
+                if self._tls is not None:
+                    self._tls.reload()
             except Exception:  # the next look may go well, and nobody else takes this one
-                log.exception("a look for token keys and silent streams met a bug")
+                log.exception("a look for keys, certificates and silent streams met a bug")
 
     def _look_at_runs(self) -> None:
         for engine in self.catalogue.engines:
@@ -242,6 +247,14 @@ class Server:
         self.health.set(LIVENESS, _NOT_SERVING)
         log.critical("%s; leaving with status %d", why, status)
         os._exit(status)
+
+
+def _tls(config: ServerConfig) -> Tls | None:
+    """Raises: ConfigInvalid."""
+    config.check_encryption()
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    return Tls(TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca))
 
 
 def _check_port(host: str, port: int) -> None:

@@ -19,6 +19,7 @@ from .http_call import HttpCall, Limits
 from .pooled_method import Methods
 from .status import code_of, metadata_of
 from .thread_call import ThreadCall
+from .tls import Tls
 
 Mode = Literal["auto", "http2", "threads"]
 # Calls of one connection beyond `max_streams`, for the other methods, and to be refused in words.
@@ -62,12 +63,18 @@ class Http2Transport(Methods):
     """Our own server: the thread that reads takes streams and whatever is listened to; a pool's, the rest."""
 
     def __init__(
-        self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int, max_pending_bytes: int
+        self,
+        streams: StreamMethod,
+        path: str,
+        threads: int,
+        max_message_bytes: int,
+        max_pending_bytes: int,
+        tls: Tls | None,
     ) -> None:
         super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes)
         self._openers: dict[str, Callable[[HttpCall], Listener]] = {path: streams.open}
         limits = Limits(max_message_bytes, max_pending_bytes, streams.max_streams + _SPARE_CALLS)
-        self._server = Http2Server(self._route, limits)
+        self._server = Http2Server(self._route, limits, tls)
         self.bind = self._server.bind
         self.start = self._server.start
         self.stop = self._server.stop
@@ -88,8 +95,15 @@ class ThreadTransport:
     """gRPC's server. It bounds no bytes of unary calls by itself."""
 
     def __init__(
-        self, streams: StreamMethod, path: str, threads: int, max_message_bytes: int, max_pending_bytes: int
+        self,
+        streams: StreamMethod,
+        path: str,
+        threads: int,
+        max_message_bytes: int,
+        max_pending_bytes: int,
+        tls: Tls | None,
     ) -> None:
+        self._tls = tls
         most = streams.max_streams
         streams.max_streams = min(most, _THREAD_STREAMS)
         options = (
@@ -123,7 +137,23 @@ class ThreadTransport:
         """gRPC's server calls handlers alone."""
 
     def bind(self, host: str, port: int) -> int:
-        return int(self._server.add_insecure_port(f"[{host}]:{port}" if ":" in host else f"{host}:{port}"))
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        if self._tls is None:
+            return int(self._server.add_insecure_port(address))
+        known = [self._tls.contents]
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            """Asked before every handshake."""
+            assert self._tls is not None
+            if self._tls.contents == known[0]:
+                return None
+            known[0] = self._tls.contents
+            return _certificates(known[0])
+
+        demanded = self._tls.files.client_authorities is not None
+        fetch: Any = changed  # its stubs do not know that None means unchanged
+        credentials = grpc.dynamic_ssl_server_credentials(_certificates(known[0]), fetch, demanded)
+        return int(self._server.add_secure_port(address, credentials))
 
     def stop(self, grace_seconds: float) -> Stopping:
         return self._server.stop(grace_seconds)
@@ -135,12 +165,26 @@ class ThreadTransport:
         return False
 
 
+def _certificates(contents: tuple[bytes, ...]) -> grpc.ServerCertificateConfiguration:
+    """Of `Tls.contents`."""
+    chain, key, *authorities = contents
+    return grpc.ssl_server_certificate_configuration(
+        [(key, chain)], root_certificates=authorities[0] if authorities else None
+    )
+
+
 def transport(
-    streams: StreamMethod, path: str, *, threads: int, max_message_bytes: int, max_pending_bytes: int
+    streams: StreamMethod,
+    path: str,
+    *,
+    threads: int,
+    max_message_bytes: int,
+    max_pending_bytes: int,
+    tls: Tls | None = None,
 ) -> Transport:
     """The server for that mode; `path` is the stream method's, `threads` are for all others."""
     kind = Http2Transport if streams.mode == "http2" else ThreadTransport
-    return kind(streams, path, threads, max_message_bytes, max_pending_bytes)
+    return kind(streams, path, threads, max_message_bytes, max_pending_bytes, tls)
 
 
 class StreamMethod:

@@ -178,7 +178,7 @@ def test_a_client_may_compress_its_requests(
 @pytest.mark.parametrize("host", ["::1", "::", "localhost", "0.0.0.0"])
 def test_a_server_listens_where_it_is_told_to(toy_repository: Path, host: str) -> None:
     ends = {"::1": ["[::1]"], "::": ["[::1]", "127.0.0.1"]}.get(host, ["127.0.0.1"])
-    with serving(toy_repository, transport="http2", host=host) as server:
+    with serving(toy_repository, transport="http2", host=host, insecure=True) as server:
         for end in ends:
             with grpc.insecure_channel(f"{end}:{server.port}") as channel:
                 assert_serves(channel)

@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "pool": "graph",
     "log_level": "debug", "token_key_file": Path("/keys"), "token_seconds": 16.5, "max_token_bytes": 17,
     "large_states": "rarer", "checkpoint_every": 18, "resume_reserve": 0.25,
+    "tls_cert": Path("/cert"), "tls_key": Path("/key"), "tls_client_ca": Path("/ca"), "insecure": True,
     "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
@@ -35,7 +36,8 @@ def test_every_setting_is_a_variable_and_a_flag(name: str) -> None:
     value = OTHER[name]
     assert value != getattr(ServerConfig(), name)
     from_variable = ServerConfig.build({}, {variable_of(name): str(value)})
-    flag = [str(value)] if name == "repository" else [flag_of(name), str(value)]
+    flag = [flag_of(name)] if value is True else [flag_of(name), str(value)]
+    flag = [str(value)] if name == "repository" else flag
     from_flag = ServerConfig.build(parse_flags(*flag), {})
     assert getattr(from_variable, name) == getattr(from_flag, name) == value
 

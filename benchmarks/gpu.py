@@ -5,7 +5,7 @@ python -m benchmarks.gpu [--device cuda] [--seconds 0.5] [--rounds 3]
 Steps: the 2x128 LSTM, one frame, 1 to 4096 rows, through the server's own pool and runner; the pools take
 turns. `bytes` are counted from the tensors' sizes, both ways, and `share` is the arithmetic of the step over
 what a large product reaches on the same device in the same precision. Images: the digits CNN through the
-server's runner, and the same network in PyTorch, eager and, on CUDA, compiled. --device cpu shows that it runs.
+server's runner, and the same network in PyTorch, eager and, on CUDA, compiled. --device cpu shows it runs.
 """
 
 import argparse

@@ -206,7 +206,7 @@ def _data(number: int, request: pb.StreamRequest) -> bytes:
     return http.frame(http.DATA, 0, number, http.PREFIX.pack(0, len(body)) + body)
 
 
-def _no_tokens(_: bytes) -> Any:
+def _no_tokens(*_: object) -> Any:
     raise NotImplementedError("nobody resumes here")
 
 

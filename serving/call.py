@@ -31,6 +31,10 @@ class Listener(Protocol):
 class Call(Protocol):
     """One stream's sender. Any thread; nothing blocks."""
 
+    @property
+    def metadata(self) -> Metadata:
+        """What the client sent along; to be read when the call is opened."""
+
     def send(self, message: bytes) -> None:
         """Queues a message; dropped if the call is over."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
 
 from .config import ServerConfig, flag_of, variable_of
 from .errors import ConfigInvalid, TenutoError
@@ -40,6 +42,11 @@ def _version() -> str:
         return "0+unknown"
 
 
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """At once: nothing is served yet. The process that checks models ends with this one."""
+    os._exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serves until a signal.
 
@@ -56,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    # Until the server can end in order. As the first process of a container it would not get a signal that it
+    # does not handle at all.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave)
     # Before gRPC is loaded. Its notes on every closed connection are not for an operator's log.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from .server import Server

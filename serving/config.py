@@ -18,7 +18,18 @@ from .errors import ConfigInvalid
 PREFIX = "TENUTO_"
 # Not the server's: data and models for training and tests, the client commands' server.
 _NOT_OURS = frozenset(
-    f"TENUTO_{name}" for name in ("DATA", "MODELS", "SERVER", "TIMEOUT_SECONDS", "REPLY_SECONDS")
+    f"TENUTO_{name}"
+    for name in (
+        "DATA",
+        "MODELS",
+        "SERVER",
+        "TIMEOUT_SECONDS",
+        "REPLY_SECONDS",
+        "TOKEN_FILE",
+        "TLS_CA",
+        "TLS_CLIENT_CERT",
+        "TLS_CLIENT_KEY",
+    )
 )
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -45,6 +56,10 @@ class ServerConfig(BaseModel):
     tls_key: Annotated[Path | None, Field(description="PEM file of its key")] = None
     tls_client_ca: Annotated[
         Path | None, Field(description="PEM file of authorities: clients must show a certificate of one")
+    ] = None
+    callers: Annotated[
+        Path | None,
+        Field(description="TOML file of those who may call, with their tokens; read again when it changes"),
     ] = None
     insecure: Annotated[
         bool, Field(description="listen beyond this machine without TLS: behind a proxy, in a closed network")

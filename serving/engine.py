@@ -151,12 +151,16 @@ class Engine:
         """Ends the sequence now; its unanswered chunks are dropped."""
         self._inbox.put((self._population.close, sequence, reason))
 
-    def close_by_id(self, sequence_id: str, reason: Ending) -> bool:
-        """Ends a live sequence once its accepted chunks are answered. Returns whether there is one."""
+    def close_by_id(
+        self, sequence_id: str, reason: Ending, may_see: Callable[[str], bool] = lambda _: True
+    ) -> bool:
+        """Ends a live sequence, of a caller that `may_see`, once its accepted chunks are answered. Returns
+        whether there is one."""
         sequence = self._population.live.get(sequence_id)
-        if sequence is not None:
-            self._inbox.put((self._population.end_after_pending, sequence, reason))
-        return sequence is not None
+        if sequence is None or not may_see(sequence.caller):
+            return False
+        self._inbox.put((self._population.end_after_pending, sequence, reason))
+        return True
 
     def supersede(self, sequence_id: str) -> None:
         """Ends a live sequence of that id, if there is one, now: it goes on in another engine."""

@@ -7,7 +7,7 @@ Nothing here knows of gRPC: `status.STATUS` is the one table that maps these cla
       UnknownModel  UnknownSequence  ModelNotReady  PoolFull  Overloaded  ServerDraining  DeadlinePassed
       StreamIdle  NotOpen  AlreadyOpen  StepGap  TooLarge
       WrongInput  WrongDtype  WrongShape  WrongEncoding  OutOfRangeValue  NotFinite
-      WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid
+      WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid  Unauthenticated  RateExceeded
       StateNotFinite  RunFailed
       ManifestInvalid  ModelInvalid  ConfigInvalid  PlatformError      (at start, never sent to a client)
 """
@@ -133,6 +133,22 @@ class NotSupported(TenutoError):
 
 class TokenInvalid(TenutoError):
     reason = "TOKEN_INVALID"
+
+
+class Unauthenticated(TenutoError):
+    """The call shows no token, or none that is known."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class RateExceeded(TenutoError):
+    """The caller asks more often than it may."""
+
+    reason = "RATE_EXCEEDED"
+
+    def __init__(self, text: str, retry_after_ms: int = 1000) -> None:
+        super().__init__(text)
+        self.retry_after_ms = retry_after_ms
 
 
 class StateNotFinite(TenutoError):

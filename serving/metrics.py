@@ -112,6 +112,7 @@ class ServerMetrics:
     pending_bytes: Callable[[], int] = lambda: 0
     open_streams: Callable[[], int] = lambda: 0
     streams_refused: Callable[[], int] = lambda: 0
+    unauthenticated: Callable[[], int] = lambda: 0
     messages_refused: int = 0
     resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
     loads: Counter[tuple[str, str]] = field(default_factory=Counter)  # by model and result; the rollout's
@@ -255,6 +256,11 @@ class TenutoCollector(Collector):
         )
         yield CounterMetricFamily(
             "tenuto_messages_refused", "Messages that were no request.", s.messages_refused
+        )
+        yield CounterMetricFamily(
+            "tenuto_calls_unauthenticated",
+            "Calls without a token that is known.",
+            s.unauthenticated(),
         )
         yield GaugeMetricFamily("tenuto_draining", "1 from the first stop signal on.", float(s.draining))
         yield self._resumes()

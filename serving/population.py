@@ -393,7 +393,7 @@ class Population:
             sequence.feeds[0].waiting,
             replace(sequence.generation) if sequence.generation else None,
         )
-        token = sealing.seal(snapshot)
+        token = sealing.seal(snapshot, sequence.caller)
         self._sealed.add(sequence.number)
         self._sealed_bytes += len(token)
         self._metrics.token_bytes.add(len(token))

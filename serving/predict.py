@@ -19,7 +19,8 @@ from google.protobuf.message import DecodeError
 
 from tenuto.v1 import tenuto_pb2 as pb
 
-from .call import Metadata
+from .call import GONE, Listener, Metadata
+from .callers import Callers
 from .catalogue import Catalogue, Served
 from .errors import (
     DeadlinePassed,
@@ -45,8 +46,11 @@ _MOST_AT_ONCE = 64 << 10
 Answer = pb.PredictResponse | TenutoError
 
 
-class Caller(Protocol):
+class UnaryCall(Protocol):
     """A call that is answered once."""
+
+    @property
+    def metadata(self) -> Metadata: ...
 
     def send(self, message: bytes) -> None: ...
 
@@ -64,9 +68,11 @@ class Predicts:
         most: int,
         is_draining: Callable[[], bool],
         readers: Executor,
+        callers: Callers | None = None,
     ) -> None:
         """`readers` are the threads that read requests which take long to read."""
         self._readers = readers
+        self._callers = callers or Callers()
         self._catalogue = catalogue
         self._pending = pending
         self._most = most
@@ -74,8 +80,13 @@ class Predicts:
         self._places = threading.BoundedSemaphore(most)
         self._lock = threading.Lock()  # of the models' rejected_calls
 
-    def open(self, call: Caller) -> PredictCall:
+    def open(self, call: UnaryCall) -> Listener:
         """Takes a call of our own server."""
+        try:
+            self._callers.identify(lambda: call.metadata).check_rate(time.monotonic())
+        except TenutoError as error:
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return GONE
         return PredictCall(call, self)
 
     def read_later(self, read: Callable[[], None], nbytes: int) -> None:
@@ -125,8 +136,10 @@ class Predicts:
     def wait_for(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
         """The answer, on the thread of a caller of gRPC's server.
 
-        Raises: what `admit` and `Prediction.run` raise, and how it failed; DeadlinePassed.
+        Raises: Unauthenticated, RateExceeded; what `admit` and `Prediction.run` raise, and how it failed;
+        DeadlinePassed.
         """
+        self._callers.identify(context.invocation_metadata).check_rate(time.monotonic())
         there = threading.Event()
         answers: list[Answer] = []
 
@@ -240,7 +253,7 @@ class PredictCall:
 
     __slots__ = ("_call", "_came", "_gone", "_prediction", "_predicts")
 
-    def __init__(self, call: Caller, predicts: Predicts) -> None:
+    def __init__(self, call: UnaryCall, predicts: Predicts) -> None:
         self._call = call
         self._predicts = predicts
         self._prediction: Prediction | None = None

@@ -6,12 +6,15 @@ Reading only: nothing here loads a model. The newest version that passes its che
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConfigInvalid, ModelInvalid
 from .manifest import Manifest
+
+log = logging.getLogger("tenuto.repository")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -84,12 +87,27 @@ class ModelRepository:
                 f"the model repository {root} is no folder; name one that holds <model>/<version>/"
             )
         self.root = root
+        self._unreadable: set[Path] = set()
+
+    def _inside(self, folder: Path) -> list[Path]:
+        """What is in it; nothing where it may not be read, which the log says once."""
+        try:
+            inside = sorted(folder.iterdir())
+        except OSError as error:
+            if folder not in self._unreadable:
+                self._unreadable.add(folder)
+                log.warning("%s cannot be read: %s", folder, error.strerror)
+            return []
+        self._unreadable.discard(folder)
+        return inside
 
     def folders(self) -> dict[str, list[ModelFolder]]:
         """Per model, its versions, newest first. Models by name."""
         found: dict[str, list[ModelFolder]] = {}
-        for model in sorted(p for p in self.root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)):
-            versions = [int(v.name) for v in model.iterdir() if _VERSION.fullmatch(v.name) and v.is_dir()]
+        for model in self._inside(self.root):
+            if not _NAME.fullmatch(model.name) or not model.is_dir():
+                continue
+            versions = [int(v.name) for v in self._inside(model) if _VERSION.fullmatch(v.name) and v.is_dir()]
             if versions:
                 found[model.name] = [
                     ModelFolder(model.name, v, model / str(v)) for v in sorted(versions, reverse=True)

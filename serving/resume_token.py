@@ -109,13 +109,14 @@ class TokenSealer:
         self._text = text
         return True
 
-    def seal(self, snapshot: Snapshot) -> bytes:
+    def seal(self, snapshot: Snapshot, caller: str = "") -> bytes:
+        """Good for that caller alone."""
         keys = self._keys
         nonce = next(keys.count).to_bytes(_NONCE_BYTES, "big")
         plain = _EXPIRY.pack(self._clock() + self._lifetime_seconds) + snapshot.to_bytes()
-        return keys.head + nonce + keys.own.encrypt(nonce, plain, keys.head)
+        return keys.head + nonce + keys.own.encrypt(nonce, plain, keys.head + caller.encode())
 
-    def unseal(self, token: bytes) -> Snapshot:
+    def unseal(self, token: bytes, caller: str = "") -> Snapshot:
         """The snapshot that one of these keys sealed. The same work for a forged token as for a good one.
 
         Raises: TokenInvalid, saying whether it is truncated, not of these keys, or expired.
@@ -127,11 +128,12 @@ class TokenSealer:
         masters = self._keys.masters
         master = next((m for m in masters if _key_id(m) == key_id), masters[0])
         try:
-            plain = _opener(master, salt).decrypt(nonce, token[_HEAD_BYTES + _NONCE_BYTES :], head)
+            sealed = token[_HEAD_BYTES + _NONCE_BYTES :]
+            plain = _opener(master, salt).decrypt(nonce, sealed, head + caller.encode())
         except InvalidTag:
             text = (
-                "the resume token was changed on its way, or sealed with a key that this server does not "
-                "have; give all servers the same --token-key-file"
+                "the resume token was changed on its way, or is another caller's, or sealed with a key that "
+                "this server does not have; give all servers the same --token-key-file"
             )
             raise TokenInvalid(text) from None
         (expiry,) = _EXPIRY.unpack_from(plain)

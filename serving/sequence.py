@@ -266,8 +266,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "accepted", "answered", "begun", "checkpoint_every", "constants", "ended", "expected", "feeds",
-        "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number",
+        "accepted", "answered", "begun", "caller", "checkpoint_every", "constants", "ended", "expected",
+        "feeds", "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number",
         "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
     )  # fmt: skip
 
@@ -285,8 +285,10 @@ class Sequence:
         label: str = "",
         checkpoint_every: int = 0,
         sampling: Sampling | None = None,
+        caller: str = "",
     ) -> None:
         self.sink = sink
+        self.caller = caller  # whose it is; empty where nobody is asked
         self.key = key  # the client's number on its stream
         self.number = next(_numbers)  # order of opening; breaks ties
         self.id = secrets.token_hex(8)

@@ -13,16 +13,16 @@ from types import FrameType
 from typing import Any
 
 import grpc
-import prometheus_client
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client.registry import CollectorRegistry
 
-from .call import Call
+from .call import Call, Listener
+from .callers import Callers
 from .config import ServerConfig
 from .errors import PlatformError
 from .loader import Loader
-from .metrics import ServerMetrics, TenutoCollector
+from .metrics import ServerMetrics
+from .metrics_port import MetricsPort
 from .model_runner import choose_provider
 from .pending import PendingBytes
 from .predict import Predicts
@@ -31,7 +31,7 @@ from .resume_token import TokenSealer
 from .rollout import Rollout
 from .sequence import Ending
 from .servicer import SERVICE, Servicer
-from .stream import Stream, StreamLimits, Streams
+from .stream import StreamLimits, Streams
 from .tls import Tls, TlsFiles
 from .transport import StreamMethod, Transport, transport
 
@@ -77,6 +77,8 @@ class Server:
         )
         self.provider = choose_provider(config.device)
         self._tls = _tls(config)
+        self._callers = Callers(config.callers)
+        self.metrics.unauthenticated = lambda: self._callers.refused
         self._stopped = threading.Event()
         self._signals = 0
         _check_port(config.host, config.port)
@@ -108,7 +110,7 @@ class Server:
         self.catalogue = self.rollout.catalogue
         limits = StreamLimits(config.window, config.idle_seconds, max_generate=config.max_generate)
         self._conversations = Streams(
-            self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal
+            self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal, self._callers
         )
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
@@ -116,11 +118,11 @@ class Server:
         self._register()
         self.port = _bind(self._transport, config.host, config.port)
         try:
-            self._http = _serve_metrics(self.metrics, config.host, config.metrics_port)
+            self._second = self._open_metrics_port()
         except PlatformError:
             self._transport.stop(0.0)
             raise
-        self.metrics_port = int(self._http.server_port)
+        self.metrics_port = self._second.port
 
     def _register(self) -> None:
         """All methods but the stream."""
@@ -130,9 +132,10 @@ class Server:
             most=self._most_predicts,
             is_draining=lambda: self.metrics.draining,
             readers=ThreadPoolExecutor(_READERS, "predict"),
+            callers=self._callers,
         )
         self._transport.listen(f"/{SERVICE}/Predict", predicts.open)
-        servicer = Servicer(self.catalogue, predicts)
+        servicer = Servicer(self.catalogue, predicts, self._callers)
         handler = grpc.method_handlers_generic_handler(SERVICE, servicer.handlers())
         server: Any = self._transport  # takes handlers as a grpc.Server does, and is none
         server.add_generic_rpc_handlers((handler,))
@@ -140,7 +143,22 @@ class Server:
         names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
 
-    def _open_stream(self, call: Call) -> Stream:
+    def _open_metrics_port(self) -> MetricsPort:
+        """Raises: PlatformError."""
+        host, port = self.config.host, self.config.metrics_port
+        probes = {"/livez": lambda: self._is(LIVENESS), "/readyz": lambda: self._is(READINESS)}
+        try:
+            return MetricsPort(self.metrics, host, port, probes)
+        except OSError as error:
+            raise _in_use(host, port, "--metrics-port", error.strerror or "") from error
+
+    def _is(self, name: str) -> bool:
+        """Whether that service of health is SERVING."""
+        request = health_pb2.HealthCheckRequest(service=name)
+        nobody: Any = _Nobody()
+        return bool(self.health.Check(request, nobody).status == _SERVING)
+
+    def _open_stream(self, call: Call) -> Listener:
         return self._conversations.open(call)
 
     @property
@@ -186,8 +204,7 @@ class Server:
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._predicts.close()
-        self._http.shutdown()
-        self._http.server_close()
+        self._second.close()
 
     @property
     def lingers(self) -> bool:
@@ -228,10 +245,12 @@ class Server:
             try:
                 self._conversations.expire(time.monotonic())
                 self._sealer.reload()
+                if self._callers.reload():
+                    self._conversations.drop_unknown()
                 if self._tls is not None:
                     self._tls.reload()
             except Exception:  # the next look may go well, and nobody else takes this one
-                log.exception("a look for keys, certificates and silent streams met a bug")
+                log.exception("a look for keys, callers, certificates and silent streams met a bug")
 
     def _look_at_runs(self) -> None:
         for engine in self.catalogue.engines:
@@ -286,14 +305,7 @@ def _bind(server: Transport, host: str, port: int) -> int:
         raise _in_use(host, port, "--port", getattr(error, "strerror", "")) from error
 
 
-def _serve_metrics(
-    metrics: ServerMetrics, host: str, port: int
-) -> prometheus_client.exposition.ThreadingWSGIServer:
-    registry = CollectorRegistry()
-    registry.register(TenutoCollector(metrics))
-    prometheus_client.ProcessCollector(registry=registry)
-    try:
-        server, _thread = prometheus_client.start_http_server(port, host, registry)
-    except OSError as error:
-        raise _in_use(host, port, "--metrics-port", error.strerror or "") from error
-    return server  # type: ignore[return-value]
+class _Nobody:
+    """Asks for our own health, and does not mind that it is not known yet."""
+
+    def set_code(self, _: grpc.StatusCode) -> None: ...

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from tenuto.v1 import tenuto_pb2 as pb
 
+from .callers import Callers
 from .catalogue import Catalogue, Refused, Served
 from .errors import ModelNotReady, TenutoError, UnknownModel, UnknownSequence, WrongMessage
 from .predict import Predicts
@@ -34,9 +35,10 @@ class _Parser(Protocol[Parsed]):
 class Servicer:
     """Predict, the models, and the operators' calls."""
 
-    def __init__(self, catalogue: Catalogue, predicts: Predicts) -> None:
+    def __init__(self, catalogue: Catalogue, predicts: Predicts, callers: Callers | None = None) -> None:
         self._catalogue = catalogue
         self._predicts = predicts
+        self._callers = callers or Callers()
 
     def handlers(self) -> dict[str, Any]:
         return {
@@ -52,15 +54,17 @@ class Servicer:
         return self._predicts.wait_for(request, context)
 
     def list_models(
-        self, _request: pb.ListModelsRequest, _context: grpc.ServicerContext
+        self, _request: pb.ListModelsRequest, context: grpc.ServicerContext
     ) -> pb.ListModelsResponse:
+        self._callers.identify(context.invocation_metadata)
         models = [_model(one, pb.Model.READY) for one in self._catalogue.served]
         models += [_model(one, pb.Model.RETIRING) for one in self._catalogue.retiring]
         models += [_failed(refused) for refused in self._catalogue.refused]
         models.sort(key=lambda m: (m.name, m.version))
         return pb.ListModelsResponse(models=models)
 
-    def get_model(self, request: pb.GetModelRequest, _context: grpc.ServicerContext) -> pb.GetModelResponse:
+    def get_model(self, request: pb.GetModelRequest, context: grpc.ServicerContext) -> pb.GetModelResponse:
+        self._callers.identify(context.invocation_metadata)
         retiring = self._catalogue.retired(request.model, request.version)
         if retiring is not None:
             return _described(retiring, pb.Model.RETIRING)
@@ -73,14 +77,16 @@ class Servicer:
             return pb.GetModelResponse(model=_failed(refused))
 
     def list_sequences(
-        self, request: pb.ListSequencesRequest, _context: grpc.ServicerContext
+        self, request: pb.ListSequencesRequest, context: grpc.ServicerContext
     ) -> pb.ListSequencesResponse:
+        """The caller's own; an operator's are all."""
+        caller = self._callers.identify(context.invocation_metadata)
         now = time.monotonic()
         response = pb.ListSequencesResponse()
         for engine in self._catalogue.engines:
             if request.model not in ("", engine.manifest.name):
                 continue
-            for s in engine.sequences():
+            for s in filter(lambda s: caller.may_see(s.caller), engine.sequences()):
                 response.sequences.add(
                     sequence_id=s.id,
                     model=engine.manifest.name,
@@ -95,9 +101,12 @@ class Servicer:
         return response
 
     def end_sequence(
-        self, request: pb.EndSequenceRequest, _context: grpc.ServicerContext
+        self, request: pb.EndSequenceRequest, context: grpc.ServicerContext
     ) -> pb.EndSequenceResponse:
-        if not any(e.close_by_id(request.sequence_id, Ending.EVICTED) for e in self._catalogue.engines):
+        """One of the caller's own; an operator's are all."""
+        caller, wanted = self._callers.identify(context.invocation_metadata), request.sequence_id
+        engines = self._catalogue.engines
+        if not any(e.close_by_id(wanted, Ending.EVICTED, caller.may_see) for e in engines):
             raise UnknownSequence(f"no live sequence {request.sequence_id!r} here; see ListSequences")
         return pb.EndSequenceResponse()
 

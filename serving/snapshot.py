@@ -104,7 +104,7 @@ class Snapshot:
 class Checkpoints:
     """How the sequences of one model version are sealed."""
 
-    seal: Callable[[Snapshot], bytes]
+    seal: Callable[[Snapshot, str], bytes]  # the sequence at rest, and whose it is
     fingerprint: str
     schema: str
     every_chunks: int  # 0: only when asked, and at endings

@@ -32,6 +32,8 @@ STATUS: dict[type[TenutoError], grpc.StatusCode] = {
     errors.NotStateless: _C.FAILED_PRECONDITION,
     errors.NotSupported: _C.UNIMPLEMENTED,
     errors.TokenInvalid: _C.FAILED_PRECONDITION,
+    errors.Unauthenticated: _C.UNAUTHENTICATED,
+    errors.RateExceeded: _C.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: _C.DEADLINE_EXCEEDED,
     errors.StateNotFinite: _C.INTERNAL,
     errors.RunFailed: _C.INTERNAL,

@@ -20,7 +20,8 @@ from google.protobuf.message import DecodeError
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import reply as wire
-from .call import Call
+from .call import GONE, Call, Listener
+from .callers import ANYBODY, Caller, Callers, Pacer
 from .catalogue import Catalogue, Served
 from .chunk_form import ChunkForm, ChunkForms, Habit, event_bytes
 from .errors import (
@@ -31,6 +32,7 @@ from .errors import (
     StreamIdle,
     TenutoError,
     TooLarge,
+    Unauthenticated,
     WrongMessage,
     WrongSetting,
 )
@@ -95,19 +97,35 @@ class Streams:
         pending: PendingBytes,
         metrics: ServerMetrics,
         limits: StreamLimits,
-        unseal: Callable[[bytes], Snapshot],
+        unseal: Callable[[bytes, str], Snapshot],
+        callers: Callers | None = None,
     ) -> None:
         self._catalogue = catalogue
         self._pending = pending
         self._metrics = metrics
         self._limits = limits
         self._unseal = unseal
+        self._callers = callers or Callers()
+        self._pacer = Pacer()
         self._lock = threading.Lock()
         self._open: set[Stream] = set()
 
-    def open(self, call: Call) -> Stream:
+    def open(self, call: Call) -> Listener:
+        try:
+            caller = self._callers.identify(lambda: call.metadata)
+        except Unauthenticated as error:
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return GONE
         stream = Stream(
-            call, self._catalogue, self._pending, self._metrics, self._limits, self._unseal, self._gone
+            call,
+            self._catalogue,
+            self._pending,
+            self._metrics,
+            self._limits,
+            self._unseal,
+            self._gone,
+            caller,
+            self._pacer,
         )
         with self._lock:
             self._open.add(stream)
@@ -119,10 +137,18 @@ class Streams:
 
     def leave(self) -> None:
         """Ends every stream behind its last replies."""
+        self._pacer.close()
         with self._lock:
             streams = list(self._open)
         for stream in streams:
             stream.leave()
+
+    def drop_unknown(self) -> None:
+        """Ends those whose callers are known no more. To be called when the callers changed."""
+        with self._lock:
+            streams = list(self._open)
+        for stream in streams:
+            stream.drop_if_unknown()
 
     def expire(self, now: float) -> None:
         """Ends those that carried no sequence for as long as one may be silent. To be called now and then."""
@@ -136,8 +162,9 @@ class Stream:
     """The conversation on one call. Implements transport.Listener and sequence.Sink."""
 
     __slots__ = (
-        "__weakref__", "_call", "_catalogue", "_empty_since", "_ended", "_forms", "_gone", "_half_closed",
-        "_held", "_limits", "_lock", "_metrics", "_pending", "_resume", "_unseal", "share",
+        "__weakref__", "_call", "_caller", "_catalogue", "_empty_since", "_ended", "_forms", "_gone",
+        "_half_closed", "_held", "_limits", "_lock", "_metrics", "_pacer", "_pause", "_pending", "_resume",
+        "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -147,10 +174,15 @@ class Stream:
         pending: PendingBytes,
         metrics: ServerMetrics,
         limits: StreamLimits,
-        unseal: Callable[[bytes], Snapshot],
+        unseal: Callable[[bytes, str], Snapshot],
         gone: Callable[[Stream], None] = lambda _: None,
+        caller: Caller = ANYBODY,
+        pacer: Pacer | None = None,
     ) -> None:
         self._call = call
+        self._caller = caller
+        self._pacer = pacer or Pacer()
+        self._pause = 0.0  # seconds until it is read on: its caller is too fast
         self._catalogue = catalogue
         self._pending = pending
         self.share = PendingBytes(limits.unanswered_bytes, pending)  # this stream's part of them
@@ -172,6 +204,8 @@ class Stream:
         at, end, now = 0, len(message), time.monotonic()
         for taken in range(MAX_EVENTS + 1):
             if at == end:
+                if self._caller.rate:
+                    self._pause = self._caller.spend(taken, now)
                 return
             found = self._forms.find(message, at)
             if found is None or (samples := found[0].take(message, at)) is None:
@@ -197,6 +231,8 @@ class Stream:
         if taken + len(events) > MAX_EVENTS:
             self._abort(_too_many(taken + len(events)))
             return
+        if self._caller.rate:
+            self._pause = self._caller.spend(taken + len(events), now)
         alike: dict[int, int] = {}  # by sequence, which event is to get a form
         for number, event in enumerate(events):
             kind = event.WhichOneof("event")
@@ -248,16 +284,24 @@ class Stream:
         with self._lock:
             held, self._held = list(self._held.values()), {}
             self._forms.clear()  # or it and its sequences would keep each other alive
+        self._caller.leave_places(len(held))
         for one in held:
             one.served.engine.close(one.sequence, Ending.CANCELLED)
         if self._resume is not None:
             self._pending.forget(self._resume)
+            self._pacer.forget(self._resume)
         self._gone(self)
 
     def leave(self) -> None:
         """Ends the stream behind its last replies: the server goes."""
         error = ServerDraining("the server has left; go to another one")
         self._call.finish(code_of(error), str(error), metadata_of(error))
+
+    def drop_if_unknown(self) -> None:
+        """Ends the stream, and what it carries, if its caller is known no more."""
+        if not self._caller.is_known:
+            error = Unauthenticated("the caller of this stream is not known here any more")
+            self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def expire(self, now: float) -> None:
         """Ends the stream if it carried no sequence for too long."""
@@ -271,6 +315,10 @@ class Stream:
         self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def wait(self, resume: Callable[[], None]) -> bool:
+        if self._pause:
+            self._resume, seconds, self._pause = resume, self._pause, 0.0
+            self._pacer.later(seconds, resume)
+            return True
         if not self.share.full and not self._pending.full:
             return False
         self._resume = resume
@@ -349,6 +397,7 @@ class Stream:
             else:
                 served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)
+            self._caller.take_place()
         except TenutoError as error:
             if wish.resume_token:
                 self._metrics.resumes_refused[error.reason] += 1
@@ -369,7 +418,7 @@ class Stream:
 
         Raises: TokenInvalid, WrongSetting if the Open asks for something else than the token.
         """
-        snapshot = self._unseal(wish.resume_token)
+        snapshot = self._unseal(wish.resume_token, self._caller.name)
         if wish.model not in ("", snapshot.model):
             raise WrongSetting(f"the resume token is of model {snapshot.model!r}, Open names {wish.model!r}")
         if wish.constants and tuple(sorted(wish.constants.items())) != snapshot.constants:
@@ -394,6 +443,7 @@ class Stream:
             label=wish.label,
             checkpoint_every=wish.checkpoint_every,
             sampling=_sampling(wish, manifest),
+            caller=self._caller.name,
         )
 
     def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> bool:
@@ -450,6 +500,7 @@ class Stream:
         held = self._held.get(sequence.key)
         if held is not None and held.sequence is sequence:
             del self._held[sequence.key]
+            self._caller.leave_places(1)
             self._forms.drop(held.habit.form)
             self._empty_since = time.monotonic()
             # After its own End the client sends no more of that number.

@@ -50,6 +50,10 @@ class ThreadCall:
     def backed_up(self) -> bool:
         return self._outbox.full
 
+    @property
+    def metadata(self) -> Metadata:
+        return tuple((key, value) for key, value in self._context.invocation_metadata())
+
     def peer(self) -> str:
         return str(self._context.peer())
 

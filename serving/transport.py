@@ -212,8 +212,9 @@ class StreamMethod:
             call.finish(code_of(refusal), str(refusal), metadata_of(refusal))
             return GONE
         call.closed = self._one_less
+        listener = self._opener(call)
         call.metadata = ()  # nobody asks for it later, and a stream may last for days
-        return self._opener(call)
+        return listener
 
     def handler(self) -> Any:
         """For gRPC's server."""

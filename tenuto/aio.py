@@ -41,6 +41,7 @@ class Client:
         replay_bytes: int = 16 << 20,
         poison_losses: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | Callable[[], str] = "",
     ) -> None:
         self._settings = Settings(
             target,
@@ -52,6 +53,7 @@ class Client:
             resume_seconds=resume_seconds,
             replay_bytes=replay_bytes,
             poison_losses=poison_losses,
+            token=token,
         )
 
         def connect(target: str, options: Options) -> grpc.aio.Channel:
@@ -150,7 +152,7 @@ class Client:
     async def _call(self, method: Callable[..., Any], request: Any, target: str) -> Any:
         seconds = self._settings.timeout_seconds
         try:
-            return await method(request, timeout=seconds)
+            return await method(request, timeout=seconds, metadata=self._servers.metadata())
         except grpc.aio.UsageError as error:
             raise message.client_closed(self._settings.target) from error
         except asyncio.CancelledError:
@@ -444,9 +446,10 @@ class Stream:
         """Make a call to the next server; None if the client is closed."""
         try:
             self._target, stub = self._servers.at(self._turn)
-            self._call = stub.Stream()
-        except (errors.TenutoError, grpc.aio.UsageError):
-            self._conversation.stop(message.client_closed(self._servers.target))
+            self._call = stub.Stream(metadata=self._servers.metadata())
+        except (errors.TenutoError, grpc.aio.UsageError) as error:
+            closed = message.client_closed(self._servers.target)
+            self._conversation.stop(error if isinstance(error, errors.TenutoError) else closed)
             self._notify()
             return None
         self._turn += 1

@@ -157,6 +157,25 @@ def _client_command(commands: Any, name: str, run: Any, text: str) -> argparse.A
             metavar="HOST:PORT[,…]" if option == "server" else "SECONDS",
             help=f"{help_text} (default: {variable}, else {default})",
         )
+    files = {
+        "token_file": "a file with the token that says who calls",
+        "tls_ca": "a PEM file of authorities: the connection is encrypted, and the server must be of one",
+        "tls_client_cert": "a PEM file with the certificate that is shown to the server",
+        "tls_client_key": "a PEM file with its key",
+    }
+    for option, help_text in files.items():
+        variable = f"TENUTO_{option.upper()}"
+        parser.add_argument(
+            f"--{option.replace('_', '-')}",
+            default=os.environ.get(variable, ""),
+            metavar="FILE",
+            help=f"{help_text} (default: {variable})",
+        )
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="encrypted, by the authorities that gRPC knows; --tls-ca does it too",
+    )
     return parser
 
 
@@ -211,11 +230,40 @@ def _seconds(text: str) -> float:
 def _client(arguments: argparse.Namespace) -> "Client":
     from . import Client
 
-    return Client(
-        arguments.server,
-        timeout_seconds=arguments.timeout_seconds,
-        reply_seconds=arguments.reply_seconds,
-    )
+    return Client(arguments.server, **_connection(arguments))
+
+
+def _connection(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How a client of either kind connects.
+
+    Raises InvalidInput for a file that cannot be read.
+    """
+    return {
+        "timeout_seconds": arguments.timeout_seconds,
+        "reply_seconds": arguments.reply_seconds,
+        # Read before every call: a stream may outlive its token.
+        "token": (lambda: _content(arguments.token_file).decode().strip()) if arguments.token_file else "",
+        "credentials": _credentials(arguments),
+    }
+
+
+def _credentials(arguments: argparse.Namespace) -> Any:
+    shown = [arguments.tls_client_key, arguments.tls_client_cert]
+    if any(shown) != all(shown):
+        raise invalid("--tls-client-cert and --tls-client-key come together", "WRONG_SETTING")
+    if not (arguments.tls or arguments.tls_ca or any(shown)):
+        return None
+    import grpc
+
+    authorities = _content(arguments.tls_ca) if arguments.tls_ca else None
+    return grpc.ssl_channel_credentials(authorities, *(_content(file) if file else None for file in shown))
+
+
+def _content(file: str) -> bytes:
+    try:
+        return Path(file).read_bytes()
+    except OSError as error:
+        raise invalid(f"{file} cannot be read: {error.strerror}", "WRONG_SETTING") from error
 
 
 def _models(arguments: argparse.Namespace) -> None:
@@ -427,11 +475,7 @@ def _stream(arguments: argparse.Namespace) -> None:
 async def _stream_recording(arguments: argparse.Namespace, recording: "Recording") -> None:
     from . import aio
 
-    async with aio.Client(
-        arguments.server,
-        timeout_seconds=arguments.timeout_seconds,
-        reply_seconds=arguments.reply_seconds,
-    ) as client:
+    async with aio.Client(arguments.server, **_connection(arguments)) as client:
         model = await client.model(arguments.model, arguments.model_version)
         recording = recording.suited(model.manifest["inputs"][0])
         samples = _chunk_samples(arguments, recording)

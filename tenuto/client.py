@@ -1,6 +1,6 @@
 """The client for threads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -34,7 +34,8 @@ class Client:
     for an output that a stream owes (None: for ever) before it is asked of the next server.
     Keepalive pings go out every `keepalive_seconds` while a call is open. A message may have
     `max_message_bytes`, the unread outputs of one stream `buffer_bytes`. With `credentials`
-    (`grpc.ssl_channel_credentials(…)`) the connections are encrypted.
+    (`grpc.ssl_channel_credentials(…)`) the connections are encrypted. `token` says who calls, where the
+    server asks (`--callers`); a function is asked before every call, so that a token may change.
 
     Connections are made at the first call. Raises InvalidInput for a setting out of its bounds.
     """
@@ -52,6 +53,7 @@ class Client:
         replay_bytes: int = 16 << 20,
         poison_losses: int = 2,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str | Callable[[], str] = "",
     ) -> None:
         self._settings = Settings(
             target,
@@ -63,6 +65,7 @@ class Client:
             resume_seconds=resume_seconds,
             replay_bytes=replay_bytes,
             poison_losses=poison_losses,
+            token=token,
         )
 
         def connect(target: str, options: Options) -> grpc.Channel:
@@ -169,8 +172,9 @@ class Client:
         seconds, turn = self._settings.timeout_seconds, self._servers.turn()
         for last in range(turn, turn + self._servers.count):
             target, stub = self._servers.at(last)
+            metadata = self._servers.metadata()
             try:
-                return getattr(stub, method)(request, timeout=seconds)
+                return getattr(stub, method)(request, timeout=seconds, metadata=metadata)
             except ValueError as closed:  # what gRPC raises on a closed channel
                 raise message.client_closed(self._settings.target) from closed
             except grpc.RpcError as status:

@@ -31,6 +31,7 @@ class Servers:
         self.target = settings.target
         self.count = len(settings.targets)
         self.resumes = 0
+        self.metadata = settings.metadata  # of each call
         self._settings = settings
         self._connect = connect
         self._lock = Lock()

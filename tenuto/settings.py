@@ -2,7 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from .errors import invalid
 
@@ -27,6 +28,7 @@ class Settings:
     resume_seconds: float = 30.0  # for a lost stream to be open again; 0: it is an error at once
     replay_bytes: int = 16 << 20  # chunks of one stream that are kept to be sent again
     poison_losses: int = 2  # lost streams at one step, after which it is not sent any more
+    token: str | Callable[[], str] = field(default="", repr=False)  # who calls; asked before every call
 
     def __post_init__(self) -> None:
         for target in self.targets:
@@ -39,6 +41,8 @@ class Settings:
                 raise _wrong(name, "a number of seconds above 0", value)
         if not _is_seconds(self.resume_seconds):
             raise _wrong("resume_seconds", "a number of seconds, or 0 for never", self.resume_seconds)
+        if not callable(self.token):
+            self.metadata()
         for name in ("max_message_bytes", "buffer_bytes", "replay_bytes", "poison_losses"):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value < 2**31:
@@ -50,6 +54,21 @@ class Settings:
         if self.target.startswith(_LISTS):
             return (self.target,)
         return tuple(target.strip() for target in self.target.split(","))
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Return what goes with each call: the token, if there is one.
+
+        Raises InvalidInput(reason="WRONG_SETTING") for one that no header can hold, which is not quoted, and
+        for a function that raises.
+        """
+        try:
+            token = self.token() if callable(self.token) else self.token
+        except Exception as error:
+            raise invalid(f"setting token: {error}", "WRONG_SETTING") from error
+        if not re.fullmatch(r"[!-~]*", token):
+            text = "setting token: expected ASCII without spaces, got other characters among its"
+            raise invalid(f"{text} {len(token)}", "WRONG_SETTING")
+        return (("authorization", f"Bearer {token}"),) if token else ()
 
     def channel_options(self, target: str) -> list[tuple[str, int | str]]:
         """Return gRPC's channel arguments for one of the targets."""

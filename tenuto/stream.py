@@ -264,7 +264,7 @@ class Stream:
         requests: _Requests = SimpleQueue()
         try:
             self._target, stub = self._servers.at(self._turn)
-            self._call = stub.Stream(iter(requests.get, None))
+            self._call = stub.Stream(iter(requests.get, None), metadata=self._servers.metadata())
         except errors.TenutoError as closed:
             self._conversation.stop(closed)
         except ValueError:  # what gRPC raises on a closed channel

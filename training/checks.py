@@ -43,7 +43,7 @@ def parity(candidate: Candidate, session: onnxruntime.InferenceSession) -> float
 def half(candidate: Candidate, session: onnxruntime.InferenceSession) -> float:
     """Return the largest difference between the model with `precision` float16 and as it is, golden steps.
 
-    On the CPU: factors and results are rounded to 11 bits as on a GPU, and added up in float32. Infinite where
+    On the CPU: factors and results are rounded to 11 bits as on a GPU, and added up in float32. Infinite if
     one of the two overflows.
     """
     reduced, manifest = load(halved(candidate.model, candidate.manifest.name))

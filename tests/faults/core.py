@@ -29,6 +29,7 @@ class FakeCall:
 
     def __init__(self) -> None:
         self.messages: deque[bytes] = deque()
+        self.metadata = ()
         self.code: grpc.StatusCode | None = None
 
     backed_up = False

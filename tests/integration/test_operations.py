@@ -8,6 +8,8 @@ import json
 import platform
 import queue
 import threading
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from tenuto.serving.manifest import Manifest
-from tenuto.serving.server import Server
+from tenuto.serving.server import READINESS, Server
 from tenuto.v1 import tenuto_pb2 as pb
 
 from .running import Counting, build, engine_of, metrics_text, number, serving
@@ -191,3 +193,24 @@ def test_a_channel_that_pings_often_keeps_its_stream(server: Server) -> None:
         conversation.send(chunk(2, tensor([1.0])), ending())
         assert conversation.values(2) == [2.0]
         assert conversation.closed().reason == pb.END
+
+
+def probe(server: Server, path: str) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}{path}", timeout=30) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_probes_over_http_say_what_health_says(toy_repository: Path) -> None:
+    """For Kubernetes, whose probes cannot speak gRPC over TLS."""
+    server = build(toy_repository)
+    assert (probe(server, "/livez"), probe(server, "/readyz")) == (503, 503)  # it does not serve yet
+    server.start()
+    try:
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (200, 200)
+        server.health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert (probe(server, "/livez"), probe(server, "/readyz")) == (200, 503)
+    finally:
+        server.stop(0.0)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +223,40 @@ def test_onnx_runtime_taking_another_provider_than_chosen_is_refused(
     monkeypatch.setattr("onnxruntime.InferenceSession", lambda *_, **__: cpu_only())
     with pytest.raises(TenutoError, match="CUDAExecutionProvider was chosen"):
         model_runner.ModelRunner(b"", None, "x/1", provider=model_runner.CUDA, threads=1)
+
+
+ENDS_WHILE_IT_LOADS = """
+import os, signal, sys, time
+from tenuto.serving import cli, server
+class Slow:
+    def __init__(self, *_):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+        time.sleep(60)
+server.Server = Slow
+cli.main([])
+"""
+
+
+@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_while_models_are_loaded_ends_the_process(name: str, status: int) -> None:
+    """By a handler: the first process of a container does not get signals that it does not handle."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_WHILE_IT_LOADS, name], timeout=50, capture_output=True)
+    assert (ended.returncode, ended.stderr) == (status, b"")
+
+
+@pytest.mark.parametrize("package", ["tenuto.serving.model_runner", "tenuto.training.stepper"])
+def test_nothing_is_reported_to_the_makers_of_the_runtime(package: str, tmp_path: Path) -> None:
+    """ONNX Runtime would keep an id of the machine in the home folder."""
+    own = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    run = f"""
+import {package}, onnxruntime
+onnxruntime.InferenceSession("exported/digits-mlp/1/model.onnx", providers=["CPUExecutionProvider"])
+"""
+    subprocess.run(
+        [sys.executable, "-c", run],
+        env=own | {"HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[2],
+        check=True,
+        timeout=50,
+    )
+    assert not list(tmp_path.rglob("*onnxruntime*"))

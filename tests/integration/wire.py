@@ -85,10 +85,11 @@ class Refusal:
 class Conversation:
     """One stream. `send` never blocks, `read` takes the next reply in the order of arrival."""
 
-    def __init__(self, channel: grpc.Channel, *, timeout: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, channel: grpc.Channel, *, timeout: float = PATIENCE_SECONDS, token: str = "") -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         stream: Any = channel.stream_stream(STREAM)
-        self.call: Any = stream(iter(self._requests.get, None), timeout=timeout)
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self.call: Any = stream(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
         self._unread: deque[pb.Reply] = deque()
 
     def __enter__(self) -> Self:

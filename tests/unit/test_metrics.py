@@ -17,6 +17,7 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_batch_size": MODEL,
     "tenuto_batches": MODEL,
     "tenuto_build_info": {"version"},
+    "tenuto_calls_unauthenticated": set(),
     "tenuto_chunk_lag_seconds": MODEL,
     "tenuto_chunk_latency_seconds": MODEL,
     "tenuto_chunks": MODEL | {"outcome"},

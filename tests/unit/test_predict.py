@@ -54,6 +54,9 @@ class FakeContext:
     def time_remaining(self) -> float:
         return self.seconds
 
+    def invocation_metadata(self) -> Metadata:
+        return ()
+
     def add_callback(self, _: Callable[[], None]) -> bool:
         return True
 
@@ -63,6 +66,7 @@ class FakeCall:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
+        self.metadata: Metadata = ()
         self.code: grpc.StatusCode | None = None
         self.details = ""
 
@@ -130,6 +134,7 @@ class Bench:
         """One that is called back; so far it has sent its request."""
         call = FakeCall()
         listener = self.predicts.open(call)
+        assert isinstance(listener, PredictCall)
         listener.received(request.SerializeToString())
         listener.half_closed()
         return call, listener

@@ -174,3 +174,23 @@ def test_a_link_turned_to_other_files_is_a_change(tmp_path: Path) -> None:
     link.symlink_to(tmp_path / "second")
     assert signature
     assert read(link).signature() not in (None, signature)
+
+
+def test_a_folder_that_may_not_be_read_is_named_once_and_the_others_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A volume that another user wrote, say."""
+    for model in ("closed", "open"):
+        (tmp_path / model / "1").mkdir(parents=True)
+    real = Path.iterdir
+
+    def iterdir(path: Path) -> object:
+        if path.name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    repository = ModelRepository(tmp_path)
+    for _ in range(2):
+        assert list(repository.folders()) == ["open"]
+    assert caplog.text.count(f"{tmp_path / 'closed'} cannot be read: Permission denied") == 1

@@ -319,7 +319,7 @@ class Windowed(Accumulator):
 def large(**more: Any) -> Bench:
     """Each token takes a quarter of what one delivery may have."""
     one = bench(**more)
-    one.engine._population._checkpoints = Checkpoints(lambda _: bytes(SEALED_BYTES // 4), "f", "s", 1)
+    one.engine._population._checkpoints = Checkpoints(lambda *_: bytes(SEALED_BYTES // 4), "f", "s", 1)
     return one
 
 

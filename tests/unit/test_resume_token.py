@@ -197,4 +197,4 @@ def test_the_schema_is_of_what_a_snapshot_holds() -> None:
 def test_large_states_are_sealed_rarer_whatever_is_wished(
     every: int, rarer: int, wished: int, interval: int
 ) -> None:
-    assert Checkpoints(lambda _: b"", "", "", every, rarer).interval(wished) == interval
+    assert Checkpoints(lambda *_: b"", "", "", every, rarer).interval(wished) == interval

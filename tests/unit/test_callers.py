@@ -1,0 +1,228 @@
+"""Who may call, how much, and what happens when the file that says so changes."""
+
+from __future__ import annotations
+
+import hmac
+import threading
+from pathlib import Path
+
+import pytest
+
+from tenuto.serving.callers import ANYBODY, Caller, Callers, Pacer
+from tenuto.serving.errors import ConfigInvalid, PoolFull, RateExceeded, TokenInvalid, Unauthenticated
+from tenuto.serving.resume_token import TokenSealer
+
+from .test_resume_token import SNAPSHOT
+
+ALICE, BOB, NEW = "a" * 32, "b" * 32, "n" * 32
+FILE = f"""
+[alice]
+tokens = ["{ALICE}"]
+max_sequences = 2
+chunks_per_second = 10
+
+[bob]
+tokens = ["{BOB}"]
+operator = true
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "callers.toml"
+    path.write_text(FILE)
+    return path
+
+
+def shown(*tokens: str, scheme: str = "Bearer ") -> list[tuple[str, str | bytes]]:
+    return [("x-other", "1"), *(("authorization", scheme + token) for token in tokens)]
+
+
+def identify(known: Callers, *tokens: str, scheme: str = "Bearer ") -> Caller:
+    return known.identify(lambda: shown(*tokens, scheme=scheme))
+
+
+def test_a_token_says_who_calls(file: Path) -> None:
+    known = Callers(file)
+    assert identify(known, ALICE).name == "alice"
+    assert identify(known, BOB, scheme="bearer  ").name == "bob"
+    assert identify(known, ALICE) is identify(known, ALICE)
+    assert known.refused == 0
+
+
+@pytest.mark.parametrize("tokens", [(), ("c" * 32,), (ALICE[:-1],), (ALICE + "a",), ("",), (ALICE, BOB)])
+def test_whoever_shows_none_that_is_known_is_refused(file: Path, tokens: tuple[str, ...]) -> None:
+    known = Callers(file)
+    with pytest.raises(Unauthenticated) as refused:
+        identify(known, *tokens)
+    assert known.refused == 1
+    assert not any(token and token in str(refused.value) for token in tokens)
+
+
+@pytest.mark.parametrize("scheme", ["", "Basic ", "Bearer"])
+def test_another_scheme_is_none(file: Path, scheme: str) -> None:
+    with pytest.raises(Unauthenticated):
+        identify(Callers(file), ALICE, scheme=scheme)
+
+
+def test_every_known_token_is_compared_in_full(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a function whose time does not tell how many characters were right, and all of them each time."""
+    compared: list[int] = []
+    real = hmac.compare_digest
+
+    def counted(a: bytes, b: bytes) -> bool:
+        compared.append(len(b))
+        return real(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", counted)
+    known = Callers(file)
+    for token in (ALICE, BOB):
+        identify(known, token)
+    with pytest.raises(Unauthenticated):
+        identify(known, "c" * 32)
+    assert compared == [32] * 6
+
+
+def test_without_a_file_everybody_may_and_nobody_is_asked() -> None:
+    assert Callers().identify(lambda: pytest.fail("asked")) is ANYBODY
+    assert ANYBODY.may_see("whoever")
+    assert not Callers().reload()
+
+
+def test_who_sees_what(file: Path) -> None:
+    alice, bob = (identify(Callers(file), token) for token in (ALICE, BOB))
+    assert [alice.may_see(owner) for owner in ("alice", "bob", "")] == [True, False, False]
+    assert [bob.may_see(owner) for owner in ("alice", "bob", "")] == [True, True, True]
+
+
+def test_a_caller_has_so_many_places(file: Path) -> None:
+    alice = identify(Callers(file), ALICE)
+    for _ in range(2):
+        alice.take_place()
+    with pytest.raises(PoolFull, match="caller 'alice' has 2 live sequences here, its limit; end one first"):
+        alice.take_place()
+    alice.leave_places(1)
+    alice.take_place()
+    bob = identify(Callers(file), BOB)
+    for _ in range(1000):
+        bob.take_place()
+
+
+def test_a_second_s_worth_may_come_at_once_and_then_it_is_the_rate() -> None:
+    alice = Caller("alice", rate=10.0)
+    assert [alice.spend(5, 100.0), alice.spend(5, 100.0)] == [0.0, 0.0]
+    assert alice.spend(5, 100.0) == pytest.approx(0.5)
+    assert alice.spend(0, 100.5) == pytest.approx(0.0)
+    assert alice.spend(1, 100.5) == pytest.approx(0.1)
+    assert alice.spend(10, 200.0) == 0.0  # what was not used is not saved up beyond a second's worth
+    assert alice.spend(1, 200.0) == pytest.approx(0.1)
+    assert Caller("bob").spend(10**9, 0.0) == 0.0
+
+
+def test_a_call_that_is_too_early_is_told_when_to_come_again() -> None:
+    alice = Caller("alice", rate=2.0)
+    for _ in range(3):  # the third begins a debt
+        alice.check_rate(100.0)
+    with pytest.raises(RateExceeded, match="'alice' sends more than its 2 chunks a second") as early:
+        alice.check_rate(100.1)
+    assert early.value.retry_after_ms == 401
+    alice.check_rate(100.6)
+
+
+def test_a_changed_file_is_taken_and_callers_stay_who_they_are(file: Path) -> None:
+    known = Callers(file)
+    alice, bob = identify(known, ALICE), identify(known, BOB)
+    alice.take_place()
+    assert not known.reload()
+    file.write_text(f'[alice]\ntokens = ["{NEW}", "{ALICE}"]\nmax_sequences = 1')
+    assert known.reload()
+    assert identify(known, NEW) is identify(known, ALICE) is alice
+    assert (alice.live, alice.max_sequences, alice.rate, alice.is_known) == (1, 1, 0.0, True)
+    assert not bob.is_known
+    with pytest.raises(Unauthenticated):
+        identify(known, BOB)
+    file.write_text(FILE)
+    assert known.reload()
+    with pytest.raises(Unauthenticated):
+        identify(known, NEW)
+
+
+def test_a_wrong_file_leaves_the_callers_and_is_told_once(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = Callers(file)
+    for text in ("", "[alice]", None):
+        file.unlink() if text is None else file.write_text(text)
+        for _ in range(2):
+            assert not known.reload()
+    assert identify(known, ALICE).name == "alice"
+    assert caplog.text.count("the callers stay as they were") == 1
+    file.write_text(FILE)
+    assert known.reload()
+
+
+WRONG = {
+    "nobody": ("", "names no caller"),
+    "no TOML": ("[alice", "is no TOML"),
+    "no table": ("alice = 1", "alice"),
+    "no tokens": ("[alice]", "alice.tokens: Field required"),
+    "an empty list": ("[alice]\ntokens = []", "alice.tokens: Tuple should have at least 1 item"),
+    "a short token": ('[alice]\ntokens = ["secret"]', "alice.tokens.0: String should have at least 16"),
+    "a token that no header holds": (f'[alice]\ntokens = ["{"a b" * 9}"]', "alice.tokens.0: String should"),
+    "a wrong name": (f'["al ice"]\ntokens = ["{ALICE}"]', "al ice"),
+    "an unknown right": (f'[alice]\ntokens = ["{ALICE}"]\nadmin = true', "alice.admin: Extra inputs"),
+    "one token of two": (f'[alice]\ntokens = ["{ALICE}"]\n[bob]\ntokens = ["{ALICE}"]', "have the same"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text, message", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_file_is_refused_at_start_and_no_token_is_quoted(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "callers.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigInvalid, match=message) as refused:
+        Callers(path)
+    assert str(path) in str(refused.value)
+    assert not any(word in str(refused.value) for word in ("secret", ALICE, "a ba b"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigInvalid, match="--callers .*nowhere cannot be read: No such file"):
+        Callers(tmp_path / "nowhere")
+
+
+def test_a_resume_token_is_good_for_its_caller_alone() -> None:
+    sealer = TokenSealer()
+    token = sealer.seal(SNAPSHOT, "alice")
+    assert sealer.unseal(token, "alice") == SNAPSHOT
+    for other in ("bob", "", "alice "):
+        with pytest.raises(TokenInvalid, match="or is another caller's"):
+            sealer.unseal(token, other)
+
+
+def test_those_who_wait_are_woken_in_their_order_and_once() -> None:
+    pacer, woken, all_woken = Pacer(), list[str](), threading.Event()
+
+    def bug() -> None:
+        raise RuntimeError("a bug of one harms no other")
+
+    def last() -> None:
+        woken.append("last")
+        all_woken.set()
+
+    def forgotten() -> None:
+        woken.append("forgotten")
+
+    pacer.later(0.02, last)
+    pacer.later(0.0, bug)
+    pacer.later(0.01, lambda: woken.append("first"))
+    pacer.later(0.005, forgotten)
+    pacer.forget(forgotten)
+    assert all_woken.wait(30)
+    assert woken == ["first", "last"]
+    pacer.later(3600.0, forgotten)
+    pacer.close()
+    assert pacer._thread is not None
+    pacer._thread.join(30)
+    assert not pacer._thread.is_alive()

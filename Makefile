@@ -13,6 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
+.PHONY: bench-gpu test-gpu test-image locks manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -27,6 +28,10 @@ help:
 	@echo 'make networks      draw the pictures of docs/networks.md and write it (3 CPU minutes)'
 	@echo 'make bench         run the benchmarks and write docs/performance.md (ARGS="paced --rounds 1" for some)'
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
+	@echo 'make test-gpu      run the tests that need a GPU, and bench-gpu its benchmark'
+	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
+	@echo 'make locks         write deploy/image/locks anew'
+	@echo 'make manifests     print the Kubernetes objects of every overlay (kubectl 1.21 or newer)'
 	@echo 'make clean         remove environments, caches and builds'
 
 # --- environments -----------------------------------------------------------------------------------
@@ -54,6 +59,10 @@ python:
 
 .venv-newest/.stamp: $(SETUP) | python
 	@$(PYTHON) .ci/make_venv.py .venv-newest -c constraints.txt grpcio numpy protobuf --group pytest
+	@touch $@
+
+.venv-locks/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-locks -c constraints.txt --group locks
 	@touch $@
 
 # --- running it -------------------------------------------------------------------------------------
@@ -90,6 +99,16 @@ test: .venv/.stamp
 # Where there is no GPU it fails, and says what is missing.
 test-gpu: .venv/.stamp
 	TEST_GPU=1 .venv/bin/python -m pytest tests/gpu -s $(ARGS)
+
+test-image: .venv/.stamp
+	TEST_IMAGE=1 .venv/bin/python -m pytest tests/deploy/test_image.py $(ARGS)
+
+locks: .venv-locks/.stamp
+	.venv-locks/bin/python deploy/image/lock.py
+
+manifests:
+	@for overlay in cpu gpu kind; do \
+	  deploy/kubernetes/render.sh deploy/kubernetes/overlays/$$overlay || exit 1; echo ---; done
 
 # The client as users get it: its wheel with its base dependencies, and tests that see no source tree.
 CLIENT_TESTS = tests/oldest $(wildcard tests/client)

@@ -40,15 +40,13 @@ def parity(candidate: Candidate, session: onnxruntime.InferenceSession) -> float
     return worst
 
 
-def half(candidate: Candidate, session: onnxruntime.InferenceSession) -> float:
+def half(model: bytes, golden: Sequence[AnyArray]) -> float:
     """Return the largest difference between the model with `precision` float16 and as it is, golden steps.
 
     On the CPU: factors and results are rounded to 11 bits as on a GPU, and added up in float32. Infinite if
     one of the two overflows.
     """
-    reduced, manifest = load(halved(candidate.model, candidate.manifest.name))
-    exact = replay(session, manifest, candidate.golden)
-    got = replay(reduced, manifest, candidate.golden)
+    exact, got = (replay(*load(content), golden) for content in (model, halved(model, "the model")))
     return max(_difference(a, b) for a, b in zip(exact, got, strict=True))
 
 
@@ -136,7 +134,7 @@ def _difference(a: Tensors, b: Tensors) -> float:
         return float("inf")
     # Through float64: differences of float32 would themselves be rounded.
     gaps = [np.abs(a[n].astype(np.float64) - b[n].astype(np.float64)).max(initial=0) for n in a]
-    return float(np.nan_to_num(max(gaps), nan=np.inf))
+    return float(np.nan_to_num(max(gaps, default=0.0), nan=np.inf))
 
 
 def fingerprint(model: bytes) -> str:

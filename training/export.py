@@ -33,7 +33,7 @@ def export(study: Study, facts: dict[str, Any], output: Path, version: int = 1) 
         "parity_tolerance": candidate.tolerance,
         "chunk_invariance_max_abs_error": checks.invariance(session, manifest, candidate.probe, TRIALS),
         "chunk_invariance_trials": TRIALS,
-        "float16_max_abs_error": checks.half(candidate, session),
+        "float16_max_abs_error": checks.half(candidate.model, candidate.golden),
     }
     test = study.task.test(session, manifest)
     baselines = study.task.baselines()

@@ -75,5 +75,4 @@ def test_replay_starts_a_new_sequence() -> None:
 def test_half_the_width_is_measured_against_the_whole() -> None:
     task = ToyTask()
     candidate = task.candidate(task.network().eval(), 0)
-    session, _ = load(candidate.model)
-    assert 1e-6 < checks.half(candidate, session) < 1e-2
+    assert 1e-6 < checks.half(candidate.model, candidate.golden) < 1e-2

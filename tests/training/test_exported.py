@@ -184,3 +184,13 @@ def test_file_has_no_other_numbers(model: str, file: Path) -> None:
     fixed = {"sentiment": 2**17 + 2**20, **dict.fromkeys(LISTEN, EAR)}.get(model, 0)
     stored = sum(int(np.prod(t.dims)) for t in onnx.load(file).graph.initializer if t.data_type == 1)
     assert stored - fixed <= LIMITS[model][1] + 1000
+
+
+def test_what_float16_costs_is_what_the_metrics_say(model: str, file: Path) -> None:
+    """To a factor of two, for another CPU's rounding."""
+    with np.load(EXPORTED / model / "1/golden.npz") as golden:
+        name = _manifest(model).inputs[0].name
+        steps = sum(".in." in key for key in golden.files)
+        chunks = [golden[f"{step}.in.{name}"] for step in range(1, steps + 1)]
+    stated = _metrics(model)["checks"]["float16_max_abs_error"]
+    assert stated / 2 <= checks.half(file.read_bytes(), chunks) <= stated * 2

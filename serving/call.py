@@ -44,6 +44,10 @@ class Call(Protocol):
     def cancel(self) -> None:
         """Ends the call now."""
 
+    def suggest_leaving(self) -> None:
+        """Tells the client that its next calls had better go over another connection, perhaps to another
+        server; this call goes on. Where that can be said."""
+
     @property
     def backed_up(self) -> bool:
         """Whether the client leaves more replies untaken than the outbox may hold."""

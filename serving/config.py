@@ -114,6 +114,16 @@ class ServerConfig(BaseModel):
     resume_reserve: Annotated[
         float, Field(ge=0, le=0.9, description="share of the sequences that only those that resume may take")
     ] = 0.1
+    rebalance_above: Annotated[
+        float,
+        Field(ge=0, le=1, description="share of slots in use above which sequences leave; 0: never"),
+    ] = 0.0
+    rebalance_per_second: Annotated[
+        float, Field(gt=0, le=10_000, description="sequences of a model that are sent elsewhere so, at most")
+    ] = 5.0
+    rebalance_age_seconds: Annotated[
+        SecondsOrZero, Field(description="and none that is here for less than that")
+    ] = 60.0
     poll_seconds: Annotated[
         SecondsOrZero, Field(description="how often to look for new model versions; 0: at start alone")
     ] = 2.0

@@ -187,6 +187,12 @@ class Engine:
         answered; `emptied` is set when none is left."""
         self._inbox.put((self._population.drain, None, None))
 
+    def rebalance(self, used: float, count: int, age_seconds: float) -> None:
+        """Ends up to `count` sequences REBALANCE, those that are here longest, so that no more than that
+        share of the slots is `used`; but none that is here for less than `age_seconds`."""
+        if self.metrics.slots_used > used * self.max_sequences:  # else the engine need not be woken
+            self._inbox.put((self._population.rebalance, (used, count, age_seconds), None))
+
     def retire(self, max_age_seconds: float) -> None:
         """A newer version takes the new sequences. Those that are here, and those that were on their way, go
         on for `max_age_seconds` (0: until they end); `emptied` is set while there is none."""

@@ -49,6 +49,9 @@ class Owner(Protocol):
     def control(self, frames: bytes) -> None:
         """Queues frames that no window holds up. On the reading thread."""
 
+    def leave(self) -> None:
+        """Says that no call is taken any more. On the reading thread."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -153,6 +156,9 @@ class HttpCall:
             box.close()
         self._connection.abandon(self, http.CANCEL)
         self._loop.soon(self.terminated)
+
+    def suggest_leaving(self) -> None:
+        self._loop.soon(self._connection.leave)
 
     @property
     def backed_up(self) -> bool:

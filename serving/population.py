@@ -53,7 +53,12 @@ PART_BYTES = 256
 # How long those who wait for a token, to be sent away, or for their caller to read, wait for the next look.
 _LOOK_SECONDS = 0.02
 # Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
-_ORDINARY = frozenset({Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.SUPERSEDED})
+_ORDINARY = frozenset(
+    {
+        Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.REBALANCE,
+        Ending.SUPERSEDED,
+    }
+)  # fmt: skip
 
 
 class Population:
@@ -559,6 +564,15 @@ class Population:
             if sequence.closing and sequence.generates and isinstance(sequence.pending[-1], Ending):
                 sequence.pending[-1] = reason  # its End is said elsewhere, behind what is still generated
             self.end_after_pending(sequence, reason)
+
+    def rebalance(self, how: tuple[float, int, float], _: None) -> None:
+        """As `Engine.rebalance` says. The oldest come first in `live`."""
+        used, count, age_seconds = how
+        count = min(count, self._pool.used - len(self._leaving) - int(used * self._max_sequences))
+        if count <= 0 or self._checkpoints is None or self._draining:
+            return
+        old = (s for s in self.live.values() if s.begun <= self._clock() - age_seconds and not s.closing)
+        self._leaving.extend((sequence, Ending.REBALANCE) for sequence in islice(old, count))
 
     def retire(self, max_age_seconds: float, _: None) -> None:
         self._retiring = True

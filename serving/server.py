@@ -81,6 +81,7 @@ class Server:
         self.metrics.unauthenticated = lambda: self._callers.refused
         self._stopped = threading.Event()
         self._signals = 0
+        self._to_send = 0.0  # sequences that may be sent elsewhere, and were not
         _check_port(config.host, config.port)
         self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
         # Where each of them holds a thread, and nothing bounds the bytes that they bring, fewer may wait.
@@ -244,6 +245,7 @@ class Server:
         while not self._stopped.wait(_LOOK_SECONDS):
             try:
                 self._conversations.expire(time.monotonic())
+                self._rebalance()
                 self._sealer.reload()
                 if self._callers.reload():
                     self._conversations.drop_unknown()
@@ -251,6 +253,16 @@ class Server:
                     self._tls.reload()
             except Exception:  # the next look may go well, and nobody else takes this one
                 log.exception("a look for keys, callers, certificates and silent streams met a bug")
+
+    def _rebalance(self) -> None:
+        """Sends sequences elsewhere while this server is fuller than it should be; called every second."""
+        config = self.config
+        self._to_send = min(self._to_send, 1.0) + config.rebalance_per_second * _LOOK_SECONDS
+        count = int(self._to_send)
+        if config.rebalance_above and count:
+            self._to_send -= count
+            for engine in self.catalogue.engines:
+                engine.rebalance(config.rebalance_above, count, config.rebalance_age_seconds)
 
     def _look_at_runs(self) -> None:
         for engine in self.catalogue.engines:

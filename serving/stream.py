@@ -374,6 +374,8 @@ class Stream:
             for message in wire.joined(messages):
                 self._call.send(message)
             done = self._half_closed and not self._held
+        if any(_is_rebalance(ending) for _, ending in endings):
+            self._call.suggest_leaving()
         if done:
             self._call.finish()
         elif self._call.backed_up and any(_is_expiry(ending) for _, ending in endings):
@@ -570,6 +572,10 @@ def _same_sampling(wish: pb.Open, snapshot: Snapshot) -> None:
         had.top_k,
     ):
         raise WrongSetting("a sequence that resumes keeps its sampling; leave it out of Open")
+
+
+def _is_rebalance(ending: Closed | Failed) -> bool:
+    return isinstance(ending, Closed) and ending.reason is Ending.REBALANCE
 
 
 def _is_expiry(ending: Closed | Failed) -> bool:

@@ -54,6 +54,9 @@ class ThreadCall:
     def metadata(self) -> Metadata:
         return tuple((key, value) for key, value in self._context.invocation_metadata())
 
+    def suggest_leaving(self) -> None:
+        """gRPC's own server offers no such thing."""
+
     def peer(self) -> str:
         return str(self._context.peer())
 

@@ -34,6 +34,8 @@ class FakeCall:
 
     backed_up = False
 
+    def suggest_leaving(self) -> None: ...
+
     @property
     def replies(self) -> list[pb.Reply]:
         return [r for message in self.messages for r in pb.StreamResponse.FromString(message).replies]

@@ -75,6 +75,27 @@ def test_a_thousand_sequences_outlive_the_kill_of_their_server(
         assert figures.resumes >= 400
 
 
+def test_sequences_that_are_sent_elsewhere_lose_nothing(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that is fuller than a quarter and one that may be full, again and again."""
+    keys = tmp_path / "keys"
+    keys.write_text("5a" * 32)
+    settings = {"token_key_file": keys, "max_sequences": 16, "resume_reserve": 0.0}
+    moving = {"rebalance_above": 0.25, "rebalance_per_second": 8, "rebalance_age_seconds": 0.2}
+    with ExitStack() as stack:
+        servers = []
+        for name, more in (("full", moving), ("other", {})):
+            (tmp_path / name).mkdir()
+            servers.append(
+                stack.enter_context(server_process(repository, tmp_path / name, **settings, **more))
+            )
+        crowd = Crowd(targets(*(server.port for server in servers)), 14, 2_000, timeout_seconds=40)
+        with told(capsys, "rebalanced", crowd) as figures:
+            assert figures.whole == (0, 0, 0)
+            assert figures.resumes >= 1
+
+
 def test_who_generates_says_the_same_whether_its_server_is_killed_or_drained(
     start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from types import FrameType
 
 from .config import ServerConfig, flag_of, variable_of
 from .errors import ConfigInvalid, TenutoError
+from .log_format import formatter
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,11 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(
-        level=config.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(formatter(config.log_format))
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     # Until the server can end in order. As the first process of a container it would not get a signal that it
     # does not handle at all.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -142,6 +142,9 @@ class ServerConfig(BaseModel):
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),
     ] = "auto"
+    log_format: Annotated[
+        Literal["console", "json"], Field(description="lines for people, or a JSON object each")
+    ] = "console"
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="log level")] = (
         "info"
     )

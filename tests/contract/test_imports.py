@@ -21,6 +21,7 @@ SERVING = [
         "inbox",
         "inflate",
         "layout",
+        "log_format",
         "manifest",
         "metrics_port",
         "pending",

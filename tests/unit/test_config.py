@@ -22,7 +22,7 @@ OTHER: dict[str, Any] = {
     "large_states": "rarer", "checkpoint_every": 18, "resume_reserve": 0.25,
     "tls_cert": Path("/cert"), "tls_key": Path("/key"), "tls_client_ca": Path("/ca"), "insecure": True,
     "callers": Path("/callers"), "rebalance_above": 0.5, "rebalance_per_second": 22.5,
-    "rebalance_age_seconds": 23.5,
+    "rebalance_age_seconds": 23.5, "log_format": "json",
     "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)

@@ -1,0 +1,50 @@
+"""One event, one line: whatever is in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from types import TracebackType
+
+from tenuto.serving.log_format import formatter
+
+Raised = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+def record(text: str, *arguments: object, error: Raised | None = None) -> logging.LogRecord:
+    made = logging.LogRecord("tenuto.engine", logging.WARNING, "f.py", 1, text, arguments, error)
+    made.created, made.msecs = 1_764_300_000.042, 42.0
+    return made
+
+
+def test_json_says_when_who_and_what() -> None:
+    line = formatter("json").format(record("%s ended %s", "toy/1: 0a1b", "END"))
+    assert json.loads(line) == {
+        "time": "2025-11-28T03:20:00.042Z",
+        "level": "warning",
+        "logger": "tenuto.engine",
+        "message": "toy/1: 0a1b ended END",
+    }
+
+
+def test_json_is_one_line_with_whatever_a_client_sent() -> None:
+    line = formatter("json").format(record("%s", 'a "label"\nlevel=error \u2028 €'))
+    assert "\n" not in line
+    assert json.loads(line)["message"] == 'a "label"\nlevel=error \u2028 €'
+
+
+def test_json_holds_the_stack_of_an_error() -> None:
+    try:
+        raise ValueError("a bug")
+    except ValueError:
+        raised = sys.exc_info()
+    assert raised[0] is not None
+    line = formatter("json").format(record("met a bug", error=raised))
+    assert "\n" not in line
+    assert json.loads(line)["error"].endswith("ValueError: a bug")
+
+
+def test_the_console_is_for_people() -> None:
+    line = formatter("console").format(record("%d models", 2))
+    assert line.endswith("WARNING tenuto.engine: 2 models")

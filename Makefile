@@ -13,7 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
-.PHONY: bench-gpu test-gpu test-image locks manifests
+.PHONY: bench-gpu test-gpu test-image locks bom audit manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -31,6 +31,8 @@ help:
 	@echo 'make test-gpu      run the tests that need a GPU, and bench-gpu its benchmark'
 	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
 	@echo 'make locks         write deploy/image/locks anew'
+	@echo 'make bom           write build/bom-*.json: what each image holds, by CycloneDX'
+	@echo 'make audit         look for known weaknesses of what the images hold (needs pypi.org)'
 	@echo 'make manifests     print the Kubernetes objects of every overlay (kubectl 1.21 or newer)'
 	@echo 'make clean         remove environments, caches and builds'
 
@@ -105,6 +107,16 @@ test-image: .venv/.stamp
 
 locks: .venv-locks/.stamp
 	.venv-locks/bin/python deploy/image/lock.py
+
+bom: .venv-locks/.stamp
+	@mkdir -p build
+	@for lock in cpu-x86_64 cpu-aarch64 cuda-x86_64; do \
+	  .venv-locks/bin/python -W ignore -m cyclonedx_py requirements deploy/image/locks/$$lock.txt --pyproject pyproject.toml \
+	    --output-reproducible --of JSON -o build/bom-$$lock.json && echo build/bom-$$lock.json; done
+
+audit: .venv-locks/.stamp
+	@for lock in cpu-x86_64 cpu-aarch64 cuda-x86_64; do \
+	  .venv-locks/bin/pip-audit --strict --disable-pip --no-deps -r deploy/image/locks/$$lock.txt || exit 1; done
 
 manifests:
 	@for overlay in cpu gpu kind; do \

@@ -44,7 +44,7 @@ python:
 	  'error: PYTHON_MISSING: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=...' >&2; exit 1; }
 
 .venv/.stamp: $(SETUP) | python
-	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,diagnosis,demo,midi]' --group dev
+	@$(PYTHON) .ci/make_venv.py .venv -c constraints.txt -e '.[serving,tracing,diagnosis,demo,midi]' --group dev
 	@touch $@
 
 .venv-demo/.stamp: $(SETUP) | python

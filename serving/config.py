@@ -142,6 +142,11 @@ class ServerConfig(BaseModel):
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),
     ] = "auto"
+    otlp_endpoint: Annotated[
+        str,
+        Field(description="URL for traces by OTLP over HTTP, http://host:4318/v1/traces say; empty: none"),
+    ] = ""
+    trace_chunks: Annotated[Positive, Field(description="one chunk in so many has a span")] = 100
     log_format: Annotated[
         Literal["console", "json"], Field(description="lines for people, or a JSON object each")
     ] = "console"

@@ -6,6 +6,8 @@ way (0.3 to 1.1 µs each). Counts are per model version or process wide, never p
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +20,7 @@ from prometheus_client.core import (
     Metric,
 )
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 _SECONDS = (
     1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3,
@@ -28,15 +31,23 @@ _BYTES = tuple(float(4**power) for power in range(4, 13))  # 256 B to 16 MiB
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
+Bucket = tuple[str, float] | tuple[str, float, Exemplar]
+
+
 class Distribution:
     """A classic histogram: counts by upper bound, and the sum."""
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "exemplars", "total")
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
+        self.exemplars: dict[int, Exemplar] = {}  # by bucket, the newest
+
+    def exemplify(self, value: float, trace_id: str) -> None:
+        """A trace of one that was, or will be, added."""
+        self.exemplars[bisect_left(self.bounds, value)] = Exemplar({"trace_id": trace_id}, value, time.time())
 
     def add(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1
@@ -48,13 +59,15 @@ class Distribution:
             counts[bisect_left(bounds, value)] += 1
         self.total += sum(values)
 
-    def buckets(self) -> list[tuple[str, float]]:
-        """Cumulative counts, as Prometheus wants them."""
+    def buckets(self) -> list[Bucket]:
+        """Cumulative counts, as Prometheus wants them. Exemplars are for the OpenMetrics format alone."""
         cumulative = 0
-        rows: list[tuple[str, float]] = []
-        for bound, count in zip((*self.bounds, float("inf")), list(self.counts), strict=True):
+        rows: list[Bucket] = []
+        for i, (bound, count) in enumerate(zip((*self.bounds, math.inf), list(self.counts), strict=True)):
             cumulative += count
-            rows.append(("+Inf" if bound == float("inf") else repr(bound), float(cumulative)))
+            label = "+Inf" if bound == math.inf else repr(bound)
+            exemplar = self.exemplars.get(i) if count else None
+            rows.append((label, float(cumulative), exemplar) if exemplar else (label, float(cumulative)))
         return rows
 
 

@@ -33,6 +33,7 @@ from .sequence import Ending
 from .servicer import SERVICE, Servicer
 from .stream import StreamLimits, Streams
 from .tls import Tls, TlsFiles
+from .tracing import Traces
 from .transport import StreamMethod, Transport, transport
 
 log = logging.getLogger("tenuto.server")
@@ -78,6 +79,9 @@ class Server:
         self.provider = choose_provider(config.device)
         self._tls = _tls(config)
         self._callers = Callers(config.callers)
+        self._traces = (
+            Traces(config.otlp_endpoint, config.trace_chunks, version) if config.otlp_endpoint else None
+        )
         self.metrics.unauthenticated = lambda: self._callers.refused
         self._stopped = threading.Event()
         self._signals = 0
@@ -111,7 +115,13 @@ class Server:
         self.catalogue = self.rollout.catalogue
         limits = StreamLimits(config.window, config.idle_seconds, max_generate=config.max_generate)
         self._conversations = Streams(
-            self.catalogue, self._pending, self.metrics, limits, self._sealer.unseal, self._callers
+            self.catalogue,
+            self._pending,
+            self.metrics,
+            limits,
+            self._sealer.unseal,
+            self._callers,
+            self._traces,
         )
         self.health = health.HealthServicer(
             experimental_non_blocking=True, experimental_thread_pool=ThreadPoolExecutor(2, "health")
@@ -205,6 +215,8 @@ class Server:
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._predicts.close()
+        if self._traces is not None:
+            self._traces.close()
         self._second.close()
 
     @property

@@ -56,6 +56,7 @@ from .sequence import (
 from .snapshot import Snapshot
 from .status import code_of, metadata_of
 from .text import Text
+from .tracing import StreamTrace, Traces
 
 log = logging.getLogger("tenuto.stream")
 
@@ -99,7 +100,9 @@ class Streams:
         limits: StreamLimits,
         unseal: Callable[[bytes, str], Snapshot],
         callers: Callers | None = None,
+        traces: Traces | None = None,
     ) -> None:
+        self._traces = traces
         self._catalogue = catalogue
         self._pending = pending
         self._metrics = metrics
@@ -126,6 +129,7 @@ class Streams:
             self._gone,
             caller,
             self._pacer,
+            self._traces.begin(call.metadata, call.peer()) if self._traces else None,
         )
         with self._lock:
             self._open.add(stream)
@@ -164,7 +168,7 @@ class Stream:
     __slots__ = (
         "__weakref__", "_call", "_caller", "_catalogue", "_empty_since", "_ended", "_forms", "_gone",
         "_half_closed", "_held", "_limits", "_lock", "_metrics", "_pacer", "_pause", "_pending", "_resume",
-        "_unseal", "share",
+        "_trace", "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -178,10 +182,12 @@ class Stream:
         gone: Callable[[Stream], None] = lambda _: None,
         caller: Caller = ANYBODY,
         pacer: Pacer | None = None,
+        trace: StreamTrace | None = None,
     ) -> None:
         self._call = call
         self._caller = caller
         self._pacer = pacer or Pacer()
+        self._trace = trace
         self._pause = 0.0  # seconds until it is read on: its caller is too fast
         self._catalogue = catalogue
         self._pending = pending
@@ -290,6 +296,9 @@ class Stream:
         if self._resume is not None:
             self._pending.forget(self._resume)
             self._pacer.forget(self._resume)
+        trace, self._trace = self._trace, None
+        if trace is not None:
+            trace.close()
         self._gone(self)
 
     def leave(self) -> None:
@@ -337,6 +346,8 @@ class Stream:
                 held = self._held.get(sequence.key)
                 if held is not None:
                     self._call.send(held.served.writer.write(sequence.key, reply))
+                    if (trace := self._trace) is not None:
+                        trace.answered(held.served.engine.metrics, sequence, reply)
                 return
             self._deliver(replies)
         except Exception:
@@ -352,6 +363,8 @@ class Stream:
                 held = self._held.get(key)
                 if held is not None:
                     messages.append(held.served.writer.write(key, reply))
+                    if (trace := self._trace) is not None:
+                        trace.answered(held.served.engine.metrics, sequence, reply)
             elif isinstance(reply, Opened):
                 messages.append(wire.opened(key, reply))
             elif isinstance(reply, Checkpoint):
@@ -361,6 +374,8 @@ class Stream:
                     wire.closed(key, reply) if isinstance(reply, Closed) else wire.failed(key, reply)
                 )
                 endings.append((sequence, reply))
+                if (trace := self._trace) is not None:
+                    trace.ended(sequence, reply)
         if not messages:  # the call is over
             return
         if not endings:

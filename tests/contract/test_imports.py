@@ -33,7 +33,7 @@ SERVING = [
         "tls",
         "varint",
     ],
-    ["snapshot", "sequence", "chunk_form", "reply", "tensor"],
+    ["snapshot", "sequence", "chunk_form", "reply", "tensor", "tracing"],
     ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
     ["population", "extended_graph"],
     ["engine", "graph_pool"],

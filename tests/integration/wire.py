@@ -85,10 +85,17 @@ class Refusal:
 class Conversation:
     """One stream. `send` never blocks, `read` takes the next reply in the order of arrival."""
 
-    def __init__(self, channel: grpc.Channel, *, timeout: float = PATIENCE_SECONDS, token: str = "") -> None:
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        *,
+        timeout: float = PATIENCE_SECONDS,
+        token: str = "",
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         stream: Any = channel.stream_stream(STREAM)
-        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        metadata += (("authorization", f"Bearer {token}"),) if token else ()
         self.call: Any = stream(iter(self._requests.get, None), timeout=timeout, metadata=metadata)
         self._unread: deque[pb.Reply] = deque()
 

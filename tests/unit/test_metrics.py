@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Exemplar
 
 from tenuto.serving.metrics import STAGES, Distribution, ModelMetrics, ServerMetrics, TenutoCollector
 
@@ -148,3 +149,13 @@ def test_refused_sequences_and_refused_calls_are_one_count() -> None:
     families = {f.name: f for f in TenutoCollector(ServerMetrics("0", models=[model])).collect()}
     samples = families["tenuto_admission_rejections"].samples
     assert {s.labels["reason"]: s.value for s in samples} == {"POOL_FULL": 5, "DRAINING": 1}
+
+
+def test_an_exemplar_stands_in_its_bucket() -> None:
+    d = Distribution((1.0, 2.0))
+    d.exemplify(1.5, "a" * 32)
+    assert all(len(bucket) == 2 for bucket in d.buckets())  # one of none would be no example
+    d.add(1.5)
+    (_, (*_, shown), _) = d.buckets()
+    assert isinstance(shown, Exemplar)
+    assert (shown.labels, shown.value) == ({"trace_id": "a" * 32}, 1.5)

@@ -46,7 +46,7 @@ class Distribution:
         self.exemplars: dict[int, Exemplar] = {}  # by bucket, the newest
 
     def exemplify(self, value: float, trace_id: str) -> None:
-        """A trace of one that was, or will be, added."""
+        """A trace of one of about that value, which was or will be added."""
         self.exemplars[bisect_left(self.bounds, value)] = Exemplar({"trace_id": trace_id}, value, time.time())
 
     def add(self, value: float) -> None:
@@ -66,7 +66,7 @@ class Distribution:
         for i, (bound, count) in enumerate(zip((*self.bounds, math.inf), list(self.counts), strict=True)):
             cumulative += count
             label = "+Inf" if bound == math.inf else repr(bound)
-            exemplar = self.exemplars.get(i) if count else None
+            exemplar = self.exemplars.get(i)
             rows.append((label, float(cumulative), exemplar) if exemplar else (label, float(cumulative)))
         return rows
 

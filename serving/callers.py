@@ -230,6 +230,10 @@ class Pacer:
                 self._thread.start()
             self._condition.notify()
 
+    @property
+    def waiting(self) -> int:
+        return len(self._due)
+
     def forget(self, resume: Callable[[], None]) -> None:
         with self._condition:
             self._due.pop(resume, None)

@@ -7,6 +7,7 @@ way (0.3 to 1.1 µs each). Counts are per model version or process wide, never p
 from __future__ import annotations
 
 import math
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -76,6 +77,14 @@ def _seconds() -> Distribution:
 
 
 STAGES = ("queue", "gather", "compute", "scatter", "reply")
+# What is shown as 0 before the first of each: `rate` and `increase` do not see a series come.
+OUTCOMES = ("answered", "dropped", "failed")
+ENDINGS = (
+    "END", "STREAM_ENDED", "CANCELLED", "IDLE_EXPIRED", "EVICTED", "DRAINING", "REBALANCE", "MAX_AGE",
+    "SUPERSEDED", "WINDOW_EXCEEDED", "STATE_NOT_FINITE", "FAILED",
+)  # fmt: skip
+REJECTIONS = ("POOL_FULL", "OVERLOADED", "DRAINING", "MODEL_NOT_READY")
+RESULTS = ("resumed", "TOKEN_INVALID", "POOL_FULL", "DRAINING")
 
 
 @dataclass(slots=True)
@@ -85,7 +94,7 @@ class ModelMetrics:
     model: str
     version: int
     provider: str = ""
-    chunks: Counter[str] = field(default_factory=Counter)  # by outcome: answered, dropped, failed
+    chunks: Counter[str] = field(default_factory=Counter)  # by outcome
     steps_repeated: int = 0
     batches: int = 0
     pending_chunks: int = 0
@@ -121,6 +130,11 @@ class ServerMetrics:
     """The process. `messages_refused` and `resumes_refused` are written by the thread that reads."""
 
     version: str
+    pending_bytes_limit: int = 0
+    open_streams_limit: int = 0
+    waiting_predicts: Callable[[], int] = lambda: 0
+    waiting_predicts_limit: int = 0
+    paced_streams: Callable[[], int] = lambda: 0
     models: list[ModelMetrics] = field(default_factory=list)
     pending_bytes: Callable[[], int] = lambda: 0
     open_streams: Callable[[], int] = lambda: 0
@@ -128,8 +142,22 @@ class ServerMetrics:
     unauthenticated: Callable[[], int] = lambda: 0
     messages_refused: int = 0
     resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
+    resumes_before: Counter[str] = field(default_factory=Counter)  # of versions unloaded; the rollout's
+    requests_refused: Counter[str] = field(default_factory=Counter)  # by reason; `refuse` adds to it
     loads: Counter[tuple[str, str]] = field(default_factory=Counter)  # by model and result; the rollout's
     draining: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of requests_refused
+
+    def refuse(self, reason: str) -> None:
+        """One request that was refused before any engine had it. Any thread."""
+        with self.lock:
+            self.requests_refused[reason] += 1
+
+    def forget(self, model: ModelMetrics) -> None:
+        """A version is unloaded. What is counted over all of them does not fall."""
+        self.models.remove(model)
+        self.resumes_before["resumed"] += model.resumed
+        self.resumes_before.update(dict(model.resumes_refused))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +223,11 @@ def _rejected(m: ModelMetrics) -> Counter[str]:
     return Counter(dict(m.rejected)) + Counter(dict(m.rejected_calls))
 
 
-_MODEL_REASONS: tuple[tuple[str, str, str, Callable[[ModelMetrics], Counter[str]]], ...] = (
-    ("tenuto_chunks", "Chunks by what became of them.", "outcome", lambda m: m.chunks),
-    ("tenuto_sequences_ended", "Sequences by why they ended.", "reason", lambda m: m.ended),
-    ("tenuto_admission_rejections", "Opens and requests refused.", "reason", _rejected),
+_Reasons = tuple[str, str, str, tuple[str, ...], Callable[[ModelMetrics], Counter[str]]]
+_MODEL_REASONS: tuple[_Reasons, ...] = (
+    ("tenuto_chunks", "Chunks by what became of them.", "outcome", OUTCOMES, lambda m: m.chunks),
+    ("tenuto_sequences_ended", "Sequences by why they ended.", "reason", ENDINGS, lambda m: m.ended),
+    ("tenuto_admission_rejections", "Opens and requests refused.", "reason", REJECTIONS, _rejected),
 )
 _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]], ...] = (
     (
@@ -213,7 +242,7 @@ _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]]
     ),
     (
         "tenuto_chunk_lag_seconds",
-        "How long after their period late chunks were answered.",
+        "How long after their declared period chunks were answered; 0: in time.",
         lambda m: m.chunk_lag,
     ),
     ("tenuto_batch_size", "Rows in a batch.", lambda m: m.batch_size),
@@ -225,6 +254,13 @@ _MODEL_HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelMetrics], Distribution]]
     ("tenuto_resume_token_bytes", "Size of a resume token.", lambda m: m.token_bytes),
     ("tenuto_padding_ratio", "Share of a batch's samples that is padding.", lambda m: m.padding),
 )
+
+
+def _shown(known: tuple[str, ...], counts: Counter[str]) -> Counter[str]:
+    """These, and 0 for those that are known and did not come yet."""
+    shown = Counter(dict.fromkeys(known, 0))
+    shown.update(dict(counts))
+    return shown
 
 
 class TenutoCollector(Collector):
@@ -246,10 +282,10 @@ class TenutoCollector(Collector):
                 for m in models:
                     family.add_metric([m.model, str(m.version)], series.value(m))
                 yield family
-        for name, text, label, counts in _MODEL_REASONS:
+        for name, text, label, known, counts in _MODEL_REASONS:
             reasons = CounterMetricFamily(name, text, labels=[*labels, label])
             for m in models:
-                for reason, count in list(counts(m).items()):
+                for reason, count in _shown(known, counts(m)).items():
                     reasons.add_metric([m.model, str(m.version), reason], count)
             yield reasons
         for name, text, distribution in _MODEL_HISTOGRAMS:
@@ -263,7 +299,30 @@ class TenutoCollector(Collector):
     def _process(self) -> Iterator[Metric]:
         s = self._server
         yield GaugeMetricFamily("tenuto_pending_bytes", "Bytes of unanswered requests.", s.pending_bytes())
+        yield GaugeMetricFamily(
+            "tenuto_pending_bytes_limit", "Above it no stream is read.", s.pending_bytes_limit
+        )
         yield GaugeMetricFamily("tenuto_open_streams", "Open streams.", s.open_streams())
+        yield GaugeMetricFamily(
+            "tenuto_open_streams_limit", "Streams that there may be.", s.open_streams_limit
+        )
+        yield GaugeMetricFamily(
+            "tenuto_waiting_predicts", "Predicts that wait for their answer.", s.waiting_predicts()
+        )
+        yield GaugeMetricFamily(
+            "tenuto_waiting_predicts_limit", "Predicts that may wait.", s.waiting_predicts_limit
+        )
+        yield GaugeMetricFamily(
+            "tenuto_paced_streams", "Streams read later: their callers are too fast.", s.paced_streams()
+        )
+        refused = CounterMetricFamily(
+            "tenuto_requests_refused",
+            "Opens, events and Predicts refused before any model had them.",
+            labels=["reason"],
+        )
+        for reason, count in dict(s.requests_refused).items():
+            refused.add_metric([reason], count)
+        yield refused
         yield CounterMetricFamily(
             "tenuto_streams_refused", "Streams refused at the limit.", s.streams_refused()
         )
@@ -310,12 +369,13 @@ class TenutoCollector(Collector):
             "Opens with a resume token, by what became of them.",
             labels=["result"],
         )
-        family.add_metric(["resumed"], sum(m.resumed for m in self._server.models))
-        refused = Counter(dict(self._server.resumes_refused))
+        found = _shown(RESULTS, self._server.resumes_before)
+        found.update(dict(self._server.resumes_refused))
         for model in list(self._server.models):
-            refused.update(dict(model.resumes_refused))
-        for reason, count in refused.items():
-            family.add_metric([reason], count)
+            found["resumed"] += model.resumed
+            found.update(dict(model.resumes_refused))
+        for result, count in found.items():
+            family.add_metric([result], count)
         return family
 
     def _stages(self, models: list[ModelMetrics]) -> Metric:

@@ -17,7 +17,15 @@ from itertools import islice
 
 from .admission import Admission
 from .delivery import Delivery
-from .errors import AlreadyOpen, ModelNotReady, PoolFull, RunFailed, ServerDraining, StepGap, TenutoError
+from .errors import (
+    AlreadyOpen,
+    ModelNotReady,
+    PoolFull,
+    RunFailed,
+    ServerDraining,
+    StepGap,
+    TenutoError,
+)
 from .layout import Layout
 from .manifest import Manifest
 from .metrics import ModelMetrics

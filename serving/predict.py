@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -69,21 +69,24 @@ class Predicts:
         is_draining: Callable[[], bool],
         readers: Executor,
         callers: Callers | None = None,
+        refused: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`readers` are the threads that read requests which take long to read."""
+        """`readers` are the threads that read requests which take long to read; `refused` counts, by reason,
+        those that no model had."""
         self._readers = readers
         self._callers = callers or Callers()
         self._catalogue = catalogue
         self._pending = pending
         self._most = most
         self._is_draining = is_draining
-        self._places = threading.BoundedSemaphore(most)
-        self._lock = threading.Lock()  # of the models' rejected_calls
+        self.refused = refused
+        self.waiting = 0
+        self._lock = threading.Lock()  # of that, and of the models' rejected_calls
 
     def open(self, call: UnaryCall) -> Listener:
         """Takes a call of our own server."""
         try:
-            self._callers.identify(lambda: call.metadata).check_rate(time.monotonic())
+            self._check_caller(lambda: call.metadata)
         except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
@@ -117,21 +120,45 @@ class Predicts:
 
         Raises: UnknownModel, ModelNotReady, NotStateless; and counted, ServerDraining, PoolFull.
         """
-        served = self._catalogue.find(request.model, request.version)
-        if served.manifest.stateful:
-            raise NotStateless(f"model {request.model!r} holds state; use Stream, where a sequence keeps it")
+        try:
+            served = self._catalogue.find(request.model, request.version)
+            if served.manifest.stateful:
+                raise NotStateless(
+                    f"model {request.model!r} holds state; use Stream, where a sequence keeps it"
+                )
+        except TenutoError as unknown:
+            self.refused(unknown.reason)
+            raise
         error: TenutoError
         if self._is_draining():
             error = ServerDraining("the server is leaving; call another one")
         elif self._pending.full:
             error = PoolFull(f"more than {self._pending.limit_bytes} bytes are pending; retry")
-        elif self._places.acquire(blocking=False):
-            return Prediction(served, self._pending, done, self._places.release)
+        elif self._take_place():
+            return Prediction(served, self._pending, done, self._leave_place)
         else:
             error = PoolFull(f"{self._most} Predict calls wait already; retry, or send chunks on a Stream")
         with self._lock:
             served.engine.metrics.rejected_calls[error.reason] += 1
         raise error
+
+    def _check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
+        """Raises: Unauthenticated, RateExceeded; counted."""
+        try:
+            self._callers.identify(metadata).check_rate(time.monotonic())
+        except TenutoError as error:
+            self.refused(error.reason)
+            raise
+
+    def _take_place(self) -> bool:
+        with self._lock:
+            free = self.waiting < self._most
+            self.waiting += free
+            return free
+
+    def _leave_place(self) -> None:
+        with self._lock:
+            self.waiting -= 1
 
     def wait_for(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
         """The answer, on the thread of a caller of gRPC's server.
@@ -139,7 +166,7 @@ class Predicts:
         Raises: Unauthenticated, RateExceeded; what `admit` and `Prediction.run` raise, and how it failed;
         DeadlinePassed.
         """
-        self._callers.identify(context.invocation_metadata).check_rate(time.monotonic())
+        self._check_caller(context.invocation_metadata)
         there = threading.Event()
         answers: list[Answer] = []
 

@@ -190,9 +190,9 @@ class Rollout:
 
     def _let_go(self, old: Served) -> weakref.ref[Engine]:
         self.catalogue.remove(old)
-        self._metrics.models.remove(old.engine.metrics)
         del self._empty[old.engine.where]
         old.engine.stop(Ending.MAX_AGE)
+        self._metrics.forget(old.engine.metrics)
         log.info("%s is unloaded", old.engine.where)
         return weakref.ref(old.engine)
 

@@ -71,6 +71,7 @@ class Server:
         self.metrics = ServerMetrics(version)
         self._pending = PendingBytes(config.max_pending_bytes)
         self.metrics.pending_bytes = lambda: self._pending.bytes
+        self.metrics.pending_bytes_limit = config.max_pending_bytes
         self._sealer = TokenSealer(
             config.token_key_file,
             lifetime_seconds=config.token_seconds,
@@ -101,6 +102,8 @@ class Server:
         )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
+        self.metrics.open_streams_limit = self._streams.max_streams
+        self.metrics.waiting_predicts_limit = self._most_predicts
         loader = Loader(
             config,
             self.provider,
@@ -144,7 +147,10 @@ class Server:
             is_draining=lambda: self.metrics.draining,
             readers=ThreadPoolExecutor(_READERS, "predict"),
             callers=self._callers,
+            refused=self.metrics.refuse,
         )
+        self.metrics.waiting_predicts = lambda: predicts.waiting
+        self.metrics.paced_streams = lambda: self._conversations.paced
         self._transport.listen(f"/{SERVICE}/Predict", predicts.open)
         servicer = Servicer(self.catalogue, predicts, self._callers)
         handler = grpc.method_handlers_generic_handler(SERVICE, servicer.handlers())

@@ -154,6 +154,11 @@ class Streams:
         for stream in streams:
             stream.drop_if_unknown()
 
+    @property
+    def paced(self) -> int:
+        """How many are read later, since their callers are too fast."""
+        return self._pacer.waiting
+
     def expire(self, now: float) -> None:
         """Ends those that carried no sequence for as long as one may be silent. To be called now and then."""
         with self._lock:
@@ -503,6 +508,7 @@ class Stream:
             self._refuse(key, NotOpen(text))
 
     def _refuse(self, key: int, error: TenutoError) -> None:
+        self._metrics.refuse(error.reason)
         with self._lock:
             self._remember(key)
         self._call.send(wire.failed(key, Failed(error)))

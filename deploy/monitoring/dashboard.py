@@ -2,7 +2,8 @@
 
     python deploy/monitoring/dashboard.py
 
-Python's own library is all that it needs. What is changed in Grafana comes back into this file, not into the JSON.
+Python's own library is all that it needs. What is changed in Grafana is to be written here, or the next run
+undoes it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,8 @@ SERVERS = 'job=~"$job", namespace=~"$namespace", pod=~"$pod"'
 MODELS = SERVERS + ', model=~"$model"'
 WINDOW = "[$__rate_interval]"
 PANELS_A_LINE, WIDTH, HEIGHT = 3, 8, 8  # of Grafana's 24 columns
-SOME = (
-    0.001  # the limit of an alert that fires above 0: the least that a rate of one event in minutes is above
-)
-RED, GREEN = "red", "green"
+# The limit shown for an alert that fires above 0: one event within minutes, as a rate a second, is above it.
+SOME = 0.001
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Panel:
     limits: tuple[float, ...] = ()  # further ones, of no alert
     low_is_bad: bool = False  # red below the limit
     most: float | None = None  # where the axis ends, at least
-    names: dict[str, str] = field(default_factory=dict)  # of a table's columns
 
     @property
     def description(self) -> str:
@@ -89,11 +87,12 @@ def quantile(q: float, name: str, by: str, where: str = MODELS) -> str:
     return f"histogram_quantile({q}, {rate(f'{name}_bucket', f'le, {by}', where)})"
 
 
-def quantiles(name: str, by: str = "model", where: str = MODELS, low: float = 0.5) -> tuple[Query, ...]:
-    """A low one and the 99th percentile, by model."""
-    return tuple(
-        Query(quantile(q, name, by, where), f"{{{{model}}}} p{100 * q:.0f}") for q in (low, 0.99)
-    )  # fmt: skip
+def quantiles(name: str) -> tuple[Query, ...]:
+    """The median and the 99th percentile, by model."""
+    return (
+        Query(quantile(0.5, name, "model"), "{{model}} p50"),
+        Query(quantile(0.99, name, "model"), "{{model}} p99"),
+    )
 
 
 def ours(expr: str) -> str:
@@ -110,11 +109,13 @@ HEALTH = Row(
     (
         Panel(
             "Alerts that fire",
-            "Where one fires, its description says what to do; where none ever appears, see that the rules are loaded.",
+            "Where one fires, its description says what to do; where none ever appears, see that the rules "
+            "are loaded.",
             "none",
             (
                 Query(
-                    'sum by (alertname) (ALERTS{alertname=~"Tenuto.+", alertstate="firing", namespace=~"$namespace"})',
+                    'sum by (alertname) (ALERTS{alertname=~"Tenuto.+", alertstate="firing", '
+                    'namespace=~"$namespace"})',
                     "{{alertname}}",
                 ),
             ),
@@ -123,7 +124,8 @@ HEALTH = Row(
         ),
         Panel(
             "Chunk latency",
-            "When p99 nears the line of 50 ms, see in “Stages of a batch” whether chunks wait (more servers) or "
+            "When p99 nears the line of 50 ms, see in “Stages of a batch” whether chunks wait (more "
+            "servers) or "
             "compute (a smaller model, or a GPU).",
             "s",
             quantiles("tenuto_chunk_latency_seconds"),
@@ -131,7 +133,8 @@ HEALTH = Row(
         ),
         Panel(
             "Chunks slower than 50 ms",
-            "Above 1 % the objective is missed: add servers if “Engine busy” is near 1, and look at the stages if not.",
+            "Above 1 % the objective is missed: add servers if “Engine busy” is near 1, and look at the "
+            "stages if not.",
             "percentunit",
             (
                 Query(
@@ -148,19 +151,22 @@ HEALTH = Row(
         ),
         Panel(
             "Time to first output",
-            "When it is long while chunk latency is not, clients open sequences and send their first chunk late.",
+            "When it is long while chunk latency is not, clients open sequences and send their first chunk "
+            "late.",
             "s",
             quantiles("tenuto_time_to_first_output_seconds"),
         ),
         Panel(
             "Lag behind declared periods",
-            "When p99 rises above 0 for long, add servers, or let clients declare the period that they really have.",
+            "When p99 rises above 0 for long, add servers, or let clients declare the period that they "
+            "really have.",
             "s",
             quantiles("tenuto_chunk_lag_seconds"),
         ),
         Panel(
             "Chunks beyond their period",
-            "Of the chunks with a declared period: answered late calls for more servers if “Engine busy” is near 1, "
+            "Of the chunks with a declared period: answered late calls for more servers if “Engine busy” "
+            "is near 1, "
             "came late is the client, the network, or a server too busy to read.",
             "percentunit",
             (
@@ -183,7 +189,8 @@ HEALTH = Row(
         ),
         Panel(
             "Endings by reason",
-            "END and STREAM_ENDED are as it should be; CANCELLED is lost clients, STATE_NOT_FINITE the model or what is "
+            "END and STREAM_ENDED are as it should be; CANCELLED is lost clients, STATE_NOT_FINITE the "
+            "model or what is "
             "fed to it, and for the others see docs/operations.md.",
             "cps",
             (Query(rate("tenuto_sequences_ended_total", "reason"), "{{reason}}"),),
@@ -191,14 +198,15 @@ HEALTH = Row(
         ),
         Panel(
             "Resumes by result",
-            "Any result but “resumed” is a sequence that could not go on at once: POOL_FULL calls for room "
+            "Any result but resumed is a sequence that could not go on at once: POOL_FULL calls for room "
             "(TENUTO_RESUME_RESERVE), TOKEN_INVALID for the panel beside this one.",
             "cps",
             (Query(rate("tenuto_sequences_resumed_total", "result", SERVERS), "{{result}}"),),
         ),
         Panel(
             "Resume tokens refused in 15 minutes",
-            "Compare the servers' keys (TENUTO_TOKEN_KEY_FILE), and see whether the new version names the old one in "
+            "Compare the servers' keys (TENUTO_TOKEN_KEY_FILE), and see whether the new version names the "
+            "old one in "
             "resumes_from and whether tokens are older than TENUTO_TOKEN_SECONDS.",
             "short",
             (
@@ -212,7 +220,8 @@ HEALTH = Row(
         ),
         Panel(
             "Calls that are not let in",
-            "Without a known token: a client whose token was taken from TENUTO_CALLERS, or a stranger; no request: a "
+            "Without a known token: a client whose token was taken from TENUTO_CALLERS, or a stranger; no "
+            "request: a "
             "client that is broken, or a stranger.",
             "cps",
             (
@@ -221,11 +230,13 @@ HEALTH = Row(
                     "{{pod}} without a known token",
                 ),
                 Query(rate("tenuto_messages_refused_total", "pod", SERVERS), "{{pod}} no request"),
+                Query(rate("tenuto_requests_refused_total", "pod, reason", SERVERS), "{{pod}} {{reason}}"),
             ),
         ),
         Panel(
             "Steps sent again",
-            "Many without a server that left mean connections that break: look at the network and at proxies.",
+            "Many without a server that left mean connections that break: look at the network and at "
+            "proxies.",
             "cps",
             (Query(rate("tenuto_steps_repeated_total", "model"), "{{model}}"),),
         ),
@@ -237,7 +248,8 @@ SCALE = Row(
     (
         Panel(
             "Slots used",
-            "Above 80 % add servers, or slots (TENUTO_MAX_SEQUENCES) where engines are not busy; from 90 % on new "
+            "Above 80 % add servers, or slots (TENUTO_MAX_SEQUENCES) where engines are not busy; from 90 % "
+            "on new "
             "sequences are refused.",
             "percentunit",
             (
@@ -268,9 +280,13 @@ SCALE = Row(
         ),
         Panel(
             "Bytes of unanswered requests",
-            "At TENUTO_MAX_PENDING_BYTES no stream is read any more: add servers, or find who sends without reading.",
+            "At TENUTO_MAX_PENDING_BYTES no stream is read any more: add servers, or find who sends "
+            "without reading.",
             "bytes",
-            (Query(f"tenuto_pending_bytes{{{SERVERS}}}", "{{pod}}"),),
+            (
+                Query(f"tenuto_pending_bytes{{{SERVERS}}}", "{{pod}}"),
+                Query(f"min(tenuto_pending_bytes_limit{{{SERVERS}}})", "limit"),
+            ),
         ),
         Panel(
             "Chunks that wait",
@@ -280,7 +296,8 @@ SCALE = Row(
         ),
         Panel(
             "Live sequences",
-            "When one server has many more than the others, its clients know no other one: give them the list of all.",
+            "When one server has many more than the others, its clients know no other one: give them the "
+            "list of all.",
             "short",
             (Query(f"sum by (pod, model) (tenuto_active_sequences{{{MODELS}}})", "{{pod}} {{model}}"),),
         ),
@@ -288,7 +305,25 @@ SCALE = Row(
             "Open streams",
             "Near TENUTO_MAX_STREAMS let clients carry several sequences on a stream, or add servers.",
             "short",
-            (Query(f"tenuto_open_streams{{{SERVERS}}}", "{{pod}}"),),
+            (
+                Query(f"tenuto_open_streams{{{SERVERS}}}", "{{pod}}"),
+                Query(f"min(tenuto_open_streams_limit{{{SERVERS}}})", "limit"),
+            ),
+        ),
+        Panel(
+            "Predicts that wait",
+            "Near the limit add servers, or raise TENUTO_MAX_PREDICTS.",
+            "short",
+            (
+                Query(f"tenuto_waiting_predicts{{{SERVERS}}}", "{{pod}}"),
+                Query(f"min(tenuto_waiting_predicts_limit{{{SERVERS}}})", "limit"),
+            ),
+        ),
+        Panel(
+            "Streams that are read later",
+            "Their callers send more than their chunks_per_second: raise it, or talk to them.",
+            "short",
+            (Query(f"tenuto_paced_streams{{{SERVERS}}}", "{{pod}}"),),
         ),
         Panel(
             "Streams refused",
@@ -299,7 +334,8 @@ SCALE = Row(
         ),
         Panel(
             "Admissions refused by reason",
-            "POOL_FULL calls for slots or servers, OVERLOADED for servers, and DRAINING for clients that know another one.",
+            "POOL_FULL calls for slots or servers, OVERLOADED for servers, and DRAINING for clients that "
+            "know another one.",
             "cps",
             (Query(rate("tenuto_admission_rejections_total", "model, reason"), "{{model}} {{reason}}"),),
             alerts={"TenutoRefuses": SOME},
@@ -312,14 +348,16 @@ WORK = Row(
     (
         Panel(
             "Chunks by outcome",
-            "dropped is what its sequence no longer needed when it ended; failed is answered with an error, which the "
+            "dropped is what its sequence no longer needed when it ended; failed is answered with an "
+            "error, which the "
             "log has.",
             "cps",
             (Query(rate("tenuto_chunks_total", "model, outcome"), "{{model}} {{outcome}}"),),
         ),
         Panel(
             "Sequences started",
-            "When it rises while live sequences do not, clients open a sequence for what could be a chunk of one.",
+            "When it rises while live sequences do not, clients open a sequence for what could be a chunk "
+            "of one.",
             "cps",
             (Query(rate("tenuto_sequences_started_total", "model"), "{{model}}"),),
         ),
@@ -331,7 +369,8 @@ WORK = Row(
         ),
         Panel(
             "Rows in a batch",
-            "Near 1 with many live sequences: their chunks come one by one, which is cheap only as long as the engine is "
+            "Near 1 with many live sequences: their chunks come one by one, which is cheap only as long as "
+            "the engine is "
             "not busy.",
             "short",
             (
@@ -341,21 +380,24 @@ WORK = Row(
         ),
         Panel(
             "Batch occupancy",
-            "Near 1 with a busy engine: the model's max_batch bounds it, so try a larger one, or add servers.",
+            "Near 1 with a busy engine: the model's max_batch bounds it, so try a larger one, or add "
+            "servers.",
             "percentunit",
             (Query(mean("tenuto_batch_occupancy_ratio", "model"), "{{model}}"),),
             most=1,
         ),
         Panel(
             "Padding",
-            "Above a half the model computes more padding than samples: let clients send chunks of like length.",
+            "Above a half the model computes more padding than samples: let clients send chunks of like "
+            "length.",
             "percentunit",
             (Query(mean("tenuto_padding_ratio", "model"), "{{model}}"),),
             most=1,
         ),
         Panel(
             "Stages of a batch",
-            "The longest is what to work on: queue by servers, compute by the model or a GPU, gather and scatter by "
+            "The longest is what to work on: queue by servers, compute by the model or a GPU, gather and "
+            "scatter by "
             "smaller states or --pool graph on a GPU, reply by fewer outputs.",
             "s",
             (Query(mean("tenuto_stage_seconds", "model, stage"), "{{model}} {{stage}}"),),
@@ -369,13 +411,15 @@ WORK = Row(
         ),
         Panel(
             "Parts generated",
-            "When generation takes the engine from live streams, bound a chunk by TENUTO_MAX_GENERATE, or serve it apart.",
+            "When generation takes the engine from live streams, bound a chunk by TENUTO_MAX_GENERATE, or "
+            "serve it apart.",
             "cps",
             (Query(rate("tenuto_generated_parts_total", "model"), "{{model}}"),),
         ),
         Panel(
             "Size of resume tokens",
-            "Large tokens cost bandwidth at each TENUTO_CHECKPOINT_EVERY: make them rarer, or the state smaller.",
+            "Large tokens cost bandwidth at each TENUTO_CHECKPOINT_EVERY: make them rarer, or the state "
+            "smaller.",
             "bytes",
             quantiles("tenuto_resume_token_bytes"),
         ),
@@ -387,7 +431,8 @@ RUNS = Row(
     (
         Panel(
             "Servers that answer their scrape",
-            "0 is a server that is gone, that still loads its models, or that Prometheus does not reach: see its log.",
+            "0 is a server that is gone, that still loads its models, or that Prometheus does not reach: "
+            "see its log.",
             "none",
             (Query(f"up{{{SERVERS}}}", "{{pod}}"),),
             alerts={"TenutoDown": 1, "TenutoAbsent": 1},
@@ -410,7 +455,8 @@ RUNS = Row(
         ),
         Panel(
             "Models",
-            "A version that is missing on some servers was refused there; a provider that is not yours has lost the GPU.",
+            "A version that is missing on some servers was refused there; a provider that is not yours has "
+            "lost the GPU.",
             "none",
             (
                 Query(f"count by (model, version, provider) (tenuto_model_info{{{MODELS}}})", "servers"),
@@ -453,7 +499,8 @@ RUNS = Row(
         ),
         Panel(
             "Draining and retiring",
-            "A server that drains for minutes, or a version that retires for hours, waits for sequences: lower "
+            "A server that drains for minutes, or a version that retires for hours, waits for sequences: "
+            "lower "
             "TENUTO_DRAIN_SECONDS or TENUTO_MAX_AGE_SECONDS.",
             "none",
             (
@@ -466,13 +513,15 @@ RUNS = Row(
         ),
         Panel(
             "CPUs used",
-            "At the limit of the container, with engines that are not busy, the interpreter is the bound: add servers.",
+            "At the limit of the container, with engines that are not busy, the interpreter is the bound: "
+            "add servers.",
             "short",
             (Query(ours(f"rate(process_cpu_seconds_total{{{SERVERS}}}{WINDOW})"), "{{pod}}"),),
         ),
         Panel(
             "Memory",
-            "When it rises for hours while live sequences do not, keep the graph and report it; near the limit lower "
+            "When it rises for hours while live sequences do not, keep the graph and report it; near the "
+            "limit lower "
             "TENUTO_MAX_SEQUENCES.",
             "bytes",
             (Query(ours(f"process_resident_memory_bytes{{{SERVERS}}}"), "{{pod}}"),),
@@ -501,7 +550,7 @@ ROWS = (HEALTH, SCALE, WORK, RUNS)
 
 def thresholds(panel: Panel) -> Json:
     """One colour up to the lowest limit, the other one beyond it."""
-    first, beyond = (RED, GREEN) if panel.low_is_bad else (GREEN, RED)
+    first, beyond = ("red", "green") if panel.low_is_bad else ("green", "red")
     limits = sorted({*panel.alerts.values(), *panel.limits})
     between = ["orange"] * (len(limits) - 1) + [beyond] if limits else []
     steps: list[Json] = [{"color": first, "value": None}]
@@ -511,10 +560,10 @@ def thresholds(panel: Panel) -> Json:
 
 def line(panel: Panel) -> Json:
     """How a time series is drawn."""
-    few = all(expr.expr.startswith("up{") for expr in panel.queries)
+    whole = panel.unit == "none"  # something is, or is not: it has no values between
     return {
         "drawStyle": "line",
-        "lineInterpolation": "stepAfter" if few else "linear",
+        "lineInterpolation": "stepAfter" if whole else "linear",
         "lineWidth": 1,
         "fillOpacity": 5,
         "showPoints": "auto",

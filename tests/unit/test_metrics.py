@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar
 
-from tenuto.serving.metrics import STAGES, Distribution, ModelMetrics, ServerMetrics, TenutoCollector
+from tenuto.serving.metrics import (
+    ENDINGS,
+    REJECTIONS,
+    STAGES,
+    Distribution,
+    ModelMetrics,
+    ServerMetrics,
+    TenutoCollector,
+)
+from tenuto.serving.sequence import Ending
 
 MODEL = {"model", "version"}
 LABELS = {  # of every family; a new one is added here on purpose
@@ -34,6 +45,12 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_model_nodes": MODEL | {"provider"},
     "tenuto_model_retiring": MODEL,
     "tenuto_open_streams": set(),
+    "tenuto_open_streams_limit": set(),
+    "tenuto_paced_streams": set(),
+    "tenuto_pending_bytes_limit": set(),
+    "tenuto_requests_refused": {"reason"},
+    "tenuto_waiting_predicts": set(),
+    "tenuto_waiting_predicts_limit": set(),
     "tenuto_padding_ratio": MODEL,
     "tenuto_pending_bytes": set(),
     "tenuto_pending_chunks": MODEL,
@@ -157,3 +174,39 @@ def test_an_exemplar_stands_in_its_bucket() -> None:
     (_, (*_, shown), _) = d.buckets()
     assert isinstance(shown, Exemplar)
     assert (shown.labels, shown.value) == ({"trace_id": "a" * 32}, 1.5)
+
+
+def test_what_may_come_is_there_before_the_first() -> None:
+    """`rate` and `increase` do not see a series come."""
+    server = create_metrics()
+    server.models.append(ModelMetrics("fresh", 1))
+    for outcome in ("answered", "dropped", "failed"):
+        assert value(server, "tenuto_chunks_total", model="fresh", outcome=outcome) == 0
+    for result in ("resumed", "TOKEN_INVALID", "POOL_FULL", "DRAINING"):
+        assert value(server, "tenuto_sequences_resumed_total", result=result) == 0
+    assert set(ENDINGS) == {ending.name for ending in Ending}
+    for ending in Ending:
+        assert value(server, "tenuto_sequences_ended_total", model="fresh", reason=ending.name) == 0
+    for reason in REJECTIONS:
+        assert value(server, "tenuto_admission_rejections_total", model="fresh", reason=reason) == 0
+
+
+def test_what_is_counted_over_all_versions_does_not_fall_when_one_is_unloaded() -> None:
+    server = create_metrics()
+    (model,) = server.models
+    model.resumed = 3
+    model.resumes_refused["TOKEN_INVALID"] += 2
+    server.resumes_refused["TOKEN_INVALID"] += 1
+    for _ in range(2):
+        assert value(server, "tenuto_sequences_resumed_total", result="resumed") == 3
+        assert value(server, "tenuto_sequences_resumed_total", result="TOKEN_INVALID") == 3
+        if server.models:
+            server.forget(model)
+    assert server.models == []
+
+
+def test_refusals_of_many_threads_are_all_counted() -> None:
+    server = create_metrics()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(server.refuse, ["UNKNOWN_MODEL"] * 4_000))
+    assert value(server, "tenuto_requests_refused_total", reason="UNKNOWN_MODEL") == 4_000

@@ -30,6 +30,7 @@ FIRST_SECONDS, LONGEST_SECONDS = backoff._FIRST_SECONDS, backoff._LONGEST_SECOND
 WAITING, REPLAYING, RUNNING, GIVEN_UP = range(4)
 RANDOM, NEXT = "random", "next"
 PLACING_ROUNDS = 10_000
+MANY, LOOK_SECONDS = 50_000, 0.25  # above so many that catch up, how they stand is looked at that often
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Result:
     half: float  # until that share had its first new output
     most: float  # 99 %
     every: float
+    whole: float  # until 99 % had caught up with their period
     longest_backlog: float  # age of the oldest unanswered chunk, of anybody
     refused: int  # opens, for want of slots
     given_up: int  # sequences
@@ -98,6 +100,7 @@ class _Lost:
     at: Floats = field(default_factory=lambda: np.empty(0))
     since: Floats = field(default_factory=lambda: np.empty(0))  # when its client knew
     ran: Floats = field(default_factory=lambda: np.empty(0))  # when it had its first new output
+    whole: Floats = field(default_factory=lambda: np.empty(0))  # when it had caught up
     tries: Ints = field(default_factory=lambda: np.empty(0, np.int64))
     replay: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # chunks since the token
     pod: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # that it was at, or asked last
@@ -109,13 +112,13 @@ class _Lost:
         first, self.count = self.count, self.count + len(pods)
         if self.count > len(self.at):
             room = max(self.count, 2 * len(self.at))
-            for name in ("at", "since", "ran", "tries", "replay", "pod", "state"):
+            for name in ("at", "since", "ran", "whole", "tries", "replay", "pod", "state"):
                 old = getattr(self, name)
                 new = np.zeros(room, old.dtype)
                 new[: len(old)] = old
                 setattr(self, name, new)
         part = slice(first, self.count)
-        self.at[part], self.since[part], self.ran[part] = at, since, inf
+        self.at[part], self.since[part], self.ran[part], self.whole[part] = at, since, inf, inf
         self.tries[part], self.replay[part], self.pod[part], self.state[part] = 1, replay, pods, WAITING
         return np.arange(first, self.count)
 
@@ -136,17 +139,19 @@ class Fleet:
         self.live = np.zeros(room, np.int64)
         self.opening = np.zeros(room)  # CPU seconds of opens that wait
         self.late = np.zeros(room)  # CPU seconds of chunks that wait, of live sequences
-        self.caught = np.zeros(room)  # chunks that each sequence which catches up there was given so far
+        self.caught = np.zeros(room)  # chunks beyond its pace that each that catches up there was given so far
+        self.given = np.zeros(room)  # the same, those of its pace included
         self.replaying = np.zeros(room, np.int64)
         self.lost = _Lost()
         self.refused = 0
         self.longest = self.peak = 0.0
         self.peak_live = 0
-        # Those that catch up: number, pod, and what `caught` must reach for the first new output, and for all.
+        # Those that catch up, and what `given` must reach for the first new output, and `caught` for all.
         self.active = np.empty(0, np.int64)
         self.first = np.empty(0)
         self.whole = np.empty(0)
-        self._next = np.full(room, inf)  # the least of these at each pod
+        self._unseen = 0  # of them without a new output
+        self._look_at = 0.0
         self._moves = False  # whether anybody was given something to catch up with, in the last tick
         self._due: list[Ints] = []
         self._asleep: simpy.Event | None = None
@@ -217,11 +222,12 @@ class Fleet:
         again = np.concatenate([np.repeat(pods, counts), self.lost.pod[moved]])
         replay = np.concatenate([np.zeros(int(counts.sum()), np.int64), np.ceil(left).astype(np.int64)])
         self.lost.state[moved] = RUNNING
+        self.lost.whole[moved] = self.env.now
         unseen = moved[self.lost.ran[moved] == inf]
+        self._unseen -= len(unseen)
         self.lost.ran[unseen] = self.env.now  # its next move counts the rest
-        for array in (self.live, self.replaying, self.late, self.opening, self.caught):
+        for array in (self.live, self.replaying, self.late, self.opening, self.caught, self.given):
             array[pods] = 0
-        self._next[pods] = inf
         since = np.full(len(again), self.env.now)
         numbers = self.lost.add(again, replay, self.env.now, since)
         self._come_at(numbers, since + self.plan.reopen_seconds)
@@ -275,10 +281,8 @@ class Fleet:
         missed = np.floor((self.env.now - self.lost.at[numbers]) / self.plan.period_seconds)
         replay = self.lost.replay[numbers]
         self.active = np.concatenate([self.active, numbers])
-        first = self.caught[pods] + replay + 1
-        self.first = np.concatenate([self.first, first])
-        np.minimum.at(self._next, pods, first)
-        self._moves = True
+        self._unseen += len(numbers)
+        self.first = np.concatenate([self.first, self.given[pods] + replay + 1])
         self.whole = np.concatenate([self.whole, self.caught[pods] + replay + np.maximum(1, missed)])
         self.peak_live = max(self.peak_live, int(self.live.max()))
 
@@ -301,7 +305,7 @@ class Fleet:
     def _clock(self) -> Steps:
         """Ticks while a pod opens, is late, or has time for those that catch up."""
         while True:
-            if not (self._due or self._moves or self.opening.any() or self.late.any()):
+            if not (self._due or self._moves or self._unseen or self.opening.any() or self.late.any()):
                 self._close_window(self.env.now)
                 self._asleep = self.env.event()
                 yield self._asleep
@@ -329,7 +333,9 @@ class Fleet:
         self._moves = bool(extra.any())
         self._used += seconds - left + extra
         moving = self.replaying > 0
-        self.caught[moving] += extra[moving] / (plan.chunk_seconds * self.replaying[moving])
+        more = extra[moving] / (plan.chunk_seconds * self.replaying[moving])
+        self.caught[moving] += more
+        self.given[moving] += more + seconds / plan.period_seconds
         if self.late.any():
             behind = self.late / np.maximum(plan.use * self.live, 1e-12)
             self.longest = max(self.longest, float(behind.max()))
@@ -339,26 +345,25 @@ class Fleet:
 
     def _finish(self, seconds: float) -> None:
         """Those that have their first new output, and those that have caught up."""
-        reached = (self.caught >= self._next) & (self.opening == 0.0)
-        if not reached.any():
+        if not len(self.active) or self.env.now < self._look_at:
             return
+        if len(self.active) > MANY:
+            self._look_at = self.env.now + LOOK_SECONDS - seconds / 2
         lost, pods = self.lost, self.lost.pod[self.active]
         ready = self.opening[pods] == 0.0
-        at = self.caught[pods]
-        ran = self.active[ready & (at >= self.first)]
+        ran = self.active[ready & (self.given[pods] >= self.first)]
         ran = ran[lost.ran[ran] == inf]
         if len(ran):
+            self._unseen -= len(ran)
             lost.ran[ran] = self.env.now + seconds
             self.longest = max(self.longest, float((lost.ran[ran] - lost.at[ran]).max()))
-        done = ready & (at >= self.whole) & (lost.ran[self.active] < inf)
+        done = ready & (self.caught[pods] >= self.whole) & (lost.ran[self.active] < inf)
         if done.any():
             lost.state[self.active[done]] = RUNNING
+            lost.whole[self.active[done]] = self.env.now + seconds
             self.replaying -= np.bincount(pods[done], minlength=len(self.live))
             keep = ~done
             self.active, self.first, self.whole = self.active[keep], self.first[keep], self.whole[keep]
-        self._next[:] = inf
-        ahead = np.where(lost.ran[self.active] == inf, self.first, self.whole)
-        np.minimum.at(self._next, lost.pod[self.active], ahead)
 
     def _close_window(self, now: float) -> None:
         """The use of each pod over a second, or over less and what it does anyhow for the rest of it."""
@@ -378,9 +383,9 @@ class Fleet:
     def result(self) -> Result:
         lost = self.lost
         state = lost.state[: lost.count]
-        after = np.sort(lost.ran[: lost.count] - lost.at[: lost.count])
 
-        def share(part: float) -> float:
+        def share(part: float, when: Floats) -> float:
+            after = np.sort(when[: lost.count] - lost.at[: lost.count])
             return float(after[max(0, ceil(part * len(after)) - 1)]) if len(after) else 0.0
 
         waiting = (state == WAITING) | ((state == REPLAYING) & (lost.ran[: lost.count] == inf))
@@ -388,9 +393,10 @@ class Fleet:
         self._close_window(self.env.now)
         return Result(
             lost=lost.count,
-            half=share(0.5),
-            most=share(0.99),
-            every=share(1.0),
+            half=share(0.5, lost.ran),
+            most=share(0.99, lost.ran),
+            every=share(1.0, lost.ran),
+            whole=share(0.99, lost.whole),
             longest_backlog=max(self.longest, float(ages.max()) if len(ages) else 0.0),
             refused=self.refused,
             given_up=self.counts()[2],

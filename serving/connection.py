@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import grpc
@@ -65,7 +65,14 @@ class Connection:
     """The reading thread: `receive`, `read_on`, `look`, `leave`, `lost`. Any thread: all else."""
 
     def __init__(
-        self, wire: Wire, peer: str, limits: Limits, route: Route, loop: Loop, partial: Partial | None = None
+        self,
+        wire: Wire,
+        peer: str,
+        limits: Limits,
+        route: Route,
+        loop: Loop,
+        partial: Partial | None = None,
+        holds: Callable[[], bool] = lambda: False,
     ) -> None:
         self.peer = peer
         self.heard = time.monotonic()  # when something came last
@@ -88,7 +95,7 @@ class Connection:
         self._changes = _Budget(_CHANGES, _CHANGES_PER_SECOND, self.began)
         self._gone_at = 0  # the highest stream, as GOAWAY said
         self._pinged = 0.0  # when; 0: the last one was answered
-        self._outflow = Outflow(wire, self._calls, loop.soon, lambda: loop.blocked(self))
+        self._outflow = Outflow(wire, self._calls, loop.soon, lambda: loop.blocked(self), holds)
         self.write_on = self._outflow.write_on
         settings = (
             (http.INITIAL_WINDOW_SIZE, WINDOW),

@@ -23,6 +23,7 @@ from .tls import Tls, TlsWire
 
 log = logging.getLogger("tenuto.transport")
 
+_READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 READ_BYTES = 1 << 16  # a read; larger ones are mapped and unmapped every time
 _BACKLOG = 4096
 _ACCEPTED_AT_ONCE = 64
@@ -31,6 +32,7 @@ _ACCEPTED_AT_ONCE = 64
 _HANDSHAKES_AT_ONCE = 4
 _MOST_UNPROVEN = 1_024
 _PING_SECONDS, _PONG_SECONDS = 30.0, 20.0  # a silent client is asked; it answers, or is gone
+_HANDSHAKE_SECONDS = 5.0
 _LOOK_SECONDS = 1.0
 _LEAVE_SECONDS = 0.01  # the same, while the server ends
 # A connection that ends is read on for so long, or what was sent last might be lost with it.
@@ -47,7 +49,8 @@ class Http2Server:
         self._limits = limits
         self._tls = tls
         self._handshakes_left = _HANDSHAKES_AT_ONCE  # in this turn
-        self._unproven = 0  # connections whose handshakes are not over
+        self._unproven: dict[_Peer, None] = {}  # whose handshakes are not over, in the order of their coming
+        self._turned_away = 0  # of them, since the last look: there were too many
         self._selector: selectors.BaseSelector
         self._read_end: socket.socket  # the reading thread wakes when something is written to the other end
         self._write_end: socket.socket
@@ -262,29 +265,19 @@ class Http2Server:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         host, port = address[:2]
         name = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-        wire = self._encrypted(accepted) if self._tls is not None else accepted
-        if wire is None:
-            accepted.close()
-            return
-        connection = Connection(wire, name, self._limits, self._route, self, self._partial)
+        wire = TlsWire(accepted, self._tls.context) if self._tls is not None else accepted
+        holds = (lambda: wire.holds) if isinstance(wire, TlsWire) else (lambda: False)
+        connection = Connection(wire, name, self._limits, self._route, self, self._partial, holds)
         peer = _Peer(self, wire, connection)
         self._peers[connection] = peer
         self._selector.register(peer.socket, selectors.EVENT_READ, peer.ready)
         if peer.is_proven:
             self._dirty[connection] = None
         else:
-            self._unproven += 1
-
-    def _encrypted(self, accepted: socket.socket) -> TlsWire | None:
-        """None where too many are on their way in, or it has left."""
-        assert self._tls is not None
-        if self._unproven >= _MOST_UNPROVEN:
-            log.warning("%d handshakes are under way; a connection is not taken", self._unproven)
-            return None
-        try:
-            return TlsWire(accepted, self._tls.context)
-        except OSError:
-            return None
+            self._unproven[peer] = None
+            if len(self._unproven) > _MOST_UNPROVEN:  # who came first had the most time
+                self.forget(next(iter(self._unproven)))
+                self._turned_away += 1
 
     def may_shake_hands(self) -> bool:
         """Whether a handshake may go on in this turn."""
@@ -293,7 +286,7 @@ class Http2Server:
 
     def proven(self, peer: _Peer) -> None:
         """Its handshake is over."""
-        self._unproven -= 1
+        self._unproven.pop(peer, None)
         self._dirty[peer.connection] = None
 
     def dirty(self, connection: Connection) -> None:
@@ -315,7 +308,7 @@ class Http2Server:
         if self._peers.pop(peer.connection, None) is None:
             return
         peer.gone = True
-        self._unproven -= not peer.is_proven
+        self._unproven.pop(peer, None)
         self._selector.unregister(peer.socket)
         # In this order: a thread that writes would else write to whoever gets the same file descriptor next.
         peer.connection.lost()
@@ -326,6 +319,9 @@ class Http2Server:
             self._accept_again()
         for peer in list(self._peers.values()):
             peer.look(now)
+        if self._turned_away:
+            log.warning("%d connections did not get through their handshakes: too many", self._turned_away)
+            self._turned_away = 0
         if self._grace_at:
             self._see_whether_all_left(now)
 
@@ -412,11 +408,13 @@ class _Peer:
         try:
             self._wire.handshake()
         except BlockingIOError:
+            self._server.watch(self, _READ | (_WRITE if self._wire.holds else 0))
             return False
         except OSError as error:
             log.info("%s: the TLS handshake failed: %s", self.connection.peer, error)
             self._server.forget(self)
             return False
+        self._server.watch(self, _READ)
         self.is_proven = True
         self._server.proven(self)
         return True
@@ -452,6 +450,9 @@ class _Peer:
         if self._lingers_until:
             if now > self._lingers_until:
                 self._server.forget(self)
+            return
+        if not self.is_proven and now - self.connection.began > _HANDSHAKE_SECONDS:
+            self._server.forget(self)
             return
         why = self.connection.look(now, _PING_SECONDS, _PONG_SECONDS)
         if why:

@@ -43,12 +43,15 @@ class Outflow:
         calls: dict[int, HttpCall],
         soon: Callable[[Callable[[], object]], None],
         stuck: Callable[[], None],
+        holds: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`holds`: whether the wire keeps something of what it took: then it is stuck."""
         self.initial_window = http.DEFAULT_WINDOW  # bytes that the client takes on a new stream
         self._wire = wire
         self._calls = calls
         self._soon = soon
         self._stuck = stuck
+        self._holds = holds
         self._lock = threading.Lock()
         self._out: list[bytes | memoryview] = []
         self._queued = 0  # bytes in it
@@ -136,12 +139,12 @@ class Outflow:
     def is_idle(self) -> bool:
         """Whether there is no call, and everything was sent."""
         with self._lock:
-            return not (self._calls or self._out or self._unsent)
+            return not (self._calls or self._out or self._unsent or self._holds())
 
     @property
     def is_blocked(self) -> bool:
         """Whether the socket did not take all that was sent."""
-        return bool(self._unsent)
+        return bool(self._unsent) or self._holds()
 
     def write(self, calls: Iterable[HttpCall] = ()) -> None:
         """Sends what these calls have, as far as windows and the socket allow, and what waited before.
@@ -264,13 +267,13 @@ class Outflow:
 
     def _send(self) -> None:
         """Gives the socket what it takes."""
-        if self._dead or self._watched or not (self._out or self._unsent):
+        if self._dead or self._watched or not (self._out or self._unsent or self._holds()):
             return
         data: bytes | memoryview
         if self._unsent:
             data = b"".join([self._unsent, *self._out]) if self._out else self._unsent
         else:
-            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
+            data = self._out[0] if len(self._out) == 1 else b"".join(self._out)  # perhaps nothing new
         self._out.clear()
         self._queued = 0
         try:
@@ -281,6 +284,6 @@ class Outflow:
             self._dead, self._unsent = True, memoryview(b"")
             return
         self._unsent = memoryview(data)[sent:] if sent < len(data) else memoryview(b"")
-        if self._unsent:
+        if self._unsent or self._holds():
             self._watched = True
             self._stuck()

@@ -11,7 +11,6 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,10 @@ from .errors import ConfigInvalid
 log = logging.getLogger("tenuto.tls")
 
 _RECORD_BYTES = 1 << 14  # the most that one TLS record holds
+_MOST_READ = 1 << 15  # bytes in one turn
+_MOST_TAKEN = 1 << 18  # bytes that are encrypted at once
+_MOST_UNSENT = 1 << 19  # encrypted bytes in front of the socket
+_MOST_EMPTY = 1 << 15  # bytes in a row that carry nothing: of changes of keys, say
 
 
 @dataclass(frozen=True)
@@ -96,45 +99,72 @@ class Tls:
 
 class TlsWire:
     """One connection's encrypted socket, not blocking. One thread reads it and others send, one at a time;
-    OpenSSL allows but one of them all."""
+    OpenSSL allows but one of them all.
+
+    OpenSSL works on bytes in memory and not on the socket: it would read on within one call for as long as
+    records come that carry nothing (changes of keys, 24 microseconds each), and hold the reading thread.
+    """
 
     def __init__(self, plain: socket.socket, context: ssl.SSLContext) -> None:
-        self.socket = context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+        self.socket = plain
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True)
         self._lock = threading.Lock()
+        self._unsent = b""  # encrypted, and not taken by the socket
+        self._empty = 0  # bytes that came and carried nothing, since something did
         self._over = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether something encrypted waits for the socket: `send` is to be called when it takes more."""
+        return bool(self._unsent)
 
     def handshake(self) -> None:
         """Goes on with it.
 
-        Raises: BlockingIOError if more must come first; OSError (ssl.SSLError is one) if it failed.
+        Raises: BlockingIOError if more must come, or go, first; OSError (ssl.SSLError is one) if it failed.
         """
-        with self._lock, _waiting():
-            self.socket.do_handshake()
+        with self._lock:
+            self._fetch(_RECORD_BYTES)
+            try:
+                self._tls.do_handshake()
+            except ssl.SSLWantReadError as error:
+                raise BlockingIOError from error
+            finally:
+                self._flush()
+            self._empty = 0
 
     def send(self, data: bytes | memoryview) -> int:
-        """Raises: BlockingIOError: then the same must be sent again, perhaps with more behind it. OSError."""
-        with self._lock, _waiting():
+        """Takes some of it, once all that was taken before is gone. Raises: BlockingIOError, OSError."""
+        with self._lock:
             if self._over:
                 raise OSError("nothing goes out any more")
-            return self.socket.send(data)
+            self._flush()
+            if self._unsent:
+                raise BlockingIOError
+            taken = self._tls.write(data[:_MOST_TAKEN]) if data else 0
+            self._flush()
+            return taken
 
     def recv(self, size: int) -> bytes:
-        """What is there, some `size` bytes at most; empty at the end. Raises: BlockingIOError, OSError."""
+        """What is there; empty at the end. Raises: BlockingIOError, OSError."""
         parts: list[bytes] = []
-        left = size
         with self._lock:
-            while left > 0:
-                try:
-                    with _waiting():
-                        part = self.socket.recv(max(left, _RECORD_BYTES))
-                except BlockingIOError:
-                    if not parts:
-                        raise
-                    break
-                parts.append(part)
-                left -= len(part)
-                if len(part) < _RECORD_BYTES:  # else more of them are likely
-                    break
+            came = self._fetch(min(size, _MOST_READ))
+            try:
+                while part := self._tls.read(size):
+                    parts.append(part)
+            except ssl.SSLWantReadError as error:
+                if not parts:
+                    self._empty += came
+                    if self._empty > _MOST_EMPTY:
+                        raise OSError(f"{self._empty} bytes of TLS carry nothing") from error
+                    raise BlockingIOError from error
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                pass  # the end, behind what was read
+            finally:
+                self._flush()  # answers of TLS's own
+            self._empty = 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def shutdown(self) -> None:
@@ -144,14 +174,31 @@ class TlsWire:
             with contextlib.suppress(
                 OSError, ValueError
             ):  # it waits for the other side's word, and we do not
-                self.socket.unwrap()
+                self._tls.unwrap()
+            self._flush()
             self.socket.shutdown(socket.SHUT_WR)
 
+    def _fetch(self, size: int) -> int:
+        """Takes what the socket has, perhaps nothing: how many bytes. Raises: OSError."""
+        try:
+            read = self.socket.recv(size)
+        except BlockingIOError:
+            return 0
+        if read:
+            self._incoming.write(read)
+        else:
+            self._incoming.write_eof()
+        return len(read)
 
-@contextlib.contextmanager
-def _waiting() -> Iterator[None]:
-    """What OpenSSL must wait for, in the words of a plain socket."""
-    try:
-        yield
-    except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-        raise BlockingIOError from error
+    def _flush(self) -> None:
+        """Gives the socket what is encrypted, as much as it takes. Raises: OSError."""
+        if self._outgoing.pending:
+            self._unsent += self._outgoing.read()
+        if len(self._unsent) > _MOST_UNSENT:
+            raise OSError("answers of TLS are asked for and not read")
+        while self._unsent:
+            try:
+                sent = self.socket.send(self._unsent)
+            except BlockingIOError:
+                return
+            self._unsent = self._unsent[sent:]

@@ -23,6 +23,7 @@ from tenuto.serving.server import Server
 from tenuto.serving.tls import Tls, TlsFiles, TlsWire
 from tenuto.v1 import tenuto_pb2 as pb
 
+from . import key_updates
 from .authority import DAY, Authority, Certificate
 from .running import TRANSPORTS, assert_nothing_is_left, build, serving, wait_for
 from .wire import PATIENCE_SECONDS, Conversation, array, chunk, ending, opening, stub, tensor
@@ -276,12 +277,12 @@ def test_what_a_slow_reader_does_not_take_is_sent_later_and_once(tmp_path: Path)
     with ThreadPoolExecutor(1) as pool:
         client = pool.submit(trusting.wrap_socket, far, server_hostname="localhost")
         wait_for(lambda: proceeds(wire.handshake), "the handshake")
-        with client.result(PATIENCE_SECONDS) as reader, wire.socket:
+        with client.result(PATIENCE_SECONDS) as reader, near:
             offered = 1 << 20  # so much of it is there to be sent by now
-            assert not proceeds(lambda: wire.send(sent[:offered]))
+            gone = wire.send(memoryview(sent)[:offered])
+            assert not proceeds(lambda: wire.send(memoryview(sent)[gone:offered]))  # the socket is full
             got = pool.submit(read_exactly, reader, len(sent))
-            gone = 0
-            while gone < len(sent):
+            while gone < len(sent) or wire.holds:
                 offered = min(len(sent), offered + 100_000)
                 with contextlib.suppress(BlockingIOError):
                     gone += wire.send(memoryview(sent)[gone:offered])
@@ -308,17 +309,38 @@ def read_exactly(reader: ssl.SSLSocket, size: int) -> bytes:
     return b"".join(parts)
 
 
-def test_only_so_many_handshakes_are_under_way(
+def test_of_too_many_handshakes_the_oldest_is_given_up(
     toy_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Whoever only connects keeps nobody out."""
     monkeypatch.setattr(http2, "_MOST_UNPROVEN", 2)
     with encrypted(toy_repository, tmp_path, "http2") as server, caplog.at_level(logging.WARNING):
-        silent = [socket.create_connection(("127.0.0.1", server.port), PATIENCE_SECONDS) for _ in range(2)]
-        with socket.create_connection(("127.0.0.1", server.port), PATIENCE_SECONDS) as third:
-            assert third.recv(1) == b""
-        assert "2 handshakes are under way" in caplog.text
-        for one in silent:
-            one.close()
+        where = ("127.0.0.1", server.port)
+        with contextlib.ExitStack() as stack:
+            silent = [
+                stack.enter_context(socket.create_connection(where, PATIENCE_SECONDS)) for _ in range(3)
+            ]
+            assert silent[0].recv(1) == b""
+            with connect(server.port, credentials()) as channel:
+                assert_serves(channel)
+            assert silent[1].recv(1) == b""
+        wait_for(lambda: "did not get through their handshakes" in caplog.text, "the log to say so")
+
+
+def test_a_client_that_changes_its_keys_for_ever_holds_nobody_up(
+    toy_repository: Path, tmp_path: Path
+) -> None:
+    """Each change costs the server more than the client; a few thousand in one write end the connection."""
+    with (
+        encrypted(toy_repository, tmp_path, "http2") as server,
+        socket.create_connection(("127.0.0.1", server.port), PATIENCE_SECONDS) as plain,
+    ):
+        flood = key_updates.prepared(plain, 20_000)
+        with contextlib.suppress(ConnectionError):  # it ends before all of it is sent
+            plain.sendall(flood)
+        with contextlib.suppress(ConnectionError):
+            while plain.recv(1 << 16):
+                pass
         with connect(server.port, credentials()) as channel:
             assert_serves(channel)
 
@@ -343,7 +365,7 @@ def test_who_says_nothing_is_dropped(
     toy_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http2, "_LOOK_SECONDS", 0.05)
-    monkeypatch.setattr(http2, "_PONG_SECONDS", 0.1)
+    monkeypatch.setattr(http2, "_HANDSHAKE_SECONDS", 0.1)
     with (
         encrypted(toy_repository, tmp_path, "http2") as server,
         socket.create_connection(("127.0.0.1", server.port), PATIENCE_SECONDS) as silent,

@@ -12,7 +12,6 @@ Without a file everybody may call, and sees everything.
 from __future__ import annotations
 
 import hashlib
-import hmac
 import logging
 import threading
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from .errors import ConfigInvalid, PoolFull, RateExceeded, Unauthenticated
 
@@ -29,6 +28,7 @@ log = logging.getLogger("tenuto.callers")
 
 _LEAST_TOKEN_LENGTH = 16
 _SCHEME = "bearer "
+_LONGEST_PAUSE_SECONDS = 3600.0
 
 Token = Annotated[str, Field(min_length=_LEAST_TOKEN_LENGTH, max_length=1024, pattern=r"^[!-~]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")]
@@ -42,6 +42,14 @@ class Rights(BaseModel):
     tokens: Annotated[tuple[Token, ...], Field(min_length=1)]
     max_sequences: Annotated[int, Field(ge=0)] = 0
     chunks_per_second: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+
+    @field_validator("chunks_per_second")
+    @classmethod
+    def _is_no_trifle(cls, rate: float) -> float:
+        if 0 < rate < 0.01:
+            raise ValueError("expected 0, or 0.01 at least")
+        return rate
+
     operator: bool = False
 
 
@@ -57,24 +65,27 @@ class Caller:
         self.name = name
         self.live = 0  # sequences
         self.is_known = True  # False once it is not in the file any more
+        self.rate = 0.0  # chunks a second; 0: any
+        self._left, self._at = 0.0, 0.0  # chunks that may come at once, and when that was so
         self._lock = threading.Lock()
         self.allow(operator, max_sequences, rate)
 
     def allow(self, operator: bool, max_sequences: int, rate: float) -> None:
         """What it may from now on. `rate`: chunks a second."""
-        self.operator = operator
-        self.max_sequences = max_sequences
-        self.rate = rate
-        self._left, self._at = rate, 0.0  # a second's worth may come at once
+        with self._lock:
+            self.operator = operator
+            self.max_sequences = max_sequences
+            if rate != self.rate:
+                self.rate, self._left = rate, rate  # a second's worth may come at once
 
     def may_see(self, owner: str) -> bool:
         """Whether sequences of that caller are its business."""
         return self.operator or owner == self.name
 
-    def take_place(self) -> None:
-        """For one more sequence. Raises: PoolFull."""
+    def take_place(self, instead: bool = False) -> None:
+        """For one more sequence; or `instead` of one that ends by that. Raises: PoolFull."""
         with self._lock:
-            if self.max_sequences and self.live >= self.max_sequences:
+            if self.max_sequences and self.live >= self.max_sequences + instead:
                 raise PoolFull(
                     f"caller {self.name!r} has {self.live} live sequences here, its limit; end one first"
                 )
@@ -86,22 +97,22 @@ class Caller:
 
     def spend(self, chunks: int, now: float) -> float:
         """Counts them. How many seconds the next ones should wait; 0 without a rate."""
-        if not self.rate:
-            return 0.0
         with self._lock:
-            self._left = min(self.rate, self._left + (now - self._at) * self.rate) - chunks
+            rate = self.rate
+            if not rate:
+                return 0.0
+            self._left = min(rate, self._left + (now - self._at) * rate) - chunks
             self._at = now
-            return max(0.0, -self._left / self.rate)
+            return min(max(0.0, -self._left / rate), _LONGEST_PAUSE_SECONDS)
 
-    def check_rate(self, now: float) -> None:
-        """For one call that is a chunk by itself, and is refused instead of waiting. Raises: RateExceeded."""
+    def check_rate(self, now: float, patience_seconds: float = 0.0) -> None:
+        """For what is refused instead of waiting longer than that. Raises: RateExceeded."""
         seconds = self.spend(0, now)
-        if seconds > 0:
+        if seconds > patience_seconds:
             raise RateExceeded(
                 f"caller {self.name!r} sends more than its {self.rate:g} chunks a second; slow down",
                 retry_after_ms=1 + int(1000 * seconds),
             )
-        self.spend(1, now)
 
 
 ANYBODY = Caller("", operator=True)
@@ -118,8 +129,9 @@ class Callers:
         self.refused = 0  # calls without a token that is in the file
         self._lock = threading.Lock()  # of that count
         self._text = b""
+        self._seen = b""  # what the file held at the last look
         self._by_name: dict[str, Caller] = {}
-        self._digests: tuple[tuple[bytes, Caller], ...] = ()
+        self._digests: dict[bytes, Caller] = {}
         if file is not None:
             self._text = _read(file)
             self._take(parse(self._text, str(file)))
@@ -127,7 +139,8 @@ class Callers:
     def identify(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> Caller:
         """Whose call that is, by its `authorization: Bearer …`.
 
-        Raises: Unauthenticated. The time it takes does not depend on how near a wrong token comes.
+        Raises: Unauthenticated. The time it takes does not depend on how near a wrong token comes: what is
+        looked up, and compared, is its SHA-256.
         """
         if self._file is None:
             return ANYBODY
@@ -135,9 +148,9 @@ class Callers:
         shown = values[0] if len(values) == 1 else ""
         if isinstance(shown, str) and shown[: len(_SCHEME)].lower() == _SCHEME:
             digest = _digest(shown[len(_SCHEME) :].strip())
-            found = [caller for known, caller in self._digests if hmac.compare_digest(known, digest)]
-            if found:
-                return found[0]
+            caller = self._digests.get(digest)
+            if caller is not None:
+                return caller
         with self._lock:
             self.refused += 1
         raise Unauthenticated(
@@ -148,12 +161,14 @@ class Callers:
         )
 
     def reload(self) -> bool:
-        """Takes the file if it changed; what is wrong leaves the old one. Whether it did."""
+        """Takes the file if it changed and is as it was at the last look, so that nobody is still writing it;
+        what is wrong leaves the old one. Whether it did."""
         if self._file is None:
             return False
         try:
             text = _read(self._file)
-            if text == self._text:
+            before, self._seen = self._seen, text
+            if text == self._text or text != before:
                 return False
             rights = parse(text, str(self._file))
         except ConfigInvalid as error:
@@ -173,7 +188,7 @@ class Callers:
             caller.allow(one.operator, one.max_sequences, one.chunks_per_second)
         for name, caller in self._by_name.items():
             caller.is_known = name in known
-        self._digests = tuple((_digest(t), known[name]) for name, one in rights.items() for t in one.tokens)
+        self._digests = {_digest(t): known[name] for name, one in rights.items() for t in one.tokens}
         self._by_name = known
 
 
@@ -187,8 +202,8 @@ def parse(text: bytes, where: str) -> dict[str, Rights]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigInvalid(f"{where}: is no TOML: {error}") from None
     except ValidationError as error:
-        faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_input=False)]
-        raise ConfigInvalid(f"{where}: {'; '.join(faults)}") from None
+        faults = "; ".join(_fault(e["loc"], e["msg"]) for e in error.errors(include_input=False))
+        raise ConfigInvalid(f"{where}: {faults}") from None
     owners: dict[str, str] = {}
     for name, one in rights.items():
         for token in one.tokens:
@@ -198,6 +213,12 @@ def parse(text: bytes, where: str) -> dict[str, Rights]:
     if not rights:
         raise ConfigInvalid(f"{where}: names no caller, so nobody could call")
     return rights
+
+
+def _fault(place: tuple[int | str, ...], text: str) -> str:
+    """Where the place may be a token by mistake, it is not quoted."""
+    words = [str(word) if len(str(word)) < _LEAST_TOKEN_LENGTH else "…" for word in place]
+    return f"{'.'.join(words)}: {text}"
 
 
 def _read(path: Path) -> bytes:
@@ -247,11 +268,11 @@ class Pacer:
 
     def _run(self) -> None:
         while not self._over:
-            for resume in self._next():
-                try:
+            try:
+                for resume in self._next():
                     resume()
-                except Exception:
-                    log.exception("who waited for his turn met a bug")
+            except Exception:  # the others wait for this thread as well
+                log.exception("who waited for his turn met a bug")
 
     def _next(self) -> list[Callable[[], None]]:
         """Those whose time has come, after waiting for the first of them."""

@@ -162,6 +162,11 @@ class Engine:
         self._inbox.put((self._population.end_after_pending, sequence, reason))
         return True
 
+    def owner(self, sequence_id: str) -> str | None:
+        """Whose live sequence that is; None: there is none."""
+        sequence = self._population.live.get(sequence_id)
+        return sequence.caller if sequence is not None else None
+
     def supersede(self, sequence_id: str) -> None:
         """Ends a live sequence of that id, if there is one, now: it goes on in another engine."""
         sequence = self._population.live.get(sequence_id)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import grpc
@@ -177,6 +177,10 @@ class HttpCall:
         return max(0.0, self.deadline - time.monotonic())
 
     # The reading thread.
+
+    def shrink(self, message_bytes: int) -> None:
+        """Its messages may have no more than that."""
+        self._limits = replace(self._limits, message_bytes=min(message_bytes, self._limits.message_bytes))
 
     def open(self, route: Route) -> None:
         """Finds its listener."""

@@ -33,11 +33,14 @@ class MetricsPort:
         scraped: Any = prometheus_client.make_wsgi_app(registry)
 
         def answer(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
-            probe = probes.get(environ["PATH_INFO"])
-            if probe is None:
+            path = environ["PATH_INFO"]
+            if path in ("/", "/metrics"):
                 body: Iterable[bytes] = scraped(environ, start_response)
                 return body
-            status, text = ("200 OK", b"ok\n") if probe() else ("503 Service Unavailable", b"no\n")
+            if path not in probes:  # who mistypes a probe must not find the server well
+                status, text = "404 Not Found", b"there are /metrics, /livez and /readyz\n"
+            else:
+                status, text = ("200 OK", b"ok\n") if probes[path]() else ("503 Service Unavailable", b"no\n")
             start_response(status, [("Content-Type", "text/plain"), ("Content-Length", str(len(text)))])
             return [text]
 

@@ -29,6 +29,10 @@ _Code = grpc.StatusCode
 _MOST_WAITING = 16
 # Calls that stream their requests, each with a thread of the pool: others need threads, too.
 _MOST_TALKS = 4
+# Calls that are answered for as long as they stay, such as Health.Watch; and others than the server's own,
+# such as Health.Check. Nobody is asked who he is for these: strangers must not take the places of callers,
+# nor watchers those of probes.
+_MOST_WATCHES, _MOST_OTHERS = 64, 128
 # How often to look whether a client that is slow takes its replies.
 _SLOW_SECONDS = 0.01
 
@@ -36,12 +40,15 @@ _SLOW_SECONDS = 0.01
 class Methods:
     """The handlers by name. Takes what generated code registers, as a grpc.Server does."""
 
-    def __init__(self, pool: Executor, max_calls: int, max_bytes: int) -> None:
+    def __init__(self, pool: Executor, max_calls: int, max_bytes: int, own: str = "/") -> None:
+        """`own`: what the paths begin with that are not among the others."""
         self.pool = pool
+        self.own = own
         self._handlers: list[Any] = []
-        self._max_calls = max_calls
-        self._places = threading.BoundedSemaphore(max_calls)
-        self._talks = threading.BoundedSemaphore(_MOST_TALKS)
+        self._places = _Places(max_calls)
+        self._talks = _Places(_MOST_TALKS)
+        self._watches = _Places(_MOST_WATCHES)
+        self._others = _Places(_MOST_OTHERS)
         self.pending = PendingBytes(max_bytes)  # of requests, until they are answered
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None:
@@ -62,16 +69,27 @@ class Methods:
             return GONE
         return PooledMethod(call, handler, self)
 
-    def take_place(self, call: HttpCall, talks: bool) -> bool:
+    def take_place(self, call: HttpCall, talks: bool = False, watches: bool = False) -> bool:
         """For a call that has brought a request. If there is none it is finished."""
-        places = self._talks if talks else self._places
+        places = self._places if call.path.startswith(self.own) else self._others
+        if talks or watches:
+            places = self._talks if talks else self._watches
         if not self.pending.full and places.acquire(blocking=False):
             call.closed = places.release
             return True
-        most = _MOST_TALKS if talks else self._max_calls
-        error = PoolFull(f"{most} such calls, or {self.pending.limit_bytes} bytes, wait already; retry")
+        error = PoolFull(
+            f"{places.most} such calls, or {self.pending.limit_bytes} bytes, wait already; retry"
+        )
         call.finish(code_of(error), str(error), metadata_of(error))
         return False
+
+
+class _Places(threading.BoundedSemaphore):
+    """And how many there are."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(most)
+        self.most = most
 
 
 class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
@@ -115,7 +133,8 @@ class PooledMethod:
 
     def _begin(self, request: Any, nbytes: int) -> None:
         self._begun = True
-        if self._methods.take_place(self._call, self._handler.request_streaming):
+        handler = self._handler
+        if self._methods.take_place(self._call, handler.request_streaming, handler.response_streaming):
             self._methods.pending.add(nbytes)
             self._methods.pool.submit(self._run, request, nbytes)
 

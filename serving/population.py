@@ -376,7 +376,7 @@ class Population:
     def _seal_owed(self) -> None:
         """Those that rest now. The others come by when their chunk is answered."""
         if self._pool.reads_together:
-            self._expect(s for s in self._owed.values() if s.at_rest and not s.ended)
+            self._expect(s for s in self._owed.values() if s.at_rest and not s.ended and self._may_seal(s))
         for sequence in list(self._owed.values()):
             if sequence.ended:
                 del self._owed[sequence.number]
@@ -561,7 +561,7 @@ class Population:
     def _send_away(self) -> None:
         """As many as get their tokens with one delivery; those who leave their replies untaken wait."""
         if self._pool.reads_together:
-            self._expect(s for s, _ in self._leaving if s.at_rest and not s.ended)
+            self._expect(s for s, _ in self._leaving if s.at_rest and not s.ended and self._may_seal(s))
         for _ in range(len(self._leaving)):
             if self._sealed_bytes >= SEALED_BYTES:
                 return

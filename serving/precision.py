@@ -16,6 +16,7 @@ _HALVED = {
     "GRU": _RECURRENT, "LSTM": _RECURRENT, "RNN": _RECURRENT,
 }  # fmt: skip
 _PREFIX = "tenuto.half."
+_LARGEST_HALF = 65504.0
 
 
 def halved(model: bytes, where: str) -> bytes:
@@ -63,7 +64,8 @@ class _Halving:
         count = 0
         for node in self._graph.node:
             places = [p for p in _HALVED.get(node.op_type, ()) if p < len(node.input) and node.input[p]]
-            if places and not node.domain and all(self._is_float(node.input[p]) for p in places):
+            fits = not node.domain and all(self._may_halve(node.input[p]) for p in places)
+            if places and fits:
                 count += 1
                 self._change(node, places)
             else:
@@ -73,8 +75,12 @@ class _Halving:
         self._drop_unused()
         return count
 
-    def _is_float(self, name: str) -> bool:
-        return self._types.get(name) == TensorProto.FLOAT
+    def _may_halve(self, name: str) -> bool:
+        """Whether it is float32; and, if it is a weight, none of it becomes infinite."""
+        if self._types.get(name) != TensorProto.FLOAT:
+            return False
+        weight = self._weights.get(name)
+        return weight is None or bool((abs(numpy_helper.to_array(weight)) <= _LARGEST_HALF).all())
 
     def _change(self, node: NodeProto, places: list[int]) -> None:
         half = NodeProto.FromString(node.SerializeToString())
@@ -104,6 +110,7 @@ class _Halving:
     def _drop_unused(self) -> None:
         """The float32 weights of which only the halves are needed; a subgraph may need any."""
         used = {name for node in self._graph.node for name in node.input}
+        used |= {tensor.name for tensor in (*self._graph.input, *self._graph.output)}
         nested = any(a.HasField("g") or a.graphs for node in self._graph.node for a in node.attribute)
         kept = [i for i in self._graph.initializer if nested or i.name in used or i.name not in self._half]
         copies = [TensorProto.FromString(i.SerializeToString()) for i in kept]

@@ -145,7 +145,9 @@ class Predicts:
     def _check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
         """Raises: Unauthenticated, RateExceeded; counted."""
         try:
-            self._callers.identify(metadata).check_rate(time.monotonic())
+            caller, now = self._callers.identify(metadata), time.monotonic()
+            caller.check_rate(now)
+            caller.spend(1, now)
         except TenutoError as error:
             self.refused(error.reason)
             raise

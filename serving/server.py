@@ -99,6 +99,7 @@ class Server:
             max_message_bytes=config.max_message_bytes,
             max_pending_bytes=config.max_pending_bytes,
             tls=self._tls,
+            check=self._callers.identify,
         )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused

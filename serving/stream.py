@@ -62,6 +62,8 @@ log = logging.getLogger("tenuto.stream")
 
 MAX_EVENTS = 4096
 _MAX_LABEL_BYTES = 128
+# A caller that owes more than that by its rate opens no further stream.
+_PATIENCE_SECONDS = 5.0
 _ID_BYTES = 8
 # Of a seed that is drawn here: people type it again.
 _SEED_BITS = 32
@@ -116,7 +118,9 @@ class Streams:
     def open(self, call: Call) -> Listener:
         try:
             caller = self._callers.identify(lambda: call.metadata)
-        except Unauthenticated as error:
+            # Its first message is read whatever is owed: or a stream for each message would dodge the rate.
+            caller.check_rate(time.monotonic(), _PATIENCE_SECONDS)
+        except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
         stream = Stream(
@@ -133,6 +137,7 @@ class Streams:
         )
         with self._lock:
             self._open.add(stream)
+        stream.drop_if_unknown()  # who was taken out of the file meanwhile
         return stream
 
     def _gone(self, stream: Stream) -> None:
@@ -172,8 +177,8 @@ class Stream:
 
     __slots__ = (
         "__weakref__", "_call", "_caller", "_catalogue", "_empty_since", "_ended", "_forms", "_gone",
-        "_half_closed", "_held", "_limits", "_lock", "_metrics", "_pacer", "_pause", "_pending", "_resume",
-        "_trace", "_unseal", "share",
+        "_half_closed", "_held", "_limits", "_lock", "_metrics", "_over", "_pacer", "_pause", "_pending",
+        "_resume", "_trace", "_unseal", "share",
     )  # fmt: skip
 
     def __init__(
@@ -193,6 +198,7 @@ class Stream:
         self._caller = caller
         self._pacer = pacer or Pacer()
         self._trace = trace
+        self._over = False
         self._pause = 0.0  # seconds until it is read on: its caller is too fast
         self._catalogue = catalogue
         self._pending = pending
@@ -243,7 +249,8 @@ class Stream:
             self._abort(_too_many(taken + len(events)))
             return
         if self._caller.rate:
-            self._pause = self._caller.spend(taken + len(events), now)
+            chunks = sum(event.HasField("chunk") for event in events)
+            self._pause = self._caller.spend(taken + chunks, now)
         alike: dict[int, int] = {}  # by sequence, which event is to get a form
         for number, event in enumerate(events):
             kind = event.WhichOneof("event")
@@ -293,6 +300,7 @@ class Stream:
 
     def terminated(self) -> None:
         with self._lock:
+            self._over = True  # `_open` may be under way on another thread, and adds nothing from here on
             held, self._held = list(self._held.values()), {}
             self._forms.clear()  # or it and its sequences would keep each other alive
         self._caller.leave_places(len(held))
@@ -314,6 +322,7 @@ class Stream:
     def drop_if_unknown(self) -> None:
         """Ends the stream, and what it carries, if its caller is known no more."""
         if not self._caller.is_known:
+            self.terminated()  # its sequences at once, whether or not the client reads how it ends
             error = Unauthenticated("the caller of this stream is not known here any more")
             self._call.finish(code_of(error), str(error), metadata_of(error))
 
@@ -419,21 +428,31 @@ class Stream:
             else:
                 served = self._catalogue.find(wish.model, wish.version)
             sequence = self._sequence(key, wish, served.manifest, now)
-            self._caller.take_place()
+            # The sequence of that token may still live here, on a connection that is lost unnoticed.
+            instead = snapshot is not None and self._is_own(snapshot.sequence_id)
+            self._caller.take_place(instead)
         except TenutoError as error:
             if wish.resume_token:
                 self._metrics.resumes_refused[error.reason] += 1
             self._refuse(key, error)
             return
         with self._lock:
-            self._ended.pop(key, None)
-            self._held[key] = _Held(sequence, served, Habit())
+            if not self._over:
+                self._ended.pop(key, None)
+                self._held[key] = _Held(sequence, served, Habit())
+        if self._over:
+            self._caller.leave_places(1)
+            return
         self.share.add(COMMAND_BYTES)
         if snapshot is not None:
             for other in self._catalogue.engines:
                 if other is not served.engine:
                     other.supersede(snapshot.sequence_id)
         served.engine.open(sequence, snapshot)
+
+    def _is_own(self, sequence_id: str) -> bool:
+        """Whether a live sequence of that id is the caller's."""
+        return any(e.owner(sequence_id) == self._caller.name for e in self._catalogue.engines)
 
     def _unsealed(self, wish: pb.Open) -> Snapshot:
         """Where the sequence of that token stands.

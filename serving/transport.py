@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 
 import grpc
 
-from .call import GONE, Listener, Opener
-from .errors import PoolFull
+from .call import GONE, Listener, Metadata, Opener
+from .errors import PoolFull, TenutoError
 from .http2 import Http2Server
 from .http_call import HttpCall, Limits
 from .pooled_method import Methods
@@ -22,6 +22,10 @@ from .thread_call import ThreadCall
 from .tls import Tls
 
 Mode = Literal["auto", "http2", "threads"]
+# Raises TenutoError for the metadata of a call that may not be.
+Check = Callable[[Callable[[], Metadata]], object]
+# Of a request to health or reflection, which everybody may call.
+_OTHERS_BYTES = 64 << 10
 # Calls of one connection beyond `max_streams`, for the other methods, and to be refused in words.
 _SPARE_CALLS = 1024
 # Streams on gRPC's server: each holds a thread of its pool and one more.
@@ -70,8 +74,11 @@ class Http2Transport(Methods):
         max_message_bytes: int,
         max_pending_bytes: int,
         tls: Tls | None,
+        check: Check,
     ) -> None:
-        super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes)
+        own = path[: path.rindex("/") + 1]
+        super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes, own)
+        self._check = check
         self._openers: dict[str, Callable[[HttpCall], Listener]] = {path: streams.open}
         limits = Limits(max_message_bytes, max_pending_bytes, streams.max_streams + _SPARE_CALLS)
         self._server = Http2Server(self._route, limits, tls)
@@ -83,11 +90,20 @@ class Http2Transport(Methods):
 
     def listen(self, path: str, opener: Opener) -> None:
         def open_or_refuse(call: HttpCall) -> Listener:
-            return opener(call) if self.take_place(call, talks=False) else GONE
+            return opener(call) if self.take_place(call) else GONE
 
         self._openers[path] = open_or_refuse
 
     def _route(self, call: HttpCall) -> Listener:
+        """Nothing of a stranger's call is read, and it takes nobody's place."""
+        if not call.path.startswith(self.own):
+            call.shrink(_OTHERS_BYTES)
+            return self.open(call)
+        try:
+            self._check(lambda: call.metadata)
+        except TenutoError as error:
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return GONE
         return self._openers.get(call.path, self.open)(call)
 
 
@@ -102,7 +118,9 @@ class ThreadTransport:
         max_message_bytes: int,
         max_pending_bytes: int,
         tls: Tls | None,
+        check: Check,
     ) -> None:
+        """`check` is the handlers' business here: they have the call's metadata, and gRPC its bytes."""
         self._tls = tls
         most = streams.max_streams
         streams.max_streams = min(most, _THREAD_STREAMS)
@@ -181,10 +199,11 @@ def transport(
     max_message_bytes: int,
     max_pending_bytes: int,
     tls: Tls | None = None,
+    check: Check = lambda _: None,
 ) -> Transport:
     """The server for that mode; `path` is the stream method's, `threads` are for all others."""
     kind = Http2Transport if streams.mode == "http2" else ThreadTransport
-    return kind(streams, path, threads, max_message_bytes, max_pending_bytes, tls)
+    return kind(streams, path, threads, max_message_bytes, max_pending_bytes, tls, check)
 
 
 class StreamMethod:

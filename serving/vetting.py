@@ -77,7 +77,7 @@ def _one_child(
     stopping: threading.Event,
 ) -> dict[ModelFolder, Verdict]:
     """Verdicts until all are there or the child is gone; the folder that it was at has one then."""
-    command = [sys.executable, "-m", "tenuto.serving.vetting", json.dumps(asdict(how))]
+    command = [sys.executable, "-m", "tenuto.serving.vetting", json.dumps(asdict(how)), str(os.getpid())]
     if stopping.is_set():
         return {folder: Verdict(why=_STOPPING) for folder in folders}
     # By exec, never fork: this process may have gRPC and ONNX Runtime threads.
@@ -189,14 +189,16 @@ def check(folder: ModelFolder, how: RunSettings) -> Verdict:
     return Verdict(files.fingerprint, golden_steps=found.steps, golden_worst=found.worst)
 
 
-def _end_with_parent() -> None:
-    """A server that is killed leaves no child behind; on Linux."""
+def _end_with_parent(parent: int) -> None:
+    """A server that is killed leaves no child behind; on Linux. Nor does one that was before we said so."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(0)
 
 
 def main(arguments: list[str]) -> None:
-    _end_with_parent()
+    _end_with_parent(int(arguments[1]))
     how = RunSettings(**json.loads(arguments[0]))
     with contextlib.suppress(OSError):  # if memory runs out, this process goes first
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -65,6 +65,8 @@ class Settings:
             token = self.token() if callable(self.token) else self.token
         except Exception as error:
             raise invalid(f"setting token: {error}", "WRONG_SETTING") from error
+        if not isinstance(token, str):
+            raise _wrong("token", "text, or a function that returns it", type(token).__name__)
         if not re.fullmatch(r"[!-~]*", token):
             text = "setting token: expected ASCII without spaces, got other characters among its"
             raise invalid(f"{text} {len(token)}", "WRONG_SETTING")

@@ -280,3 +280,11 @@ def test_every_error_is_in_the_tree_and_survives_pickling() -> None:
         assert str(pickle.loads(pickle.dumps(kind("text")))).endswith("text")
     ended = SequenceEnded("text", reason="DRAINING", last_step=4, resume_token=b"token")
     assert vars(pickle.loads(pickle.dumps(ended))) == vars(ended)
+
+
+@pytest.mark.parametrize("token", [None, b"bytes", lambda: None, "two words", "ü"])
+def test_a_token_that_is_none_is_named_and_not_quoted(token: Any) -> None:
+    with pytest.raises(InvalidInput, match="setting token") as wrong:
+        Client("127.0.0.1:1", token=token).models()
+    assert "two words" not in str(wrong.value)
+    assert "ü" not in str(wrong.value)

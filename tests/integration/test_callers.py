@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import tenuto
 from tenuto import aio
+from tenuto.serving import pooled_method
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 
@@ -192,6 +194,105 @@ def test_a_caller_that_is_too_fast_is_read_later_and_loses_nothing(
                     alice.predict("doubler", np.ones((1, 2), np.float32))
             assert refused.value.reason == "RATE_EXCEEDED"
             assert refused.value.retry_after_seconds
+
+
+def test_a_stranger_takes_nothing_that_callers_need(
+    toy_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Watchers of health, and refused streams, more of each than there may be."""
+    monkeypatch.setattr(pooled_method, "_MOST_WATCHES", 3)
+    with (
+        guarded(toy_repository, tmp_path, transport="http2", max_streams=8) as server,
+        connect(server.port) as stranger,
+        connect(server.port) as friend,
+    ):
+        health: Any = health_pb2_grpc.HealthStub(stranger)
+        request = health_pb2.HealthCheckRequest()
+        watches = [health.Watch(request, timeout=PATIENCE_SECONDS) for _ in range(3)]
+        assert all(next(watch).status for watch in watches)
+        with pytest.raises(grpc.RpcError) as one_more:
+            next(health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS))
+        assert one_more.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for _ in range(20):
+            with Conversation(stranger) as conversation, pytest.raises(grpc.RpcError):
+                conversation.send(opening("accumulator"))
+                conversation.read()
+        assert server._streams.open_streams == 0
+        own: Any = health_pb2_grpc.HealthStub(friend)
+        assert own.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_SECONDS).status
+        with client(server, ALICE) as alice, alice.stream("accumulator") as a:
+            assert alice.models()
+            assert step(a, 1.0) == [1.0]
+        for watch in watches:
+            watch.cancel()
+
+
+def test_a_stranger_s_message_is_not_waited_for(toy_repository: Path, tmp_path: Path) -> None:
+    """A call without a token is refused when its headers are there, with all of its bytes still to come."""
+    with guarded(toy_repository, tmp_path, transport="http2") as server, connect(server.port) as channel:
+        method = channel.stream_unary("/tenuto.v1.Tenuto/ListModels")
+        never = threading.Event()
+        with pytest.raises(grpc.RpcError) as refused:
+            method(iter(lambda: never.wait(PATIENCE_SECONDS) and b"", None), timeout=PATIENCE_SECONDS)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        never.set()
+
+
+def test_who_is_at_her_limit_can_resume_beside_a_connection_that_is_lost_unnoticed(server: Server) -> None:
+    with (
+        connect(server.port) as lost,
+        connect(server.port) as channel,
+        Conversation(lost, token=ALICE) as old,
+    ):
+        old.send(opening("accumulator", 0), opening("accumulator", 1), chunk(1, [5.0], sequence=0))
+        token = b""
+        while not token:
+            reply = old.read()
+            token = reply.checkpoint.resume_token if reply.HasField("checkpoint") else b""
+        with Conversation(channel, token=ALICE) as new:
+            new.send(opening("accumulator", resume_token=token))
+            assert new.opened().next_step == 2
+            new.send(chunk(2, [1.0]))
+            assert new.values(2) == [6.0]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_stream_for_each_message_does_not_dodge_the_rate(
+    transport: str, toy_repository: Path, tmp_path: Path
+) -> None:
+    text = f'[alice]\ntokens = ["{ALICE}"]\nchunks_per_second = 10'
+    with (
+        guarded(toy_repository, tmp_path, text, transport=transport, window=200) as server,
+        connect(server.port) as channel,
+    ):
+        with Conversation(channel, token=ALICE) as first:
+            first.send(opening("accumulator"), *(chunk(n, [1.0]) for n in range(1, 121)))
+            first.opened()
+            assert [first.values(n)[-1] for n in range(1, 121)][-1] == 120.0
+        with Conversation(channel, token=ALICE) as second:
+            second.send(opening("accumulator"), chunk(1, [1.0]))
+            with pytest.raises(grpc.RpcError) as refused:
+                second.read()
+        refusal = Refusal(refused.value)
+        assert refusal.reason == "RATE_EXCEEDED"
+        assert refusal.retry_after_ms > 5_000
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_calls_that_end_while_they_open_keep_no_place(
+    transport: str, toy_repository: Path, tmp_path: Path
+) -> None:
+    text = f'[alice]\ntokens = ["{ALICE}"]\nmax_sequences = 100000'
+    with (
+        guarded(toy_repository, tmp_path, text, transport=transport) as server,
+        connect(server.port) as channel,
+    ):
+        for _ in range(10):
+            with Conversation(channel, token=ALICE) as conversation:
+                conversation.send(*(opening("accumulator", n) for n in range(500)))
+                conversation.read()
+        (alice,) = server._callers._by_name.values()
+        wait_for(lambda: alice.live == 0, "all places to be free")
 
 
 def test_an_asyncio_client_brings_its_token(server: Server) -> None:

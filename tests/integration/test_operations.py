@@ -210,6 +210,7 @@ def test_probes_over_http_say_what_health_says(toy_repository: Path) -> None:
     server.start()
     try:
         assert (probe(server, "/livez"), probe(server, "/readyz")) == (200, 200)
+        assert probe(server, "/readyz/") == 404  # who mistypes it must not find the server well
         server.health.set(READINESS, health_pb2.HealthCheckResponse.NOT_SERVING)
         assert (probe(server, "/livez"), probe(server, "/readyz")) == (200, 503)
     finally:

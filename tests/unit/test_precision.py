@@ -26,7 +26,11 @@ WEIGHTS: dict[str, NDArray[Any]] = {
 }
 
 
-def network(*more: onnx.NodeProto, dtype: TensorProto.DataType = FLOAT) -> bytes:
+def network(
+    *more: onnx.NodeProto,
+    dtype: TensorProto.DataType = FLOAT,
+    weights: dict[str, NDArray[Any]] = WEIGHTS,
+) -> bytes:
     """x [time, batch, 3] through an LSTM, a product, a sum and a logarithm, to y [time, batch, 2]; c goes
     round."""
     value = toys.value
@@ -50,7 +54,7 @@ def network(*more: onnx.NodeProto, dtype: TensorProto.DataType = FLOAT) -> bytes
             value("c", dtype, 1, "batch", 4),
         ],
         [value("y", dtype, "time", "batch", 2), value("c_next", dtype, 1, "batch", 4)],
-        [numpy_helper.from_array(v.astype(as_numpy), k) for k, v in WEIGHTS.items()]
+        [numpy_helper.from_array(v.astype(as_numpy), k) for k, v in weights.items()]
         + [numpy_helper.from_array(np.array([1]), "one")],
     )
     opset = [helper.make_opsetid("", 17)]
@@ -120,3 +124,23 @@ def test_the_models_of_this_repository_can_be_halved(model: str) -> None:
     onnxruntime.InferenceSession(half, providers=["CPUExecutionProvider"])
     kept = onnx.load_from_string(half).metadata_props
     assert [p.key for p in kept] == [p.key for p in onnx.load_from_string(content).metadata_props]
+
+
+def test_a_weight_that_half_the_width_cannot_hold_stays_whole() -> None:
+    """It would become infinite, and an answer of zeros NaN."""
+    large = dict(WEIGHTS, p=WEIGHTS["p"] * 1e6)
+    half = onnx.load_from_string(halved(network(weights=large), "toy/1"))
+    kept = {i.name: i.data_type for i in half.graph.initializer}
+    assert kept["p"] == FLOAT
+    assert sum(dtype == HALF for dtype in kept.values()) == 2
+    assert all(np.isfinite(value).all() for value in run(half.SerializeToString()))
+
+
+def test_a_weight_that_is_an_input_or_an_output_as_well_stays_one() -> None:
+    proto = onnx.load_from_string(network())
+    proto.graph.input.append(toys.value("w", FLOAT, 1, 16, 3))
+    proto.graph.output.append(toys.value("p", FLOAT, 4, 2))
+    half = halved(proto.SerializeToString(), "toy/1")
+    run(half)
+    names = {i.name for i in onnx.load_from_string(half).graph.initializer}
+    assert {"w", "p"} <= names

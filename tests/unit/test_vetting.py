@@ -170,7 +170,7 @@ def test_a_server_that_is_killed_leaves_no_child() -> None:
     child = (
         "import os, signal, sys\n"
         "from tenuto.serving import vetting\n"
-        "vetting._end_with_parent()\n"
+        "vetting._end_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "signal.pause()\n"
     )
@@ -247,3 +247,10 @@ def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
     verdict = check(folder, ONE_THREAD)
     assert "ONNX Runtime does not load it" in verdict.why
     assert verdict.fingerprint == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parents")
+def test_a_child_whose_parent_left_before_it_could_say_so_leaves() -> None:
+    own = "from tenuto.serving import vetting; vetting._end_with_parent(1); print('stays')"
+    done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (0, "")

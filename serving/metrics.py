@@ -84,6 +84,7 @@ ENDINGS = (
     "SUPERSEDED", "WINDOW_EXCEEDED", "STATE_NOT_FINITE", "FAILED",
 )  # fmt: skip
 REJECTIONS = ("POOL_FULL", "OVERLOADED", "DRAINING", "MODEL_NOT_READY")
+REFUSALS = ("UNKNOWN_MODEL", "NOT_OPEN", "POOL_FULL", "RATE_EXCEEDED")
 RESULTS = ("resumed", "TOKEN_INVALID", "POOL_FULL", "DRAINING")
 
 
@@ -320,7 +321,7 @@ class TenutoCollector(Collector):
             "Opens, events and Predicts refused before any model had them.",
             labels=["reason"],
         )
-        for reason, count in dict(s.requests_refused).items():
+        for reason, count in _shown(REFUSALS, s.requests_refused).items():
             refused.add_metric([reason], count)
         yield refused
         yield CounterMetricFamily(

@@ -201,6 +201,8 @@ class Server:
         grace = self.config.drain_seconds if grace_seconds is None else grace_seconds
         for name in (READINESS, SERVICE, ""):  # before the first refusal
             self.health.set(name, _NOT_SERVING)
+        if self.config.drain_notice_seconds:  # whoever asks now and then must hear of it first
+            self._stopped.wait(self.config.drain_notice_seconds)
         self.metrics.draining = True
         self.rollout.stop()  # from here on there are no other engines than these
         for engine in self.catalogue.engines:

@@ -744,7 +744,7 @@ def test_every_label_in_a_rule_is_one_that_the_metric_has() -> None:
             for label, _, _ in _MATCHER.findall(matchers):
                 assert label in labels, f"{name} has no label {label}"
                 seen.add(label)
-    assert seen >= {"stage", "le", "reason", "result", "outcome"}
+    assert seen >= {"stage", "le", "reason", "result"}
 
 
 def test_every_value_in_a_rule_is_one_that_the_server_writes() -> None:

@@ -542,17 +542,19 @@ def busy(fleet: Fleet, port: int, turns: int) -> Iterator[tuple[Conversation, Se
                 server.exit_status()
 
 
-def opens(target: str) -> str:
-    """Opens a new stream: "" or the reason why it does not."""
-    try:
-        with Client(target) as client, client.stream("accumulator") as stream:
-            stream.send(np.ones(1, np.float32))
-            next(stream)
-            stream.end()
-            assert list(stream) == []
-    except Unavailable as error:
-        return error.reason
-    return ""
+def refusals(target: str) -> set[str]:
+    """Opens new streams, one after another: the reasons why one is refused, "" for one that is not."""
+    reasons = set()
+    with Client(target) as client:
+        for _ in range(8):
+            try:
+                with client.stream("accumulator") as stream:
+                    stream.send(np.ones(1, np.float32))
+                    next(stream)
+                reasons.add("")
+            except Unavailable as error:
+                reasons.add(error.reason)
+    return reasons
 
 
 def test_a_drained_server_loses_nothing(route: Route, capsys: pytest.CaptureFixture[str]) -> None:
@@ -562,7 +564,7 @@ def test_a_drained_server_loses_nothing(route: Route, capsys: pytest.CaptureFixt
     nginx has no health checks, and a name with several addresses is one server to the client: there, new
     streams meet the server that leaves, and are refused. Saying the address twice helps.
     """
-    fleet, turns = route.fleet, turns_for(route.fleet, 4.0)
+    fleet, turns = route.fleet, turns_for(route.fleet, 3.0)
     left: list[tuple[Conversation, ServerProcess]] = []
     with ExitStack() as stack:
 
@@ -580,8 +582,8 @@ def test_a_drained_server_loses_nothing(route: Route, capsys: pytest.CaptureFixt
         if route.knows_who_leaves and route.proxy is not None:
             proxy = route.proxy
             wait_for(lambda: not proxy.ready(server), "the proxy to know")
-        refused = {opens(route.target) for _ in range(8)}
-        twice = {opens(f"{route.target},{route.target}") for _ in range(8)} if route.name != "name" else {""}
+        refused = refusals(route.target)
+        twice = refusals(f"{route.target},{route.target}") if route.name != "name" else {""}
         assert not server.ended
         assert refused == ({""} if route.knows_who_leaves else {"", "DRAINING"})
         assert twice == {""}
@@ -630,16 +632,16 @@ def test_one_connection_holds_many_streams(route: Route) -> None:
 
 @contextmanager
 def silent_readers(fleet: Fleet, *ports: int) -> Iterator[None]:
-    """Two streams a port, one at each server, that are answered by more than a megabyte and do not read it."""
+    """Two streams a port, one at each server, that do not read the megabytes that they are answered."""
     window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16))
     values = np.ones(LARGE_VALUES, np.float32)
     before = sum(fleet.counts("tenuto_chunks_total", model="accumulator"))
     with ExitStack() as stack:
         for port in ports * 2:
             silent = stack.enter_context(Conversation(stack.enter_context(connect(port, *window))))
-            # gRPC itself takes the first answer as a whole; what waits is the second.
+            # Where gRPC itself takes the first answer as a whole, the second waits.
             silent.send_apart(opening("accumulator"), *(chunk(step, tensor(values)) for step in (1, 2)))
-        answered = before + len(ports) * 2 * 2
+        answered = before + len(ports) * 2
         wait_for(
             lambda: sum(fleet.counts("tenuto_chunks_total", model="accumulator")) >= answered, "their answers"
         )
@@ -745,9 +747,10 @@ def test_by_default_a_connection_holds_few_streams(
 def test_haproxy_that_takes_leaving_for_dead_cuts_streams(fleet: Fleet, tmp_path: Path) -> None:
     """shutdown-sessions without L7OKC: what the server still computes for them is lost."""
     fleet.heal()
+    changes = {" error-status L7OKC": "", "inter 1s fall 3": "inter 200ms fall 1"}
     with (
-        proxied(HAPROXY, fleet, tmp_path, {" error-status L7OKC": "", "fall 3": "fall 1"}) as proxy,
-        busy(fleet, proxy.port, turns_for(fleet, 3.0)) as (conversation, server),
+        proxied(HAPROXY, fleet, tmp_path, changes) as proxy,
+        busy(fleet, proxy.port, turns_for(fleet, 2.0)) as (conversation, server),
     ):
         server.terminate()
         wait_for(lambda: not conversation.call.is_active(), "the stream to be cut")
@@ -756,23 +759,27 @@ def test_haproxy_that_takes_leaving_for_dead_cuts_streams(fleet: Fleet, tmp_path
 
 
 def test_haproxy_that_shares_connections_lets_one_client_stop_others(fleet: Fleet, tmp_path: Path) -> None:
-    """Without "http-reuse never": whoever does not read holds up all streams of his server."""
+    """With "http-reuse always": whoever does not read holds up others on his connection to the server."""
     fleet.heal()
     with (
-        proxied(HAPROXY, fleet, tmp_path, {"    http-reuse never\n": ""}) as proxy,
+        proxied(HAPROXY, fleet, tmp_path, {"http-reuse never": "http-reuse always"}) as proxy,
         silent_readers(fleet, proxy.port),
     ):
-        wait_for(lambda: not any(answers(proxy.target) for _ in range(2)), "all calls to stand still")
+        wait_for(lambda: not answers(proxy.target), "a call to stand still")
 
 
 def test_a_server_that_hangs_is_noticed_by_haproxy_and_envoy(fleet: Fleet, tmp_path: Path) -> None:
     """SIGSTOP: nothing is closed, and these clients wait for ever; only the proxy can end their streams."""
     fleet.heal()
+    shorter = [
+        (HAPROXY, {"timeout check 2s": "timeout check 500ms"}),
+        (ENVOY, {"{interval: 5s, timeout: 5s}": "{interval: 1s, timeout: 1s}"}),
+    ]
     with ExitStack() as stack:
         resumed = []
         streams = []
-        for kind in (HAPROXY, ENVOY):
-            proxy = stack.enter_context(proxied(kind, fleet, tmp_path))
+        for kind, changes in shorter:
+            proxy = stack.enter_context(proxied(kind, fleet, tmp_path, changes))
             client = stack.enter_context(Client(proxy.target, reply_seconds=None))
             resumed.append(client)
             for _ in range(4):

@@ -230,7 +230,7 @@ def test_a_stranger_takes_nothing_that_callers_need(
 def test_a_stranger_s_message_is_not_waited_for(toy_repository: Path, tmp_path: Path) -> None:
     """A call without a token is refused when its headers are there, with all of its bytes still to come."""
     with guarded(toy_repository, tmp_path, transport="http2") as server, connect(server.port) as channel:
-        method = channel.stream_unary("/tenuto.v1.Tenuto/ListModels")
+        method: Any = channel.stream_unary("/tenuto.v1.Tenuto/ListModels")
         never = threading.Event()
         with pytest.raises(grpc.RpcError) as refused:
             method(iter(lambda: never.wait(PATIENCE_SECONDS) and b"", None), timeout=PATIENCE_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tenuto.serving.engine import Engine
 from tenuto.serving.server import Server
@@ -21,6 +23,7 @@ from .running import (
     Counting,
     Gate,
     assert_nothing_is_left,
+    build,
     engine_of,
     metrics_text,
     number,
@@ -492,3 +495,26 @@ def test_operators_see_the_live_sequences_and_may_end_one(
     assert reply.closed.last_step == 1
     (left,) = api.ListSequences(pb.ListSequencesRequest()).sequences
     assert left.model == "gain"
+
+
+def test_a_server_may_tell_of_its_leaving_before_it_refuses_anybody(toy_repository: Path) -> None:
+    """Not ready, and taking new sequences: whoever looks at its health now and then has the time to."""
+    server = build(toy_repository, drain_notice_seconds=3600.0)
+    server.start()
+    stopping = threading.Thread(target=server.stop, args=(0.0,))
+    with connect(server.port) as channel:
+        stopping.start()
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        ready = health_pb2.HealthCheckRequest(service="readiness")
+        wait_for(
+            lambda: health.Check(ready, timeout=30).status == health_pb2.HealthCheckResponse.NOT_SERVING,
+            "readiness to be off",
+        )
+        with Conversation(channel) as conversation:
+            conversation.send(opening("accumulator"), chunk(1, [1.0]))
+            conversation.opened()
+            assert conversation.values(1) == [1.0]
+        assert not server.metrics.draining
+        server._stopped.set()  # the notice is over
+        stopping.join(30)
+    assert server.metrics.draining

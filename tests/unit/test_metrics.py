@@ -76,6 +76,7 @@ def create_metrics() -> ServerMetrics:
     model.rejected["POOL_FULL"] += 1
     model.batch_size.add(3)
     server.models.append(model)
+    server.refuse("UNKNOWN_MODEL")
     server.loads["digits", "failed"] += 7
     return server
 
@@ -165,7 +166,8 @@ def test_refused_sequences_and_refused_calls_are_one_count() -> None:
     model.rejected_calls.update(POOL_FULL=3, DRAINING=1)
     families = {f.name: f for f in TenutoCollector(ServerMetrics("0", models=[model])).collect()}
     samples = families["tenuto_admission_rejections"].samples
-    assert {s.labels["reason"]: s.value for s in samples} == {"POOL_FULL": 5, "DRAINING": 1}
+    counts = {s.labels["reason"]: s.value for s in samples}
+    assert counts == dict.fromkeys(REJECTIONS, 0) | {"POOL_FULL": 5, "DRAINING": 1}
 
 
 def test_an_exemplar_stands_in_its_bucket() -> None:
@@ -209,4 +211,4 @@ def test_refusals_of_many_threads_are_all_counted() -> None:
     server = create_metrics()
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(server.refuse, ["UNKNOWN_MODEL"] * 4_000))
-    assert value(server, "tenuto_requests_refused_total", reason="UNKNOWN_MODEL") == 4_000
+    assert value(server, "tenuto_requests_refused_total", reason="UNKNOWN_MODEL") == 4_001

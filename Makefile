@@ -112,7 +112,7 @@ test-image: .venv/.stamp
 	TEST_IMAGE=1 .venv/bin/python -m pytest tests/deploy/test_image.py $(ARGS)
 
 test-routing: .venv/.stamp .venv-routing/.stamp
-	ENVOY=$(CURDIR)/.venv-routing/bin/envoy .venv/bin/python -m pytest tests/deploy/test_routing.py $(ARGS)
+	TEST_ROUTING=1 ENVOY=$(CURDIR)/.venv-routing/bin/envoy .venv/bin/python -m pytest tests/deploy/test_routing.py $(ARGS)
 
 dashboard: | python
 	@$(PYTHON) deploy/monitoring/dashboard.py

@@ -13,7 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
-.PHONY: bench-gpu test-gpu test-image test-routing dashboard locks bom audit manifests
+.PHONY: capacity bench-gpu test-gpu test-image test-routing dashboard locks bom audit manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -27,6 +27,7 @@ help:
 	@echo 'make models        train and export the models anew (-j2: two at once; MODELS="digits" for some)'
 	@echo 'make networks      draw the pictures of docs/networks.md and write it (3 CPU minutes)'
 	@echo 'make bench         run the benchmarks and write docs/performance.md (ARGS="paced --rounds 1" for some)'
+	@echo 'make capacity      write docs/capacity.md from what was measured (ARGS=--measure measures anew)'
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make test-gpu      run the tests that need a GPU, and bench-gpu its benchmark'
 	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
@@ -91,6 +92,9 @@ networks: .venv/.stamp
 # All of them go into the page, some of them to the terminal alone.
 bench: .venv/.stamp
 	.venv/bin/python -m benchmarks $(or $(ARGS),--write docs/performance.md)
+
+capacity: .venv/.stamp
+	.venv/bin/python -m benchmarks.capacity $(or $(ARGS),--write docs/capacity.md)
 
 soak: .venv/.stamp
 	.venv/bin/python -m benchmarks.soak $(ARGS)

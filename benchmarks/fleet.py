@@ -1,11 +1,11 @@
-"""A simulation of many pods and very many live sequences: a pod that dies, a zone that is lost, a rolling update.
+"""A simulation of many pods and very many live sequences: a lost pod, a lost zone, a rolling update.
 
-Time is discrete (`Plan.tick_seconds`) while something happens, and jumps (simpy) while nothing does. Only sequences
-that have lost their pod are looked at one by one; those that are due in the same tick go as one cohort. What a pod
-does for the others is a rate. A pod is one process that does one thing at a time: first it opens, then it answers
-the chunks that come, and what time is left it gives in equal parts to the sequences that have something to catch up
-with, each of which has `window` chunks unanswered at most. So sequences stay whole at any size, and the cost of a
-run is that of arrays.
+Time is discrete (`Plan.tick_seconds`) while something happens, and jumps (simpy) while nothing does. Only
+sequences that have lost their pod are looked at one by one; those that are due in the same tick go as one
+cohort. What a pod does for the others is a rate. A pod is one process that does one thing at a time: first it
+opens, then it answers the chunks that come, and what time is left it gives in equal parts to the sequences
+that have something to catch up with, each of which has `window` chunks unanswered at most. So sequences stay
+whole at any size, and the cost of a run is that of arrays.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ FIRST_SECONDS, LONGEST_SECONDS = backoff._FIRST_SECONDS, backoff._LONGEST_SECOND
 WAITING, REPLAYING, RUNNING, GIVEN_UP = range(4)
 RANDOM, NEXT = "random", "next"
 PLACING_ROUNDS = 10_000
+MIN_READY_SECONDS = 10.0  # deploy/kubernetes/base
 MANY, LOOK_SECONDS = 50_000, 0.25  # above so many that catch up, how they stand is looked at that often
 
 
@@ -42,11 +43,14 @@ class Plan:
     slots: int  # --max-sequences
     chunk_seconds: float  # CPU of a chunk
     open_seconds: float  # CPU of a resumed Open with its connection
-    notice_seconds: tuple[float, float] = (0.0, 0.0)  # from a killed server to the client's knowing, least and most
+    notice_seconds: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # from a killed server to the client's knowing, least and most
     reopen_seconds: float = 0.0  # of the client alone, from knowing to its Open at the server
     latency_seconds: float = 0.003  # of one chunk at a pod that has time
     start_seconds: float = 3.0  # of a pod, until it is ready
-    min_ready_seconds: float = 10.0
+    min_ready_seconds: float = MIN_READY_SECONDS
     pre_stop_seconds: float = 5.0
     surge: int = 1
     reserve: float = 0.1  # --resume-reserve
@@ -70,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of the sequences that lost their pod; times in seconds, `inf` for not within the horizon."""
+    """What became of the sequences that lost their pod; times in seconds, `inf` for not in the run."""
 
     lost: int  # sequences, or moves of sequences in a rolling update
     half: float  # until that share had its first new output
@@ -108,7 +112,7 @@ class _Lost:
     count: int = 0
 
     def add(self, pods: Ints, replay: Ints, at: float, since: Floats) -> Ints:
-        """Notes these; their numbers. The arrays double, so that a rollout of thousands of drains stays cheap."""
+        """Notes these; their numbers. The arrays double, so that thousands of drains stay cheap."""
         first, self.count = self.count, self.count + len(pods)
         if self.count > len(self.at):
             room = max(self.count, 2 * len(self.at))
@@ -139,7 +143,9 @@ class Fleet:
         self.live = np.zeros(room, np.int64)
         self.opening = np.zeros(room)  # CPU seconds of opens that wait
         self.late = np.zeros(room)  # CPU seconds of chunks that wait, of live sequences
-        self.caught = np.zeros(room)  # chunks beyond its pace that each that catches up there was given so far
+        self.caught = np.zeros(
+            room
+        )  # chunks beyond its pace that each that catches up there was given so far
         self.given = np.zeros(room)  # the same, those of its pace included
         self.replaying = np.zeros(room, np.int64)
         self.lost = _Lost()
@@ -180,7 +186,7 @@ class Fleet:
     # -- what happens to it ------------------------------------------------------------------------
 
     def kill(self, pods: Ints, silent: bool = False) -> None:
-        """These pods are gone now. `silent`: no connection is reset, so that clients wait for `reply_seconds`."""
+        """These pods are gone now. `silent`: no connection is reset, and clients wait for `reply_seconds`."""
         plan = self.plan
         at = np.repeat(pods, self.live[pods])
         self.live[pods] = 0
@@ -267,12 +273,16 @@ class Fleet:
         rank = np.arange(len(pods)) - (np.cumsum(counts) - counts)[pods]
         there = self.takes[pods]
         taken = there & (rank < plan.slots - self.live[pods])
-        self.refused += int((there & ~taken).sum())
+        turned_away = np.bincount(pods[there & ~taken], minlength=len(self.live))
+        self.refused += int(turned_away.sum())
+        self.opening += turned_away * plan.open_seconds  # the token is opened before there is no slot
         self._take(numbers[taken], pods[taken])
         unanswered = self.silent[pods] & ~there
         self._again(numbers[~taken], np.where(unanswered[~taken], plan.timeout_seconds, 0.0))
 
     def _take(self, numbers: Ints, pods: Ints) -> None:
+        if not len(numbers):
+            return
         counts = np.bincount(pods, minlength=len(self.live))
         self.live += counts
         self.replaying += counts

@@ -1,8 +1,8 @@
-"""What the capacity page's arithmetic needs, measured on this machine: `python -m benchmarks.capacity --measure`.
+"""What the capacity page's arithmetic needs, measured here: `python -m benchmarks.capacity --measure`.
 
 Each figure comes from a real `tenuto serve` process. Server CPU is what the kernel counts for its threads
-(/proc/PID/task/*/schedstat, nanoseconds), never wall time: the load generator runs on the same cores. Rounds go
-through all loads, every other one in the opposite order.
+(/proc/PID/task/*/schedstat, nanoseconds), never wall time: the load generator runs on the same cores. Rounds
+go through all loads, every other one in the opposite order.
 """
 
 import asyncio
@@ -25,6 +25,7 @@ from subprocess import PIPE, Popen
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tenuto import aio
 from tenuto.v1 import tenuto_pb2 as pb
@@ -41,13 +42,15 @@ ROUNDS = 3
 WARMUP_SECONDS, WINDOW_SECONDS = 0.8, 1.5
 SPOKEN, SAMPLES = "spoken-digits", 160  # 20 ms at 8 kHz
 MODELS = (model.NAME, SPOKEN)
+SERVED = len(MODELS) + 1  # the images' model is there as well
 PACED = (16, 64, 128)  # streams, each on a connection of its own
 FLAT_OUT = 256  # streams in a closed loop, each on a connection of its own
 PACKED_STREAMS, PACKED_EACH = 8, 32  # a gateway's: sequences of one stream that share its messages
 OPENS, WAVE = 512, 32  # and how many are asked for at once
 GROWN_CONNECTIONS = 500
 WIRE_CHUNKS = 1_000
-CALLERS, CALLERS_PER_CLIENT, CALLER_PERIOD_SECONDS = (40, 400), 10, 0.5
+CALLERS = ((40, PERIOD_SECONDS), (400, 0.5))  # and how often each sends
+CALLERS_PER_CLIENT = 10
 LOSS_LIMIT_SECONDS = 30.0
 ANSWER_LIMIT_SECONDS = 30.0
 
@@ -61,9 +64,7 @@ class Pod(ServerProcess):
         self.name = "tenuto"
         words = [sys.executable, "-m", "tenuto.cli", "serve", str(repository), *SERVE]
         began = time.perf_counter()
-        self.process = Popen(
-            [*words, "--token-key-file", str(key_file)], stdout=PIPE, text=True, bufsize=1
-        )
+        self.process = Popen([*words, "--token-key-file", str(key_file)], stdout=PIPE, text=True, bufsize=1)
         self.metrics = ""
         try:
             self.port = self._ready()
@@ -132,14 +133,20 @@ def cases() -> list[Case]:
     found = []
     rate = 1 / PERIOD_SECONDS
     for name in MODELS:
-        kind = {"tracks": "lstm", "frames": 1} if name == model.NAME else {"tracks": SPOKEN, "frames": SAMPLES}
+        kind = (
+            {"tracks": "lstm", "frames": 1} if name == model.NAME else {"tracks": SPOKEN, "frames": SAMPLES}
+        )
         for streams in PACED:
             party = Party(streams, channels=streams, messages_per_second=streams * rate, **kind)  # type: ignore[arg-type]
             found.append(Case(name, f"paced {streams}", party))
         found.append(Case(name, "flat out", Party(FLAT_OUT, channels=FLAT_OUT, **kind)))  # type: ignore[arg-type]
     few = Party(FLAT_OUT, 1, channels=16)
     packed = Party(
-        PACKED_STREAMS, 1, sequences_per_group=PACKED_EACH, chunks_per_message=PACKED_EACH, channels=PACKED_STREAMS
+        PACKED_STREAMS,
+        1,
+        sequences_per_group=PACKED_EACH,
+        chunks_per_message=PACKED_EACH,
+        channels=PACKED_STREAMS,
     )
     found.append(Case(model.NAME, "flat out, 16 connections", few))
     found.append(Case(model.NAME, "flat out, packed", packed))
@@ -276,7 +283,7 @@ def open_us(pod: Pod, events: list[pb.Event], alone: bool) -> float:
 
 
 def opens(pod: Pod, other: Pod, rounds: int) -> Figures:
-    """CPU-µs of an Open: new or resumed (on a server that did not seal), on a connection that is there or not."""
+    """CPU-µs of an Open: new, or resumed from another server's token; its connection is there, or new."""
     print("opens", file=sys.stderr, flush=True)
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -338,6 +345,7 @@ class Counter:
         self.port = port
         self.to_server = self.to_client = 0
         self._pumping: set[asyncio.Task[Any]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection("127.0.0.1", self.port)
@@ -348,14 +356,19 @@ class Counter:
         def down(count: int) -> None:
             self.to_client += count
 
+        self._writers += [writer, back]
         pumps = {self._pump(reader, back, up), self._pump(there, writer, down)}
         self._pumping |= {asyncio.create_task(pump) for pump in pumps}
 
     async def stop(self) -> None:
-        """Forwards no more."""
+        """Forwards no more, and closes its connections."""
         for task in self._pumping:
             task.cancel()
         await asyncio.wait(self._pumping)
+        for writer in self._writers:
+            writer.close()
+        closing = [asyncio.create_task(writer.wait_closed()) for writer in self._writers]
+        await asyncio.wait(closing, timeout=ANSWER_LIMIT_SECONDS)
 
     async def _pump(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[int], None]
@@ -363,10 +376,9 @@ class Counter:
         while data := await reader.read(1 << 16):
             count(len(data))
             writer.write(data)
-        writer.close()
 
 
-async def _wire(pod: Pod, name: str, chunk: np.ndarray[Any, Any]) -> Figures:
+async def _wire(pod: Pod, name: str, chunk: NDArray[Any]) -> Figures:
     counter = Counter(pod.port)
     listening = await asyncio.start_server(counter.accept, "127.0.0.1", 0)
     port = listening.sockets[0].getsockname()[1]
@@ -384,8 +396,9 @@ async def _wire(pod: Pod, name: str, chunk: np.ndarray[Any, Any]) -> Figures:
         up.append(counter.to_server)
         down.append(counter.to_client)
         token = stream.resume_token
-    await counter.stop()
     listening.close()
+    await listening.wait_closed()
+    await counter.stop()
     each_up, each_down = np.diff(up), np.diff(down)
     fresh = [i for i in range(1, WIRE_CHUNKS) if sealed[i] != sealed[i - 1]]
     near = {j for i in fresh for j in (i - 2, i - 1, i, i + 1)}
@@ -404,16 +417,17 @@ async def _wire(pod: Pod, name: str, chunk: np.ndarray[Any, Any]) -> Figures:
 
 
 def wire(pod: Pod) -> Figures:
-    """Bytes of TCP payload by the public client, one chunk a message, counted by a forwarder between the two."""
+    """Bytes of TCP payload of the public client, a chunk a message, counted by a forwarder."""
     print("the wire", file=sys.stderr, flush=True)
-    frames, sound = np.zeros((1, model.INPUTS), np.float32), np.zeros(SAMPLES, np.int16)
     rng = np.random.default_rng(model.SEED)
-    frames += rng.standard_normal(frames.shape, np.float32)
-    sound += rng.integers(-3000, 3000, sound.shape).astype(np.int16)
-    return {name: asyncio.run(_wire(pod, name, data)) for name, data in zip(MODELS, (frames, sound), strict=True)}
+    sent: dict[str, NDArray[Any]] = {
+        model.NAME: rng.standard_normal((1, model.INPUTS)).astype(np.float32),
+        SPOKEN: rng.integers(-3000, 3000, SAMPLES).astype(np.int16),
+    }
+    return {name: asyncio.run(_wire(pod, name, chunk)) for name, chunk in sent.items()}
 
 
-class _Packed:
+class _Counted:
     """The socket of a load generator's connection, counted."""
 
     def __init__(self, inner: Any) -> None:
@@ -437,7 +451,7 @@ def packed_wire(pod: Pod) -> Figures:
     """Bytes a chunk where one message carries the chunks of many sequences."""
     count, messages = PACKED_EACH, 20
     with closing(Connection(pod.port)) as connection:
-        counted = _Packed(connection.socket)
+        counted = _Counted(connection.socket)
         connection.socket = counted  # type: ignore[assignment]
         wish = pb.Open(model=model.NAME, checkpoint_every=1_000_000)
         number = ask(connection, *(pb.Event(sequence=key, open=wish) for key in range(count)))
@@ -465,7 +479,7 @@ def packed_wire(pod: Pod) -> Figures:
 
 
 class Noted(logging.Handler):
-    """When the client said of a sequence that it is opened again, and that it goes on, perf_counter seconds."""
+    """When the client said that a sequence is opened again, and that it goes on; perf_counter seconds."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -474,14 +488,14 @@ class Noted(logging.Handler):
 
     def emit(self, entry: logging.LogRecord) -> None:
         now = time.perf_counter()
-        name = str(entry.args[0]) if entry.args else ""
+        name = str(entry.args[0]) if isinstance(entry.args, tuple) and entry.args else ""
         if "is opened again" in str(entry.msg):
             self.lost.setdefault(name, now)
         elif "goes on" in str(entry.msg):
             self.resumed.setdefault(name, now)
 
 
-async def _loss(pods: list[Pod], noted: Noted, callers_count: int) -> Figures:
+async def _loss(pods: list[Pod], noted: Noted, count: int, period: float) -> Figures:
     frame = np.zeros((1, model.INPUTS), np.float32)
     target = ",".join(f"127.0.0.1:{pod.port}" for pod in pods)
     ready = asyncio.Event()
@@ -491,25 +505,23 @@ async def _loss(pods: list[Pod], noted: Noted, callers_count: int) -> Figures:
     async def caller(client: aio.Client, number: int) -> None:
         nonlocal answered
         async with client.stream(model.NAME) as stream:
-            for turn in range(int(LOSS_LIMIT_SECONDS / CALLER_PERIOD_SECONDS)):
+            for turn in range(int(LOSS_LIMIT_SECONDS / period)):
                 await stream.send(frame)
                 await anext(stream)
                 if not turn:
                     answered += 1
-                    if answered == callers_count:
+                    if answered == count:
                         ready.set()
                 if over.is_set():
                     return
-                with_phase = CALLER_PERIOD_SECONDS * (0.5 + (number * 0.618) % 1)
+                with_phase = period * (0.5 + (number * 0.618) % 1)
                 try:
                     await asyncio.wait_for(over.wait(), with_phase)
                 except TimeoutError:
                     continue
 
-    clients = [aio.Client(target) for _ in range(0, callers_count, CALLERS_PER_CLIENT)]
-    callers = [
-        asyncio.create_task(caller(clients[number % len(clients)], number)) for number in range(callers_count)
-    ]
+    clients = [aio.Client(target) for _ in range(0, count, CALLERS_PER_CLIENT)]
+    callers = [asyncio.create_task(caller(clients[number % len(clients)], number)) for number in range(count)]
     await asyncio.wait_for(ready.wait(), LOSS_LIMIT_SECONDS)
     killed = time.perf_counter()
     pods[0].process.kill()
@@ -525,7 +537,8 @@ async def _loss(pods: list[Pod], noted: Noted, callers_count: int) -> Figures:
     noticed = [at - killed for at in noted.lost.values()]
     resumed = [noted.resumed[name] - killed for name in noted.lost if name in noted.resumed]
     return {
-        "sequences": callers_count,
+        "sequences": count,
+        "period_seconds": period,
         "lost": len(noticed),
         "resumed": len(resumed),
         "noticed_seconds": [round(float(v), 4) for v in np.percentile(noticed, [50, 0, 100])],
@@ -533,8 +546,8 @@ async def _loss(pods: list[Pod], noted: Noted, callers_count: int) -> Figures:
     }
 
 
-def loss(repository: Path, keys: Path, callers: int) -> Figures:
-    """One of two servers is killed under callers of the public client: when they notice, and go on elsewhere."""
+def loss(repository: Path, keys: Path, callers: int, period: float) -> Figures:
+    """One of two servers is killed under callers: when the public client notices, and goes on elsewhere."""
     print("a lost server", file=sys.stderr, flush=True)
     noted = Noted()
     logger = logging.getLogger("tenuto.client")
@@ -545,7 +558,7 @@ def loss(repository: Path, keys: Path, callers: int) -> Figures:
     try:
         with ExitStack() as stack:
             pods = [stack.enter_context(Pod(repository, keys)) for _ in range(2)]
-            return asyncio.run(_loss(pods, noted, callers))
+            return asyncio.run(_loss(pods, noted, callers, period))
     finally:
         logger.removeHandler(noted)
         logger.setLevel(level)
@@ -581,15 +594,21 @@ def open_sockets(pid: int) -> int:
 # -- all of it -----------------------------------------------------------------------------------------
 
 
+def repository(folder: Path) -> model.Repository:
+    """The benchmark's models and the spoken digits, in a folder below."""
+    written = model.write_repository(folder / "repository")
+    shutil.copytree(model.EXPORTED / SPOKEN, written.folder / SPOKEN)
+    return written
+
+
 def measure(folder: Path, rounds: int = ROUNDS) -> Figures:
     """All figures, in about two minutes on two cores."""
-    repository = model.write_repository(folder / "repository")
-    shutil.copytree(model.EXPORTED / SPOKEN, folder / "repository" / SPOKEN)
+    served = repository(folder)
     keys = folder / "keys"
     keys.write_text(secrets.token_hex(32) + "\n")
-    with Pod(repository.folder, keys) as pod:
+    with Pod(served.folder, keys) as pod:
         idle = memory.resident_bytes(pod.pid)
-        with Pod(repository.folder, keys) as other:
+        with Pod(served.folder, keys) as other:
             reached = connections_of_a_name([pod, other])
             by_open = opens(pod, other, rounds)
             starts = [pod.start_seconds, other.start_seconds]
@@ -597,9 +616,9 @@ def measure(folder: Path, rounds: int = ROUNDS) -> Figures:
         on_wire = wire(pod)
         packed = packed_wire(pod)
         samples = series(pod)
-    lost = [loss(repository.folder, keys, callers) for callers in CALLERS]
+    lost = [loss(served.folder, keys, *callers) for callers in CALLERS]
     print("memory", file=sys.stderr, flush=True)
-    per_sequence = memory.measure(repository)
+    per_sequence = memory.measure(served)
     every, never = (by_load[model.NAME].pop(f"token every {n}") for n in (1, 1_000_000))
     return {
         "date": str(date.today()),
@@ -614,7 +633,7 @@ def measure(folder: Path, rounds: int = ROUNDS) -> Figures:
         "bytes": {
             "process": idle,
             "state": memory.STATE_BYTES,
-            "connection": round(bytes_per_connection(repository.folder, keys)),
+            "connection": round(bytes_per_connection(served.folder, keys)),
             **{name: round(value) for name, value in per_sequence.items()},
         },
         "series": samples,

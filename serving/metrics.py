@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -46,9 +45,9 @@ class Distribution:
         self.total = 0.0
         self.exemplars: dict[int, Exemplar] = {}  # by bucket, the newest
 
-    def exemplify(self, value: float, trace_id: str) -> None:
-        """A trace of one of about that value, which was or will be added."""
-        self.exemplars[bisect_left(self.bounds, value)] = Exemplar({"trace_id": trace_id}, value, time.time())
+    def exemplify(self, value: float, trace_id: str, at: float) -> None:
+        """A trace of one of about that value, which was or will be added, and its time of day in seconds."""
+        self.exemplars[bisect_left(self.bounds, value)] = Exemplar({"trace_id": trace_id}, value, at)
 
     def add(self, value: float) -> None:
         self.counts[bisect_left(self.bounds, value)] += 1

@@ -98,7 +98,8 @@ class StreamTrace:
             "chunk", context=self._context, attributes=attributes, start_time=ended - int(1e9 * seconds)
         )
         span.end(ended)
-        metrics.chunk_latency.exemplify(seconds, format(span.get_span_context().trace_id, "032x"))
+        trace = format(span.get_span_context().trace_id, "032x")
+        metrics.chunk_latency.exemplify(seconds, trace, ended / 1e9)
 
     def ended(self, sequence: Sequence, ending: Closed | Failed) -> None:
         """One of its sequences is over."""

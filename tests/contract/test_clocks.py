@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# The one place that needs the wall's clock: a token's expiry goes from machine to machine.
-WALL = {"serving/resume_token.py"}
+# What needs the wall's clock: a token's expiry goes from machine to machine, and a span says when it was.
+WALL = {"serving/resume_token.py", "serving/tracing.py"}
 SOURCES = sorted(p for folder in ("serving", "tenuto") for p in (ROOT / folder).glob("*.py"))
 NAMES = {
     ("time", "time"),

@@ -73,7 +73,7 @@ def test_the_base_dependencies_are_the_clients(wheel: Path) -> None:
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist") or []]
     base = {needed.name for needed in requirements if "extra ==" not in str(needed.marker)}
     assert base == {"grpcio", "numpy", "protobuf"}
-    extras = {"serving", "gpu", "training", "diagnosis", "demo", "midi"}
+    extras = {"serving", "gpu", "tracing", "training", "diagnosis", "demo", "midi"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
     assert b"tenuto = tenuto.cli:main" in contents(wheel)[f"{INFO}/entry_points.txt"]
 

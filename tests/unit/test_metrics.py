@@ -172,7 +172,7 @@ def test_refused_sequences_and_refused_calls_are_one_count() -> None:
 
 def test_an_exemplar_stands_in_its_bucket() -> None:
     d = Distribution((1.0, 2.0))
-    d.exemplify(1.5, "a" * 32)
+    d.exemplify(1.5, "a" * 32, at=1.0)
     (_, (*_, shown), _) = d.buckets()
     assert isinstance(shown, Exemplar)
     assert (shown.labels, shown.value) == ({"trace_id": "a" * 32}, 1.5)

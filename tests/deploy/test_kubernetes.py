@@ -507,7 +507,7 @@ def test_the_readmes_kustomization_renders(render: Render, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     objects = read_all(done.stdout)
     assert problems(objects) == []
-    assert policy.settings(objects)["TENUTO_MAX_SEQUENCES"] == "1024"
+    assert policy.settings(objects)["TENUTO_MAX_SEQUENCES"] == "300"
 
 
 def test_a_changed_setting_rolls_the_pods(render: Render) -> None:

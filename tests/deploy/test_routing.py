@@ -312,6 +312,10 @@ class Fleet:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    if os.environ.get("TEST_ROUTING") != "1":
+        pytest.skip(
+            "real servers are killed and drained for two minutes, at their own pace: make test-routing"
+        )
     with ExitStack() as stack:
         yield Fleet(stack, tmp_path_factory.mktemp("fleet"))
 
@@ -359,8 +363,6 @@ def proxied(kind: Kind, fleet: Fleet, folder: Path, changes: Changes | None = No
     program = kind.program
     if program is None:
         pytest.skip(f"{kind.name} is not installed (on the path, or named by {kind.name.upper()})")
-    if os.environ.get("TEST_ROUTING") != "1":
-        pytest.skip("real servers are killed and drained behind a proxy for two minutes: make test-routing")
     own = folder / f"{kind.name}-{len(list(folder.iterdir()))}"
     own.mkdir(parents=True)
     port, admin = free_ports(2)

@@ -68,6 +68,7 @@ def test_the_connection_of_who_is_sent_away_takes_no_more_calls(toy_repository: 
         connect(server.port) as channel,
         open_three(channel) as conversation,
     ):
+        conversation.read()  # it is connected
         transport: Any = server._transport
         (before,) = transport._server._peers
         while not conversation.read().HasField("closed"):

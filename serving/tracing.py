@@ -7,6 +7,7 @@ when its output is handed over; the latency histogram gets its trace as an exemp
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from .sequence import Closed, Failed, Output, Sequence
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-_FLUSH_MILLISECONDS = 5_000
+_LAST_SPANS_SECONDS = 2.0
 
 
 class Traces:
@@ -43,7 +44,7 @@ class Traces:
 
             exporter = OTLPSpanExporter(endpoint=endpoint)
         resource = Resource.create({"service.name": "tenuto", "service.version": version})
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("tenuto", version)
         self._propagator = TraceContextTextMapPropagator()
@@ -61,9 +62,10 @@ class Traces:
         return StreamTrace(self._tracer, span, self._every)
 
     def close(self) -> None:
-        """Sends what is left, for a few seconds at most."""
-        self._provider.force_flush(_FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        """Sends what is left, for a while: a collector that is away holds up no server that leaves."""
+        last = threading.Thread(target=self._provider.shutdown, name="last spans", daemon=True)
+        last.start()
+        last.join(_LAST_SPANS_SECONDS)
 
 
 class StreamTrace:

@@ -42,6 +42,7 @@ class Rights(BaseModel):
     tokens: Annotated[tuple[Token, ...], Field(min_length=1)]
     max_sequences: Annotated[int, Field(ge=0)] = 0
     chunks_per_second: Annotated[float, Field(ge=0, le=1e9)] = 0.0
+    operator: bool = False
 
     @field_validator("chunks_per_second")
     @classmethod
@@ -49,8 +50,6 @@ class Rights(BaseModel):
         if 0 < rate < 0.01:
             raise ValueError("expected 0, or 0.01 at least")
         return rate
-
-    operator: bool = False
 
 
 _FILE: TypeAdapter[dict[str, Rights]] = TypeAdapter(dict[Name, Rights])
@@ -268,11 +267,11 @@ class Pacer:
 
     def _run(self) -> None:
         while not self._over:
-            try:
-                for resume in self._next():
+            for resume in self._next():
+                try:
                     resume()
-            except Exception:  # the others wait for this thread as well
-                log.exception("who waited for his turn met a bug")
+                except Exception:  # the others wait for this thread as well
+                    log.exception("who waited for his turn met a bug")
 
     def _next(self) -> list[Callable[[], None]]:
         """Those whose time has come, after waiting for the first of them."""

@@ -245,6 +245,8 @@ class Population:
 
     def open(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
         self._delivery.settle(sequence, COMMAND_BYTES)
+        if sequence.ended:  # its call was over before it got here
+            return
         try:
             self._admit(sequence, snapshot)
         except TenutoError as error:

@@ -437,10 +437,13 @@ class Stream:
             self._refuse(key, error)
             return
         with self._lock:
-            if not self._over:
+            over = (
+                self._over
+            )  # as it is now: from here on `terminated` finds the sequence, and gives its place back
+            if not over:
                 self._ended.pop(key, None)
                 self._held[key] = _Held(sequence, served, Habit())
-        if self._over:
+        if over:
             self._caller.leave_places(1)
             return
         self.share.add(COMMAND_BYTES)

@@ -245,13 +245,15 @@ def test_those_who_wait_are_woken_in_their_order_and_once() -> None:
     def forgotten() -> None:
         woken.append("forgotten")
 
+    with pacer._condition:  # both are due at once
+        pacer.later(0.0, bug)
+        pacer.later(0.0, lambda: woken.append("beside the bug"))
     pacer.later(0.02, last)
-    pacer.later(0.0, bug)
     pacer.later(0.01, lambda: woken.append("first"))
     pacer.later(0.005, forgotten)
     pacer.forget(forgotten)
     assert all_woken.wait(30)
-    assert woken == ["first", "last"]
+    assert woken == ["beside the bug", "first", "last"]
     pacer.later(3600.0, forgotten)
     pacer.close()
     assert pacer._thread is not None

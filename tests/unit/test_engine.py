@@ -1216,3 +1216,15 @@ def test_a_sink_that_raises_costs_its_own_replies_alone(caplog: pytest.LogCaptur
     bench.settle()
     assert isinstance(bench.replies(good)[0], Opened)
     assert "replies could not be handed over" in caplog.text
+
+
+def test_a_sequence_whose_call_was_over_before_it_was_opened_takes_no_slot() -> None:
+    """On gRPC's own server a call ends on another thread than the one that reads it."""
+    bench = Bench()
+    late = Sequence(bench.sink, bench.manifest, now=bench.now)
+    bench.engine.close(late, Ending.CANCELLED)
+    bench.engine.open(late)
+    bench.settle()
+    assert bench.engine.metrics.slots_used == 0
+    assert bench.engine.sequences() == []
+    assert bench.pending.bytes == 0

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
+from itertools import cycle
 from time import monotonic
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from .backoff import jitter
 from .conversation import Conversation
 from .reply import Model, Output, Prediction, Sequence
 from .sampling import Sampling, sampling_of
-from .servers import Options, Servers, is_elsewhere
+from .servers import Options, Servers
 from .settings import Settings
 from .tensor import Inputs
 from .v1 import tenuto_pb2 as pb
@@ -138,14 +139,13 @@ class Client:
 
     async def _unary(self, method: str, request: Any) -> Any:
         """Call the next server, and those behind it while they are unavailable, once round."""
-        turn = self._servers.turn()
-        for last in range(turn, turn + self._servers.count):
-            target, stub = self._servers.at(last)
+        for target in self._servers.tries():
+            stub = self._servers.stub(target)
             try:
                 return await self._call(getattr(stub, method), request, target)
             except errors.ServerError as refused:
                 error = refused
-            if not is_elsewhere(error):
+            if not self._servers.may_try_on(error):
                 break
         raise error
 
@@ -176,7 +176,6 @@ class Stream:
 
     def __init__(self, servers: Servers, event: pb.Open, settings: Settings) -> None:
         self._servers = servers
-        self._turn = -1
         self._target = settings.target  # of the present call, once there is one
         self._resuming = settings.resume_seconds > 0
         self._conversation = Conversation(event, settings, jitter)
@@ -192,7 +191,7 @@ class Stream:
     async def __aenter__(self) -> "Stream":
         if self._caller is not None:
             raise errors.invalid("a stream is entered once; call stream() again", "ALREADY_OPEN")
-        self._turn = self._servers.turn()
+        self._round = cycle(self._servers.round())
         self._caller = asyncio.create_task(self._make_calls(), name="tenuto-stream")
         try:
             await self._wait(self._conversation.is_open)
@@ -445,14 +444,14 @@ class Stream:
     def _call_next(self) -> "_Status | None":
         """Make a call to the next server; None if the client is closed."""
         try:
-            self._target, stub = self._servers.at(self._turn)
+            self._target = next(self._round)
+            stub = self._servers.stub(self._target)
             self._call = stub.Stream(metadata=self._servers.metadata())
         except (errors.TenutoError, grpc.aio.UsageError) as error:
             closed = message.client_closed(self._servers.target)
             self._conversation.stop(error if isinstance(error, errors.TenutoError) else closed)
             self._notify()
             return None
-        self._turn += 1
         self._conversation.called(monotonic())
         self._write_soon()
         self._notify()  # from now on the server owes something

@@ -3,8 +3,10 @@
 import random
 from collections.abc import Callable
 
+TRIES_OF_A_NAME = 3  # the only one, where a server drains: others may stand behind it
 _FIRST_SECONDS = 0.05
 _LONGEST_SECONDS = 2.0
+_ASKED_SECONDS = 10.0  # the longest pause that a server may ask for
 
 
 def jitter() -> float:
@@ -45,13 +47,18 @@ class Backoff:
         if self.since is not None:
             self.since = now
 
-    def again(self, now: float) -> bool:
-        """Fix when the next call is due; False if that is too late."""
+    @property
+    def tries(self) -> int:
+        """How many calls were fixed since the last progress."""
+        return self._tries
+
+    def again(self, now: float, asked_seconds: float = 0.0) -> bool:
+        """Fix when the next call is due, `asked_seconds` from now or later; False if that is too late."""
         delay = 0.0
         if self._tries:
             # The exponent is bounded only so that it never overflows.
             longest = min(_FIRST_SECONDS * 2.0 ** min(self._tries - 1, 30), _LONGEST_SECONDS)
             delay = longest * self._jitter()
         self._tries += 1
-        self.due = now + delay
+        self.due = now + min(asked_seconds, _ASKED_SECONDS) + delay
         return self.since is None or self.due < self.since + self._limit_seconds

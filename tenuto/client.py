@@ -9,7 +9,7 @@ import grpc
 from . import message
 from .reply import Model, Prediction, Sequence
 from .sampling import Sampling
-from .servers import Options, Servers, is_elsewhere
+from .servers import Options, Servers
 from .settings import Settings
 from .stream import Stream, rpc_error
 from .tensor import Inputs
@@ -169,9 +169,9 @@ class Client:
 
     def _unary(self, method: str, request: Any) -> Any:
         """Call the next server, and those behind it while they are unavailable, once round."""
-        seconds, turn = self._settings.timeout_seconds, self._servers.turn()
-        for last in range(turn, turn + self._servers.count):
-            target, stub = self._servers.at(last)
+        seconds = self._settings.timeout_seconds
+        for target in self._servers.tries():
+            stub = self._servers.stub(target)
             metadata = self._servers.metadata()
             try:
                 return getattr(stub, method)(request, timeout=seconds, metadata=metadata)
@@ -179,6 +179,6 @@ class Client:
                 raise message.client_closed(self._settings.target) from closed
             except grpc.RpcError as status:
                 error = rpc_error(status, target, seconds)
-            if not is_elsewhere(error):
+            if not self._servers.may_try_on(error):
                 break
         raise error

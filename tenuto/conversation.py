@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from . import errors
-from .backoff import Backoff
+from .backoff import TRIES_OF_A_NAME, Backoff
 from .message import timing
 from .replay import Replay
 from .reply import Output
@@ -71,6 +71,7 @@ class Conversation:
         self._resuming = settings.resume_seconds > 0
         self._backoff = Backoff(settings.resume_seconds, jitter)
         self._untried = len(settings.targets) - 1  # targets, for the first opening
+        self._untried_behind_name = TRIES_OF_A_NAME - 1 if self._untried == 0 else 0
         self._refusals = 0  # of this resume, by servers that cannot take it
         self._refusal: errors.ServerError | None = None  # the last one by a server, of this opening
         self._call: _Call | None = None
@@ -255,6 +256,9 @@ class Conversation:
         elif self._untried:
             self._untried -= 1
             self._backoff.due = now
+        elif errors.drains(error) and self._untried_behind_name:
+            self._untried_behind_name -= 1
+            self._backoff.again(now)
         else:
             self.error = self._refusal or error
 
@@ -275,17 +279,23 @@ class Conversation:
         if self.over:
             return
         if not self._owing():
-            self._backoff.again(now)
+            self._backoff.again(now, self._asked_seconds(error))
             log.info("sequence %s is opened again when it is needed: %s", self._name(), error)
             return
         level = logging.INFO if self._backoff.since is not None else logging.WARNING
         self._backoff.miss(now)
-        if self._backoff.again(now):
+        if self._backoff.again(now, self._asked_seconds(error)):
             log.log(level, "sequence %s is opened again for %s: %s", self._name(), self._missing(), error)
         else:
             self.error = self._unresumed(
                 self._refusal or error, f" within {self._settings.resume_seconds:g} s"
             )
+
+    def _asked_seconds(self, error: errors.TenutoError) -> float:
+        """Return the pause that the server asked for, once as many as there are were asked."""
+        if not isinstance(error, errors.ServerError) or self._backoff.tries < len(self._settings.targets):
+            return 0.0
+        return error.retry_after_seconds or 0.0
 
     def _unresumed(self, error: errors.TenutoError, within: str) -> errors.TenutoError:
         """Return `error` with the words that it prevented a resume."""

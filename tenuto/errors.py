@@ -179,6 +179,11 @@ def refusal(
     )
 
 
+def drains(error: TenutoError) -> bool:
+    """Whether a server refused because it leaves: behind the same name another one may stand."""
+    return isinstance(error, ServerError) and error.reason == "DRAINING"
+
+
 def invalid(message: str, reason: str) -> InvalidInput:
     """Return the error for what the client itself finds wrong before it sends."""
     return InvalidInput(message, code="INVALID_ARGUMENT", reason=reason)

@@ -1,11 +1,12 @@
 """The servers of one client: a channel to each, and whose turn it is."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
 from . import errors, message
+from .backoff import TRIES_OF_A_NAME
 from .settings import Settings
 from .v1.tenuto_pb2_grpc import TenutoStub
 
@@ -20,11 +21,16 @@ def first_turn(count: int) -> int:
     return random.randrange(count)
 
 
+def shuffled(targets: Sequence[str]) -> list[str]:
+    """Return the targets in an order of chance."""
+    return random.sample(targets, len(targets))
+
+
 class Servers:
     """The channels of one client, each made at its first use. Safe to share among threads.
 
-    Calls take the targets in turn, from any one of them on: a caller asks for its `turn` once, and
-    for what is `at` that turn, at the next, and so on, until a server took the call.
+    Calls take the targets in turn, from any one of them on: a caller asks for its `round` once, and for
+    the `stub` of each target in it until a server took the call.
     """
 
     def __init__(self, settings: Settings, connect: Callable[[str, Options], Any]) -> None:
@@ -40,15 +46,31 @@ class Servers:
         self._channels: list[Any] = []
         self._stubs: dict[str, Any] = {}
 
-    def turn(self) -> int:
-        """Return the next turn."""
+    def round(self) -> tuple[str, ...]:
+        """Return all targets: the one whose turn it is, then the others in an order of chance.
+
+        Were it the order of the list, all sequences of a lost server would go to its neighbour.
+        """
         with self._lock:
             self._turn += 1
-            return self._turn
+            first = self._turn % self.count
+        targets = self._settings.targets
+        return targets[first], *shuffled(targets[:first] + targets[first + 1 :])
 
-    def at(self, turn: int) -> tuple[str, Any]:
-        """Return the target of that turn and its stub; raises Unavailable on a closed client."""
-        target = self._settings.targets[turn % self.count]
+    def tries(self) -> tuple[str, ...]:
+        """Return the targets that a unary call may try, one after the other."""
+        return self.round() if self.count > 1 else self.round() * TRIES_OF_A_NAME
+
+    def may_try_on(self, error: errors.TenutoError) -> bool:
+        """Whether the next try may be answered where this one was refused."""
+        if self.count == 1:
+            return errors.drains(error)
+        if not isinstance(error, errors.ServerError):
+            return False
+        return error.code == "UNAVAILABLE" or error.reason == "UNKNOWN_SEQUENCE"
+
+    def stub(self, target: str) -> Any:
+        """Return the target's stub; raises Unavailable on a closed client."""
         with self._lock:
             if self._closed:
                 raise message.client_closed(self.target)
@@ -56,7 +78,7 @@ class Servers:
                 channel = self._connect(target, self._settings.channel_options(target))
                 self._channels.append(channel)
                 self._stubs[target] = TenutoStub(channel)
-            return target, self._stubs[target]
+            return self._stubs[target]
 
     def resumed(self, times: int) -> None:
         """Count sequences that were opened again."""
@@ -69,10 +91,3 @@ class Servers:
             self._closed = True
             channels, self._channels = self._channels, []
             return channels
-
-
-def is_elsewhere(error: errors.TenutoError) -> bool:
-    """Whether another server may answer the unary call that this one refused."""
-    if not isinstance(error, errors.ServerError):
-        return False
-    return error.code == "UNAVAILABLE" or error.reason == "UNKNOWN_SEQUENCE"

@@ -1,6 +1,7 @@
 """A sequence on a stream, for threads."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import cycle
 from queue import SimpleQueue
 from threading import Condition, Thread
 from time import monotonic
@@ -44,7 +45,6 @@ class Stream:
 
     def __init__(self, servers: Servers, event: pb.Open, settings: Settings) -> None:
         self._servers = servers
-        self._turn = -1
         self._target = settings.target  # of the present call, once there is one
         self._conversation = Conversation(event, settings, jitter)
         self._changed = Condition()  # guards the conversation; notified when it changed
@@ -57,7 +57,7 @@ class Stream:
     def __enter__(self) -> "Stream":
         if self._caller is not None:
             raise errors.invalid("a stream is entered once; call stream() again", "ALREADY_OPEN")
-        self._turn = self._servers.turn()
+        self._round = cycle(self._servers.round())
         self._caller = Thread(target=self._make_calls, name="tenuto-stream", daemon=True)
         self._caller.start()
         try:
@@ -263,14 +263,14 @@ class Stream:
     def _call_next(self, now: float) -> None:
         requests: _Requests = SimpleQueue()
         try:
-            self._target, stub = self._servers.at(self._turn)
+            self._target = next(self._round)
+            stub = self._servers.stub(self._target)
             self._call = stub.Stream(iter(requests.get, None), metadata=self._servers.metadata())
         except errors.TenutoError as closed:
             self._conversation.stop(closed)
         except ValueError:  # what gRPC raises on a closed channel
             self._conversation.stop(message.client_closed(self._target))
         else:
-            self._turn += 1
             self._requests = requests
             self._conversation.called(now)
             self._write(now)

@@ -93,8 +93,11 @@ class Talk:
     def closed(self, reason: int, step: int = 0, token: bytes = b"") -> list[str]:
         return self.hear(closed=pb.Closed(reason=reason, last_step=step, resume_token=token))  # type: ignore[arg-type]
 
-    def failed(self, code: int, reason: str, token: bytes = b"") -> list[str]:
-        return self.hear(failed=pb.Failed(code=code, reason=reason, message="text", resume_token=token))
+    def failed(self, code: int, reason: str, token: bytes = b"", retry_after_ms: int = 0) -> list[str]:
+        failed = pb.Failed(
+            code=code, reason=reason, message="text", resume_token=token, retry_after_ms=retry_after_ms
+        )
+        return self.hear(failed=failed)
 
     def lose(self, error: TenutoError | None = LOST) -> None:
         self.one.lost(error, self.now)
@@ -568,6 +571,31 @@ def test_a_refused_resume_is_tried_again(code: int, reason: str) -> None:
     assert talk.resume(1) == ["1"]
 
 
+@pytest.mark.parametrize("targets", [1, 3])
+def test_once_every_target_asked_for_a_pause_it_is_made(targets: int) -> None:
+    talk = Talk(targets).start()
+    talk.send()
+    talk.lose()
+    pauses = []
+    for _ in range(4):
+        due = talk.one.call_due() or 0
+        pauses.append(due - talk.now)
+        talk.now = due
+        talk.call()
+        talk.failed(8, "OVERLOADED", retry_after_ms=1000)
+    spread = {1: [0, 1.05, 1.1, 1.2], 3: [0, 0.05, 0.1, 1.2]}
+    assert pauses == pytest.approx(spread[targets])
+
+
+def test_no_server_may_ask_for_a_pause_that_takes_all_the_time() -> None:
+    talk = Talk(resume_seconds=30).start()
+    talk.send()
+    talk.lose()
+    talk.call()
+    talk.failed(8, "OVERLOADED", retry_after_ms=3_600_000)
+    assert (talk.one.call_due() or 0) - talk.now == pytest.approx(10.05)
+
+
 def test_after_resume_seconds_the_last_error_is_raised_in_words() -> None:
     talk = Talk(resume_seconds=10).start()
     talk.send()
@@ -845,6 +873,21 @@ def test_the_first_opening_tries_each_target_once() -> None:
     with pytest.raises(Unavailable, match="^DRAINING: text$"):
         talk.one.is_open()
     assert talk.one.call_due() is None
+
+
+def test_behind_the_only_name_another_server_may_stand_than_the_one_that_drains() -> None:
+    talk = Talk()
+    talk.call()
+    for pause in (0, 0.05):
+        talk.failed(14, "DRAINING")
+        due = talk.one.call_due()
+        assert due is not None
+        assert due - talk.now == pytest.approx(pause)
+        talk.now = due
+        talk.call()
+    talk.failed(14, "DRAINING")
+    with pytest.raises(Unavailable, match="^DRAINING: text$"):
+        talk.one.is_open()
 
 
 def test_a_first_opening_that_finds_no_room_says_so_although_the_last_target_is_dead() -> None:

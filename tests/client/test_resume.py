@@ -218,7 +218,8 @@ def test_a_poisoned_chunk_does_not_walk_through_the_servers(first: FakeServer, s
             with pytest.raises(PoisonedChunk, match="2 streams were lost at step 3") as caught:
                 totals(stream, 5)
             assert caught.value.step == 3
-        assert [len(server.opens) for server in servers] == [1, 1, 0]
+        opens = [len(server.opens) for server in servers]
+        assert (opens[0], sorted(opens)) == (1, [0, 1, 1])
 
 
 def test_a_frozen_server_is_left_for_the_next(first: FakeServer, second: FakeServer) -> None:
@@ -404,7 +405,7 @@ def test_unary_calls_go_to_the_next_server_once_round(
 def test_a_sequence_is_ended_on_whichever_server_it_is(
     first: FakeServer, second: FakeServer, pair: Client
 ) -> None:
-    assert pair._servers.at(0) == pair._servers.at(2)  # a channel each, and no more
+    assert pair._servers.stub(first.target) is pair._servers.stub(first.target)  # a channel each, no more
     first.sequences = [pb.Sequence(sequence_id="a", label="kitchen")]
     second.sequences = [pb.Sequence(sequence_id="b", age_seconds=2.5)]
     assert [one.id for one in pair.sequences()] == ["a"]

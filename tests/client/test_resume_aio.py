@@ -166,7 +166,8 @@ async def test_a_poisoned_chunk_does_not_walk_through_the_servers(
             error = await raised(totals(stream, 5))
         assert isinstance(error, PoisonedChunk)
         assert error.step == 3
-        assert [len(server.opens) for server in (first, second, third)] == [1, 1, 0]
+        opens = [len(server.opens) for server in (first, second, third)]
+        assert (opens[0], sorted(opens)) == (1, [0, 1, 1])
 
 
 @in_loop

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
 from concurrent.futures import Executor
 from typing import Protocol
 
@@ -35,6 +36,7 @@ from .pending import PendingBytes
 from .reply import write_tensors, write_timing
 from .sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Output, Reply, Sequence
 from .status import code_of, metadata_of
+from .tensor import WireTensor
 
 log = logging.getLogger("tenuto.predict")
 
@@ -43,7 +45,7 @@ _LONGEST_WAIT_SECONDS = 3600.0
 # What takes longer to read than that would hold up the streams of all others.
 _MOST_AT_ONCE = 64 << 10
 
-Answer = pb.PredictResponse | TenutoError
+Answer = Output | TenutoError
 
 
 class UnaryCall(Protocol):
@@ -86,7 +88,7 @@ class Predicts:
     def open(self, call: UnaryCall) -> Listener:
         """Takes a call of our own server."""
         try:
-            self._check_caller(lambda: call.metadata)
+            self.check_caller(lambda: call.metadata)
         except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
@@ -115,20 +117,25 @@ class Predicts:
         """Nothing more is read: what waits for it is forgotten."""
         self._readers.shutdown(wait=False, cancel_futures=True)
 
-    def admit(self, request: pb.PredictRequest, done: Callable[[Answer], None]) -> Prediction:
-        """Takes a place among those that wait. `done` is called at most once, on an engine's thread.
+    def find(self, model: str, version: int) -> Served:
+        """The stateless model of that name.
 
-        Raises: UnknownModel, ModelNotReady, NotStateless; and counted, ServerDraining, PoolFull.
+        Raises: UnknownModel, ModelNotReady, NotStateless; counted.
         """
         try:
-            served = self._catalogue.find(request.model, request.version)
+            served = self._catalogue.find(model, version)
             if served.manifest.stateful:
-                raise NotStateless(
-                    f"model {request.model!r} holds state; use Stream, where a sequence keeps it"
-                )
+                raise NotStateless(f"model {model!r} holds state; use Stream, where a sequence keeps it")
         except TenutoError as unknown:
             self.refused(unknown.reason)
             raise
+        return served
+
+    def admit(self, served: Served, done: Callable[[Answer], None]) -> Prediction:
+        """Takes a place among those that wait. `done` is called at most once, on an engine's thread.
+
+        Raises: ServerDraining, PoolFull; counted.
+        """
         error: TenutoError
         if self._is_draining():
             error = ServerDraining("the server is leaving; call another one")
@@ -142,7 +149,7 @@ class Predicts:
             served.engine.metrics.rejected_calls[error.reason] += 1
         raise error
 
-    def _check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
+    def check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
         """Raises: Unauthenticated, RateExceeded; counted."""
         try:
             caller, now = self._callers.identify(metadata), time.monotonic()
@@ -168,7 +175,7 @@ class Predicts:
         Raises: Unauthenticated, RateExceeded; what `admit` and `Prediction.run` raise, and how it failed;
         DeadlinePassed.
         """
-        self._check_caller(context.invocation_metadata)
+        self.check_caller(context.invocation_metadata)
         there = threading.Event()
         answers: list[Answer] = []
 
@@ -176,9 +183,10 @@ class Predicts:
             answers.append(answer)
             there.set()
 
-        prediction = self.admit(request, done)
+        served = self.find(request.model, request.version)
+        prediction = self.admit(served, done)
         try:
-            prediction.run(request)
+            prediction.run(request.inputs)
             context.add_callback(there.set)  # a caller that leaves is not waited for
             seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
             there.wait(seconds)
@@ -190,7 +198,7 @@ class Predicts:
             )
         if isinstance(answers[0], TenutoError):
             raise answers[0]
-        return answers[0]
+        return _response(served, answers[0])
 
 
 class Prediction:
@@ -214,21 +222,25 @@ class Prediction:
         self._over = False  # answered, or nobody waits
         self._sequence: Sequence | None = None  # once the engine has it
 
-    def has_pictures(self, request: pb.PredictRequest) -> bool:
+    def has_pictures(self, tensors: Items[WireTensor]) -> bool:
         """Whether there are files to decode among the tensors that the model takes."""
         specs = self._served.manifest.inputs
-        return any(t.dtype in spec.wire_encodings for t in request.inputs[: len(specs)] for spec in specs)
+        return any(t.dtype in spec.wire_encodings for t in tensors[: len(specs)] for spec in specs)
 
-    def run(self, request: pb.PredictRequest) -> None:
-        """Reads the request and hands it to the engine.
+    def run(self, tensors: Items[WireTensor]) -> None:
+        """Reads the request's tensors and hands them to the engine.
 
         Raises: what `Reader.read` raises; then the prediction is over.
         """
         try:
-            data = self._served.reader.read(request.inputs)
+            data = self._served.reader.read(tensors)
         except TenutoError:
             self._end()
             raise
+        self.start(data)
+
+    def start(self, data: tuple[bytes, ...]) -> None:
+        """Hands what `Reader.read` gave to the engine."""
         now = time.monotonic()
         sequence = Sequence(self, self._served.manifest, now=now)
         nbytes = sum(map(len, data)) + CHUNK_BYTES
@@ -255,10 +267,7 @@ class Prediction:
             text = "this version, or the server, left before the answer was there; call again"
             return ServerDraining(text)
         assert isinstance(reply, Output)  # a request gets nothing else
-        response = pb.PredictResponse(version=self._served.engine.version)
-        write_tensors(response.outputs, reply, self._served.manifest)
-        write_timing(response.timing, reply)
-        return response
+        return reply
 
     def leave(self) -> None:
         """Nobody waits for the answer any more."""
@@ -275,6 +284,13 @@ class Prediction:
         self._sequence = None  # or each would keep the other alive
         self._release()
         return True
+
+
+def _response(served: Served, output: Output) -> pb.PredictResponse:
+    response = pb.PredictResponse(version=served.engine.version)
+    write_tensors(response.outputs, output, served.manifest)
+    write_timing(response.timing, output)
+    return response
 
 
 class PredictCall:
@@ -331,13 +347,15 @@ class PredictCall:
             self._refuse(WrongMessage(f"{len(message)} bytes are no request of this method"))
             return
         try:
-            self._prediction = prediction = self._predicts.admit(request, self._answer)
+            served = self._predicts.find(request.model, request.version)
+            prediction = self._predicts.admit(served, lambda answer: self._answer(served, answer))
+            self._prediction = prediction
         except TenutoError as error:
             self._refuse(error)
             return
         if self._left():  # meanwhile, and did not see it
             prediction.leave()
-        elif later or not prediction.has_pictures(request):
+        elif later or not prediction.has_pictures(request.inputs):
             self._run(prediction, request)
         else:
             self._later(lambda: self._guarded(lambda: self._run(prediction, request)), len(message))
@@ -346,7 +364,7 @@ class PredictCall:
         if self._left():
             return
         try:
-            prediction.run(request)
+            prediction.run(request.inputs)
         except TenutoError as error:
             self._refuse(error)
 
@@ -360,11 +378,11 @@ class PredictCall:
                 self._prediction.leave()
             self._call.finish(grpc.StatusCode.INTERNAL, "an error inside the server; its log says more")
 
-    def _answer(self, answer: Answer) -> None:
+    def _answer(self, served: Served, answer: Answer) -> None:
         if isinstance(answer, TenutoError):
             self._refuse(answer)
         else:
-            self._call.send(answer.SerializeToString())
+            self._call.send(_response(served, answer).SerializeToString())
             self._call.finish()
 
     def _refuse(self, error: TenutoError) -> None:

@@ -70,6 +70,14 @@ python:
 	@$(PYTHON) .ci/make_venv.py .venv-routing -c constraints.txt --group routing
 	@touch $@
 
+.venv-triton/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-triton --group triton
+	@touch $@
+
+.venv-triton-old/.stamp: $(SETUP) | python
+	@$(PYTHON) .ci/make_venv.py .venv-triton-old --group triton-old
+	@touch $@
+
 .venv-locks/.stamp: $(SETUP) | python
 	@$(PYTHON) .ci/make_venv.py .venv-locks -c constraints.txt --group locks
 	@touch $@

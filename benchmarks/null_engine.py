@@ -12,7 +12,7 @@ from tenuto.serving import reply as wire
 from tenuto.serving.call import Call, Opener
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.sequence import Opened, Output
-from tenuto.serving.transport import StreamMethod, Transport, transport
+from tenuto.serving.transport import StreamPlaces, Terms, Transport, transport
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import model
@@ -63,10 +63,11 @@ def serve(transport: Transport) -> None:
 
 def our_transport(opener: Opener) -> Transport:
     """With no method but the stream."""
-    method = StreamMethod(opener, mode="http2", max_streams=MAX_STREAMS)
-    return transport(
-        method, "/tenuto.v1.Tenuto/Stream", threads=1, max_message_bytes=4 << 20, max_pending_bytes=1 << 28
-    )
+    service = "tenuto.v1.Tenuto"
+    terms = Terms((service,), threads=1, max_message_bytes=4 << 20, max_pending_bytes=1 << 28)
+    ours = transport(StreamPlaces(mode="http2", max_streams=MAX_STREAMS), terms)
+    ours.listen_to_streams(f"/{service}/Stream", opener)
+    return ours
 
 
 if __name__ == "__main__":

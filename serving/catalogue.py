@@ -169,6 +169,15 @@ class Catalogue:
             )
         return replaced
 
+    def withdraw(self, model: str) -> tuple[Served, ...]:
+        """No version of the model takes new sequences any more. All that are loaded of it."""
+        with self._lock:
+            now = self._now
+            withdrawn = tuple(o for o in now.served if o.manifest.name == model)
+            served = tuple(o for o in now.served if o not in withdrawn)
+            self._now = _Snapshot(served, (*now.retiring, *withdrawn), now.refused, _newest(served))
+            return tuple(o for o in self._now.retiring if o.manifest.name == model)
+
     def remove(self, gone: Served) -> None:
         """It has no sequence any more."""
         with self._lock:

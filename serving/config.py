@@ -138,6 +138,16 @@ class ServerConfig(BaseModel):
     vet_memory_bytes: Annotated[Positive, Field(description="the check of one model may take that much")] = (
         8 << 30
     )
+    model_control: Annotated[
+        bool, Field(description="operators may load and unload models by RepositoryModelLoad and ...Unload")
+    ] = False
+    shared_memory: Annotated[
+        str,
+        Field(
+            pattern=r"^(/?[A-Za-z0-9._-]*)$",
+            description="clients on this machine may register shared memory whose keys begin so; empty: none",
+        ),
+    ] = ""
     pool: Annotated[
         Literal["numpy", "graph"],
         Field(description="numpy: states are fed to the graph; graph: it keeps them, on its device"),

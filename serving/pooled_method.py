@@ -40,7 +40,7 @@ _SLOW_SECONDS = 0.01
 class Methods:
     """The handlers by name. Takes what generated code registers, as a grpc.Server does."""
 
-    def __init__(self, pool: Executor, max_calls: int, max_bytes: int, own: str = "/") -> None:
+    def __init__(self, pool: Executor, max_calls: int, max_bytes: int, own: tuple[str, ...] = ("/",)) -> None:
         """`own`: what the paths begin with that are not among the others."""
         self.pool = pool
         self.own = own

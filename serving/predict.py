@@ -24,7 +24,6 @@ from .call import GONE, Listener, Metadata
 from .callers import Callers
 from .catalogue import Catalogue, Served
 from .errors import (
-    DeadlinePassed,
     NotStateless,
     PoolFull,
     RunFailed,
@@ -40,8 +39,6 @@ from .tensor import WireTensor
 
 log = logging.getLogger("tenuto.predict")
 
-# A caller without a deadline does not wait for ever.
-_LONGEST_WAIT_SECONDS = 3600.0
 # What takes longer to read than that would hold up the streams of all others.
 _MOST_AT_ONCE = 64 << 10
 
@@ -88,7 +85,7 @@ class Predicts:
     def open(self, call: UnaryCall) -> Listener:
         """Takes a call of our own server."""
         try:
-            self.check_caller(lambda: call.metadata)
+            self._check_caller(lambda: call.metadata)
         except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
@@ -149,7 +146,7 @@ class Predicts:
             served.engine.metrics.rejected_calls[error.reason] += 1
         raise error
 
-    def check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
+    def _check_caller(self, metadata: Callable[[], Iterable[tuple[str, str | bytes]]]) -> None:
         """Raises: Unauthenticated, RateExceeded; counted."""
         try:
             caller, now = self._callers.identify(metadata), time.monotonic()
@@ -168,37 +165,6 @@ class Predicts:
     def _leave_place(self) -> None:
         with self._lock:
             self.waiting -= 1
-
-    def wait_for(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
-        """The answer, on the thread of a caller of gRPC's server.
-
-        Raises: Unauthenticated, RateExceeded; what `admit` and `Prediction.run` raise, and how it failed;
-        DeadlinePassed.
-        """
-        self.check_caller(context.invocation_metadata)
-        there = threading.Event()
-        answers: list[Answer] = []
-
-        def done(answer: Answer) -> None:
-            answers.append(answer)
-            there.set()
-
-        served = self.find(request.model, request.version)
-        prediction = self.admit(served, done)
-        try:
-            prediction.run(request.inputs)
-            context.add_callback(there.set)  # a caller that leaves is not waited for
-            seconds = min(context.time_remaining(), _LONGEST_WAIT_SECONDS)
-            there.wait(seconds)
-        finally:
-            prediction.leave()
-        if not answers:
-            raise DeadlinePassed(
-                f"no answer from {request.model!r} within {seconds:.3f} s; allow more, or send less"
-            )
-        if isinstance(answers[0], TenutoError):
-            raise answers[0]
-        return _response(served, answers[0])
 
 
 class Prediction:

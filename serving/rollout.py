@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from .catalogue import Catalogue, Refused, Served
 from .engine import Engine
-from .errors import ModelInvalid, TenutoError
+from .errors import ModelInvalid, ModelNotReady, TenutoError, UnknownModel
 from .loader import Loader
 from .metrics import ServerMetrics
 from .repository import ModelFolder, ModelRepository, Signature
@@ -30,6 +30,8 @@ log = logging.getLogger("tenuto.rollout")
 _RESUME_SECONDS = 30.0
 # So many times the memory of a version that was unloaded is given back, until it is gone.
 _LOOKS = 5
+# What an operator unloads has that long to answer what it has accepted.
+_UNLOAD_SECONDS = 5.0
 
 
 class Rollout:
@@ -59,6 +61,8 @@ class Rollout:
         self._empty: dict[str, tuple[int, float]] = {}  # version -> sequences lost, since when it is empty
         self._unloaded: list[tuple[weakref.ref[Engine], int]] = []  # still in memory; looks that are left
         self._trouble = ""  # the last one that was logged
+        self._held: set[str] = set()  # models that an operator unloaded: nobody but an operator loads them
+        self._turn = threading.Lock()  # one who changes what is loaded at a time
         self._running = False
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # nothing begins to serve once `stop` has returned
@@ -119,8 +123,48 @@ class Rollout:
 
         Raises: OSError where the repository cannot be read.
         """
+        with self._turn:
+            self._poll()
+
+    def load(self, model: str) -> None:
+        """Has the newest version of the model serve that passes its checks, now; none if the newest serves.
+
+        Raises: UnknownModel, ModelNotReady, OSError.
+        """
+        with self._turn:
+            folders = self._repository.folders().get(model, [])
+            if not folders:
+                raise UnknownModel(f"failed to load '{model}', failed to poll from model repository")
+            self._held.discard(model)
+            for folder in folders:
+                if folder.version <= self.catalogue.newest_version(model):
+                    return
+                self._try([folder])
+            if not self.catalogue.newest_version(model):
+                refused = self.catalogue.refusal(model, 0)
+                raise ModelNotReady(f"failed to load '{model}': {refused.why if refused else 'stopped'}")
+
+    def unload(self, model: str) -> None:
+        """Lets go of all versions of the model, until it is loaded by `load`. Its sequences end, with tokens,
+        once their accepted chunks are answered; those that take too long for that, at once.
+
+        Raises: UnknownModel.
+        """
+        with self._turn:
+            gone = self.catalogue.withdraw(model)
+            if not gone:
+                raise UnknownModel(f"failed to unload '{model}': it is not loaded")
+            self._held.add(model)
+            for one in gone:
+                one.engine.metrics.retiring = True
+                one.engine.drain()
+            for one in gone:
+                one.engine.emptied.wait(_UNLOAD_SECONDS)
+                self._let_go(one)
+
+    def _poll(self) -> None:
         self._unload()
-        folders = self._repository.folders()
+        folders = {m: v for m, v in self._repository.folders().items() if m not in self._held}
         self._forget_deleted(folders)
         before, self._seen = self._seen, {}
         candidates = []
@@ -190,7 +234,7 @@ class Rollout:
 
     def _let_go(self, old: Served) -> weakref.ref[Engine]:
         self.catalogue.remove(old)
-        del self._empty[old.engine.where]
+        self._empty.pop(old.engine.where, None)
         old.engine.stop(Ending.MAX_AGE)
         self._metrics.forget(old.engine.metrics)
         log.info("%s is unloaded", old.engine.where)

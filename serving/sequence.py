@@ -307,7 +307,7 @@ class Sequence:
         self.answered = 0  # the last step answered
         self.last_outputs: tuple[Output, ...] = ()  # all of that step, if they are small
         self.generation = Generation(sampling) if sampling else None
-        self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
+        self.checkpoint_every = checkpoint_every  # chunks; 0: the model's; -1: none by itself
         self.sealed = 0  # the step of the last checkpoint
         # A list: a few at most, and an empty deque takes half a kilobyte.
         self.pending: list[Chunk | Wish | Ending | TenutoError] = []

@@ -24,6 +24,11 @@ from .loader import Loader
 from .metrics import ServerMetrics
 from .metrics_port import MetricsPort
 from .model_runner import choose_provider
+from .oip import servicer as oip
+from .oip.form import Forms
+from .oip.inference import Inferences, Shared
+from .oip.sequences import Sequences
+from .oip.shared_memory import Regions
 from .pending import PendingBytes
 from .predict import Predicts
 from .repository import ModelRepository
@@ -34,7 +39,7 @@ from .servicer import SERVICE, Servicer
 from .stream import StreamLimits, Streams
 from .tls import Tls, TlsFiles
 from .tracing import Traces
-from .transport import StreamMethod, Transport, transport
+from .transport import StreamPlaces, Terms, Transport, transport
 
 log = logging.getLogger("tenuto.server")
 
@@ -88,18 +93,20 @@ class Server:
         self._signals = 0
         self._to_send = 0.0  # sequences that may be sent elsewhere, and were not
         _check_port(config.host, config.port)
-        self._streams = StreamMethod(self._open_stream, mode=config.transport, max_streams=config.max_streams)
+        self._streams = StreamPlaces(mode=config.transport, max_streams=config.max_streams)
         # Where each of them holds a thread, and nothing bounds the bytes that they bring, fewer may wait.
         most = config.max_predicts
         self._most_predicts = min(most, _THREAD_PREDICTS) if self._streams.mode == "threads" else most
         self._transport = transport(
             self._streams,
-            f"/{SERVICE}/Stream",
-            threads=_SPARE_THREADS + (self._most_predicts if self._streams.mode == "threads" else 0),
-            max_message_bytes=config.max_message_bytes,
-            max_pending_bytes=config.max_pending_bytes,
-            tls=self._tls,
-            check=self._callers.identify,
+            Terms(
+                services=(SERVICE, oip.SERVICE),
+                threads=_SPARE_THREADS + (self._most_predicts if self._streams.mode == "threads" else 0),
+                max_message_bytes=config.max_message_bytes,
+                max_pending_bytes=config.max_pending_bytes,
+                tls=self._tls,
+                check=self._callers.identify,
+            ),
         )
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
@@ -153,13 +160,43 @@ class Server:
         self.metrics.waiting_predicts = lambda: predicts.waiting
         self.metrics.paced_streams = lambda: self._conversations.paced
         self._transport.listen(f"/{SERVICE}/Predict", predicts.open)
-        servicer = Servicer(self.catalogue, predicts, self._callers)
-        handler = grpc.method_handlers_generic_handler(SERVICE, servicer.handlers())
+        self._transport.listen_to_streams(f"/{SERVICE}/Stream", self._open_stream)
+        servicer = Servicer(self.catalogue, self._callers)
         server: Any = self._transport  # takes handlers as a grpc.Server does, and is none
-        server.add_generic_rpc_handlers((handler,))
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, servicer.handlers()),))
+        self._register_oip(server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, oip.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
+
+    def _register_oip(self, server: Any) -> None:
+        """The Open Inference Protocol."""
+        config = self.config
+        self._inferences = Inferences(
+            Shared(
+                catalogue=self.catalogue,
+                forms=Forms(),
+                sequences=Sequences(config.idle_seconds, self._pending),
+                predicts=self._predicts,
+                regions=Regions(config.shared_memory),
+                pending=self._pending,
+                refused=self.metrics.refuse,
+                is_draining=lambda: self.metrics.draining,
+            ),
+            self._callers,
+            self._predicts,
+        )
+        self._transport.listen(f"/{oip.SERVICE}/ModelInfer", self._inferences.open_unary)
+        self._transport.listen_to_streams(f"/{oip.SERVICE}/ModelStreamInfer", self._inferences.open_stream)
+        site = oip.Site(
+            version=self.metrics.version,
+            metrics=self.metrics,
+            is_ready=lambda: self._is(READINESS),
+            idle_seconds=config.idle_seconds,
+            control=self.rollout if config.model_control else None,
+        )
+        handlers = oip.OipServicer(self._inferences.shared, site, self._callers).handlers()
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(oip.SERVICE, handlers),))
 
     def _open_metrics_port(self) -> MetricsPort:
         """Raises: PlatformError."""
@@ -217,16 +254,20 @@ class Server:
         self.rollout.join(_JOIN_SECONDS)
         self._stopped.set()
         # The last replies, tokens among them, are still on their way: a stream ends behind its own.
-        self._conversations.leave()
+        self._end_streams()
         while self._streams.open_streams and time.monotonic() < deadline:
             time.sleep(_END_SECONDS)
-            self._conversations.leave()  # those who came back at once
+            self._end_streams()  # those who came back at once
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._predicts.close()
         if self._traces is not None:
             self._traces.close()
         self._second.close()
+
+    def _end_streams(self) -> None:
+        self._conversations.leave()
+        self._inferences.leave()
 
     @property
     def lingers(self) -> bool:
@@ -270,6 +311,7 @@ class Server:
                 self._sealer.reload()
                 if self._callers.reload():
                     self._conversations.drop_unknown()
+                    self._inferences.drop_unknown()
                 if self._tls is not None:
                     self._tls.reload()
             except Exception:  # the next look may go well, and nobody else takes this one

@@ -15,7 +15,6 @@ from tenuto.v1 import tenuto_pb2 as pb
 from .callers import Callers
 from .catalogue import Catalogue, Refused, Served
 from .errors import ModelNotReady, TenutoError, UnknownModel, UnknownSequence, WrongMessage
-from .predict import Predicts
 from .sequence import Ending
 from .status import code_of, metadata_of
 
@@ -33,25 +32,19 @@ class _Parser(Protocol[Parsed]):
 
 
 class Servicer:
-    """Predict, the models, and the operators' calls."""
+    """The models, and the operators' calls."""
 
-    def __init__(self, catalogue: Catalogue, predicts: Predicts, callers: Callers | None = None) -> None:
+    def __init__(self, catalogue: Catalogue, callers: Callers | None = None) -> None:
         self._catalogue = catalogue
-        self._predicts = predicts
         self._callers = callers or Callers()
 
     def handlers(self) -> dict[str, Any]:
         return {
-            "Predict": _unary(pb.PredictRequest, self.predict),
             "ListModels": _unary(pb.ListModelsRequest, self.list_models),
             "GetModel": _unary(pb.GetModelRequest, self.get_model),
             "ListSequences": _unary(pb.ListSequencesRequest, self.list_sequences),
             "EndSequence": _unary(pb.EndSequenceRequest, self.end_sequence),
         }
-
-    def predict(self, request: pb.PredictRequest, context: grpc.ServicerContext) -> pb.PredictResponse:
-        """One batch through a stateless model. Our own server opens such calls by `Predicts.open` instead."""
-        return self._predicts.wait_for(request, context)
 
     def list_models(
         self, _request: pb.ListModelsRequest, context: grpc.ServicerContext

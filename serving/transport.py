@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import grpc
@@ -18,7 +19,7 @@ from .http2 import Http2Server
 from .http_call import HttpCall, Limits
 from .pooled_method import Methods
 from .status import code_of, metadata_of
-from .thread_call import ThreadCall
+from .thread_call import ThreadCall, answered
 from .tls import Tls
 
 Mode = Literal["auto", "http2", "threads"]
@@ -45,7 +46,10 @@ class Transport(Protocol):
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None: ...
 
     def listen(self, path: str, opener: Opener) -> None:
-        """Calls of that method are opened so, if this server can; else by the handler that is registered."""
+        """Calls of that method, which is unary, are opened so."""
+
+    def listen_to_streams(self, path: str, opener: Opener) -> None:
+        """And those of this one, which is a stream both ways."""
 
     def bind(self, host: str, port: int) -> int:
         """Listens there; 0 takes a free port. Returns the port. Raises: OSError, RuntimeError."""
@@ -63,25 +67,30 @@ class Transport(Protocol):
         all that was read is there."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What a transport keeps to."""
+
+    services: tuple[str, ...]  # whose calls are the callers'; all others are for everybody
+    threads: int  # for methods that nobody listens to
+    max_message_bytes: int
+    max_pending_bytes: int
+    tls: Tls | None = None
+    check: Check = lambda _: None
+
+
 class Http2Transport(Methods):
     """Our own server: the thread that reads takes streams and whatever is listened to; a pool's, the rest."""
 
-    def __init__(
-        self,
-        streams: StreamMethod,
-        path: str,
-        threads: int,
-        max_message_bytes: int,
-        max_pending_bytes: int,
-        tls: Tls | None,
-        check: Check,
-    ) -> None:
-        own = path[: path.rindex("/") + 1]
-        super().__init__(ThreadPoolExecutor(threads, "grpc"), streams.max_streams, max_pending_bytes, own)
-        self._check = check
-        self._openers: dict[str, Callable[[HttpCall], Listener]] = {path: streams.open}
-        limits = Limits(max_message_bytes, max_pending_bytes, streams.max_streams + _SPARE_CALLS)
-        self._server = Http2Server(self._route, limits, tls)
+    def __init__(self, places: StreamPlaces, terms: Terms) -> None:
+        own = tuple(f"/{service}/" for service in terms.services)
+        most = terms.max_pending_bytes
+        super().__init__(ThreadPoolExecutor(terms.threads, "grpc"), places.max_streams, most, own)
+        self._check = terms.check
+        self._streams = places
+        self._openers: dict[str, Callable[[HttpCall], Listener]] = {}
+        limits = Limits(terms.max_message_bytes, most, places.max_streams + _SPARE_CALLS)
+        self._server = Http2Server(self._route, limits, terms.tls)
         self.bind = self._server.bind
         self.start = self._server.start
         self.stop = self._server.stop
@@ -93,6 +102,9 @@ class Http2Transport(Methods):
             return opener(call) if self.take_place(call) else GONE
 
         self._openers[path] = open_or_refuse
+
+    def listen_to_streams(self, path: str, opener: Opener) -> None:
+        self._openers[path] = lambda call: self._streams.open(call, opener)
 
     def _route(self, call: HttpCall) -> Listener:
         """Nothing of a stranger's call is read, and it takes nobody's place."""
@@ -110,23 +122,15 @@ class Http2Transport(Methods):
 class ThreadTransport:
     """gRPC's server. It bounds no bytes of unary calls by itself."""
 
-    def __init__(
-        self,
-        streams: StreamMethod,
-        path: str,
-        threads: int,
-        max_message_bytes: int,
-        max_pending_bytes: int,
-        tls: Tls | None,
-        check: Check,
-    ) -> None:
-        """`check` is the handlers' business here: they have the call's metadata, and gRPC its bytes."""
-        self._tls = tls
-        most = streams.max_streams
-        streams.max_streams = min(most, _THREAD_STREAMS)
+    def __init__(self, places: StreamPlaces, terms: Terms) -> None:
+        """`terms.check` is the handlers' business here: they have the call's metadata, and gRPC its bytes."""
+        self._tls = terms.tls
+        self._streams = places
+        most = places.max_streams
+        places.max_streams = min(most, _THREAD_STREAMS)
         options = (
             ("grpc.so_reuseport", 0),  # a forgotten server on this port would take half of the connections
-            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", terms.max_message_bytes),
             ("grpc.max_send_message_length", -1),
             # Calls that wait to be taken: above 1,000 gRPC cancels some by chance, and when a server is lost
             # another one gets more than that at once.
@@ -140,19 +144,28 @@ class ThreadTransport:
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 20_000),
         )
-        pool = ThreadPoolExecutor(threads + streams.max_streams, "grpc")
+        pool = ThreadPoolExecutor(terms.threads + places.max_streams, "grpc")
         self._server = grpc.server(pool, options=options)
-        service, method = path.strip("/").split("/")
-        handlers = {method: streams.handler()}
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
         self.add_generic_rpc_handlers: Callable[[Iterable[Any]], None] = self._server.add_generic_rpc_handlers
         self.start = self._server.start
 
+    def listen(self, path: str, opener: Opener) -> None:
+        """Each call has a thread of the pool until it is answered."""
+        self._add(path, grpc.unary_unary_rpc_method_handler(lambda *call: answered(opener, *call)))
+
+    def listen_to_streams(self, path: str, opener: Opener) -> None:
+        def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            return self._streams.threaded(opener, requests, context)
+
+        self._add(path, grpc.stream_stream_rpc_method_handler(handle))
+
+    def _add(self, path: str, handler: Any) -> None:
+        service, method = path.strip("/").split("/")
+        generic = grpc.method_handlers_generic_handler(service, {method: handler})
+        self._server.add_generic_rpc_handlers((generic,))
+
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """The generic ones are enough."""
-
-    def listen(self, path: str, opener: Opener) -> None:
-        """gRPC's server calls handlers alone."""
 
     def bind(self, host: str, port: int) -> int:
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -191,55 +204,42 @@ def _certificates(contents: tuple[bytes, ...]) -> grpc.ServerCertificateConfigur
     )
 
 
-def transport(
-    streams: StreamMethod,
-    path: str,
-    *,
-    threads: int,
-    max_message_bytes: int,
-    max_pending_bytes: int,
-    tls: Tls | None = None,
-    check: Check = lambda _: None,
-) -> Transport:
-    """The server for that mode; `path` is the stream method's, `threads` are for all others."""
-    kind = Http2Transport if streams.mode == "http2" else ThreadTransport
-    return kind(streams, path, threads, max_message_bytes, max_pending_bytes, tls, check)
+def transport(places: StreamPlaces, terms: Terms) -> Transport:
+    """The server for that mode."""
+    kind = Http2Transport if places.mode == "http2" else ThreadTransport
+    return kind(places, terms)
 
 
-class StreamMethod:
-    """Opens the streams and counts them.
+class StreamPlaces:
+    """Opens the streams, of all methods, and counts them.
 
     `max_streams` bounds them: one more is refused RESOURCE_EXHAUSTED at once. (`maximum_concurrent_rpcs` of
     gRPC's server would count unary calls as well.)
     """
 
-    def __init__(
-        self, opener: Opener, *, mode: Mode, max_streams: int, outbox_bytes: int = 256 << 10
-    ) -> None:
+    def __init__(self, *, mode: Mode, max_streams: int, outbox_bytes: int = 256 << 10) -> None:
         self.mode = "http2" if mode == "auto" else mode
         self.open_streams = 0
         self.refused = 0
-        self._opener = opener
         self.max_streams = max_streams
         self._outbox_bytes = outbox_bytes
         self._lock = threading.Lock()
 
-    def open(self, call: HttpCall) -> Listener:
+    def open(self, call: HttpCall, opener: Opener) -> Listener:
         """Opens a stream of our own server, or finishes it at once."""
         refusal = self._refusal()
         if refusal is not None:
             call.finish(code_of(refusal), str(refusal), metadata_of(refusal))
             return GONE
         call.closed = self._one_less
-        listener = self._opener(call)
+        listener = opener(call)
         call.metadata = ()  # nobody asks for it later, and a stream may last for days
         return listener
 
-    def handler(self) -> Any:
-        """For gRPC's server."""
-        return grpc.stream_stream_rpc_method_handler(self._threaded)
-
-    def _threaded(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def threaded(
+        self, opener: Opener, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        """A stream of gRPC's server."""
         refusal = self._refusal()
         if refusal is not None:
             context.set_code(code_of(refusal))
@@ -247,7 +247,7 @@ class StreamMethod:
             context.set_trailing_metadata(metadata_of(refusal))
             return
         try:
-            call = ThreadCall(context, self._opener, self._outbox_bytes)
+            call = ThreadCall(context, opener, self._outbox_bytes)
             threading.Thread(
                 target=call.read_all, args=(requests,), name="stream-reader", daemon=True
             ).start()

@@ -41,6 +41,7 @@ SERVING = [
     ["catalogue", "golden"],
     ["http_call", "predict", "vetting", "thread_call", "stream"],
     ["outflow", "pooled_method", "servicer"],
+    ["oip"],
     ["connection"],
     ["http2"],
     ["transport"],
@@ -50,12 +51,24 @@ SERVING = [
     ["cli"],
 ]
 ROW = {module: row for row, modules in enumerate(SERVING) for module in modules}
+# Inside serving/oip.
+_OIP = [
+    ["refusal"],
+    ["datatype", "question"],
+    ["shared_memory"],
+    ["form"],
+    ["description", "sequences"],
+    ["inference"],
+    ["servicer"],
+]
+OIP = {module: row for row, modules in enumerate(_OIP) for module in modules}
 
 # Of serving: what a model says of itself, how text becomes ids, and what float16 makes of a graph.
 TRAINING_KNOWS = (["manifest"], ["text"], ["precision"])
 PACKAGES = {
     "tenuto",
     "tenuto.serving",
+    "tenuto.serving.oip",
     "tenuto.training",
     "tenuto.training.datasets",
     "tenuto.training.tasks",
@@ -96,12 +109,16 @@ def violations(path: str, source: str) -> list[str]:
     top = Path(path).parts[0]
     found = []
     if top == "serving":
-        own = Path(path).stem
+        own = "oip" if path.startswith("serving/oip/") else Path(path).stem
         if own != "__init__" and own not in ROW:
             found.append(f"{path} has no place in the table SERVING; give it one")
         for name in names:
             if name.split(".")[0] == "torch" or within(name, "tenuto.training"):
                 found.append(f"{path} imports {name}: the server needs no torch and no training")
+            elif within(name, "tenuto.serving.oip") and own == "oip":
+                inner, wanted = Path(path).stem, name.split(".")[-1]
+                if inner != "__init__" and OIP.get(wanted, 0) > OIP.get(inner, -1):
+                    found.append(f"{path} imports {name}, which lies above it")
             elif within(name, "tenuto.serving"):
                 other = name.removeprefix("tenuto.serving").strip(".").split(".")[0]
                 if ROW.get(other, 0) > ROW.get(own, len(SERVING)):

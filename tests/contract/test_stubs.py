@@ -3,49 +3,72 @@ here the descriptors inside them are compared with the proto files' names, witho
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tenuto.oip import inference_pb2, inference_pb2_grpc, model_config_pb2
 from tenuto.v1 import tenuto_pb2, tenuto_pb2_grpc
 
 ROOT = Path(__file__).parents[2]
-PROTO = (ROOT / "proto/tenuto/v1/tenuto.proto").read_text(encoding="utf-8")
+SERVICES: dict[str, tuple[Any, Any]] = {
+    "tenuto/v1/tenuto": (tenuto_pb2, tenuto_pb2_grpc.TenutoServicer),
+    "tenuto/oip/inference": (inference_pb2, inference_pb2_grpc.GRPCInferenceServiceServicer),
+    "tenuto/oip/model_config": (model_config_pb2, None),
+}
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def declared(keyword: str) -> set[str]:
-    return set(re.findall(rf"^\s*{keyword} (\w+)", PROTO, flags=re.MULTILINE))
+def proto(name: str) -> str:
+    return (ROOT / f"proto/{name}.proto").read_text(encoding="utf-8")
 
 
-def test_every_message_has_its_class() -> None:
-    messages = set(tenuto_pb2.DESCRIPTOR.message_types_by_name)
-    assert messages == declared("message")
-    assert all(hasattr(tenuto_pb2, name) for name in messages)
+def declared(name: str, keyword: str) -> set[str]:
+    return set(re.findall(rf"^\s*{keyword} (\w+)", proto(name), flags=re.MULTILINE))
 
 
-def test_every_method_has_its_stub() -> None:
-    service = tenuto_pb2.DESCRIPTOR.services_by_name["Tenuto"]
-    assert {method.name for method in service.methods} == declared("rpc")
-    assert all(hasattr(tenuto_pb2_grpc.TenutoServicer, name) for name in declared("rpc"))
+def messages(module: Any) -> Iterator[Any]:
+    """All, the nested ones too, but for the entries of maps."""
+    waiting = list(module.DESCRIPTOR.message_types_by_name.values())
+    while waiting:
+        message = waiting.pop()
+        if not message.GetOptions().map_entry:
+            yield message
+            waiting += message.nested_types
 
 
-def test_every_field_has_its_number() -> None:
-    fields = {
-        (field.name, field.number)
-        for message in tenuto_pb2.DESCRIPTOR.message_types_by_name.values()
-        for field in message.fields
-    }
-    source = re.findall(r"^\s*(?:repeated )?[\w<>, ]+? (\w+) = (\d+);", PROTO, flags=re.MULTILINE)
-    names_in_enums = {
-        value.name for enum in tenuto_pb2.DESCRIPTOR.enum_types_by_name.values() for value in enum.values
-    } | {value.name for value in tenuto_pb2.Model.State.DESCRIPTOR.values}
-    assert {(name, int(number)) for name, number in source if name not in names_in_enums} == fields
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_message_has_its_class(name: str) -> None:
+    module, _ = SERVICES[name]
+    assert {message.name for message in messages(module)} == declared(name, "message")
+    assert all(hasattr(module, message) for message in module.DESCRIPTOR.message_types_by_name)
 
 
-def test_the_stubs_are_protobuf_6_code() -> None:
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_method_has_its_stub(name: str) -> None:
+    module, servicer = SERVICES[name]
+    methods = {m.name for s in module.DESCRIPTOR.services_by_name.values() for m in s.methods}
+    assert methods == declared(name, "rpc")
+    assert all(hasattr(servicer, method) for method in methods)
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_field_has_its_number(name: str) -> None:
+    module, _ = SERVICES[name]
+    fields = {(field.name, field.number) for message in messages(module) for field in message.fields}
+    enums = [*module.DESCRIPTOR.enum_types_by_name.values()]
+    enums += [enum for message in messages(module) for enum in message.enum_types]
+    values = {value.name for enum in enums for value in enum.values}
+    source = re.findall(r"^\s*(?:repeated )?[\w<>, .]+? (\w+) = (\d+);", proto(name), flags=re.MULTILINE)
+    assert {(field, int(number)) for field, number in source if field not in values} == fields
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_the_stubs_are_protobuf_6_code(name: str) -> None:
     """Protobuf runs the code of its own and of the previous major version: 6 and 7 run this."""
-    code = (ROOT / "tenuto/v1/tenuto_pb2.py").read_text(encoding="utf-8")
+    code = (ROOT / f"{name}_pb2.py").read_text(encoding="utf-8")
     assert re.search(r"^# Protobuf Python Version: 6\.", code, flags=re.MULTILINE)
 
 

@@ -49,13 +49,9 @@ Opener = Callable[[Any], Any]
 @contextmanager
 def opening_with(server: Server, wrap: Callable[[Opener], Opener]) -> Iterator[None]:
     """Streams that begin in here are opened by `wrap(the server's own opener)`."""
-    streams = server._streams
-    own = streams._opener
-    streams._opener = wrap(own)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server._conversations, "open", wrap(server._conversations.open))
         yield
-    finally:
-        streams._opener = own
 
 
 @pytest.fixture

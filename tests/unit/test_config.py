@@ -24,7 +24,7 @@ OTHER: dict[str, Any] = {
     "callers": Path("/callers"), "rebalance_above": 0.5, "rebalance_per_second": 22.5,
     "rebalance_age_seconds": 23.5, "log_format": "json",
     "otlp_endpoint": "http://collector:4318/v1/traces", "trace_chunks": 24,
-    "drain_notice_seconds": 25.5,
+    "drain_notice_seconds": 25.5, "model_control": True, "shared_memory": "/mine-",
     "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)

@@ -1,4 +1,4 @@
-"""Predict without a server, by a caller who waits and by one who is called: what it counts and leaves."""
+"""Predict without a server: what it counts and leaves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,11 @@ from tenuto.serving import predict as predict_module
 from tenuto.serving.call import Metadata
 from tenuto.serving.catalogue import Catalogue, Served
 from tenuto.serving.engine import Engine
-from tenuto.serving.errors import TenutoError
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.predict import PredictCall, Predicts
 from tenuto.serving.reply import OutputWriter, write_timing
 from tenuto.serving.sequence import Chunk, Ending, Output, Sequence
-from tenuto.serving.servicer import Servicer
-from tenuto.serving.status import code_of
 from tenuto.serving.tensor import Reader
 from tenuto.v1 import tenuto_pb2 as pb
 
@@ -31,7 +28,6 @@ from .fakes import FAILS, Accumulator, Doubler, accumulator, doubler, f32
 
 NOW = 5e6
 Code = grpc.StatusCode
-WAYS = ["waits", "is called"]
 
 
 class InlineEngine(Engine):
@@ -43,22 +39,6 @@ class InlineEngine(Engine):
         super().request(sequence, chunk)
         while not self.stuck and self.turn():
             pass
-
-
-class FakeContext:
-    """A caller who waits, and whose deadline is now, or who is not in a hurry."""
-
-    def __init__(self, seconds: float = 60.0) -> None:
-        self.seconds = seconds
-
-    def time_remaining(self) -> float:
-        return self.seconds
-
-    def invocation_metadata(self) -> Metadata:
-        return ()
-
-    def add_callback(self, _: Callable[[], None]) -> bool:
-        return True
 
 
 class FakeCall:
@@ -123,7 +103,6 @@ class Bench:
         self.predicts = Predicts(
             catalogue, self.pending, most=1, is_draining=lambda: self.draining, readers=self.readers
         )
-        self.servicer = Servicer(catalogue, self.predicts)
 
     def request(self, *values: float) -> pb.PredictRequest:
         array = f32(values).reshape(-1, 2)
@@ -139,15 +118,9 @@ class Bench:
         listener.half_closed()
         return call, listener
 
-    def predict(self, way: str, *values: float, seconds: float = 60.0) -> tuple[grpc.StatusCode, str, Any]:
+    def predict(self, *values: float) -> tuple[grpc.StatusCode, str, Any]:
         """Code, text and response."""
         request = self.request(*values)
-        if way == "waits":
-            try:
-                response = self.servicer.predict(request, FakeContext(seconds))  # type: ignore[arg-type]
-            except TenutoError as error:
-                return code_of(error), str(error), None
-            return Code.OK, "", response
         call, listener = self.call(request)
         listener.terminated()  # as the transport says behind every ending
         assert call.code is not None
@@ -170,10 +143,9 @@ def still_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict_module, "time", SimpleNamespace(monotonic=lambda: NOW))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_an_answer_has_its_tensors_by_name_and_the_version(way: str) -> None:
+def test_an_answer_has_its_tensors_by_name_and_the_version() -> None:
     bench = Bench()
-    code, _, response = bench.predict(way, 1, 2, 3, 4)
+    code, _, response = bench.predict(1, 2, 3, 4)
     assert code is Code.OK
     (y,) = response.outputs
     assert (y.name, y.dtype, list(y.shape), y.data) == ("y", "float32", [2, 2], f32([2, 4, 6, 8]).tobytes())
@@ -182,21 +154,11 @@ def test_an_answer_has_its_tensors_by_name_and_the_version(way: str) -> None:
     bench.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_time_to_the_first_output_counts_from_the_call(way: str) -> None:
+def test_the_time_to_the_first_output_counts_from_the_call() -> None:
     """Not from when the machine was started."""
     bench = Bench()
-    bench.predict(way, 1, 2)
+    bench.predict(1, 2)
     assert bench.engine.metrics.first_output.total == 0.0
-
-
-def test_a_call_whose_deadline_passes_leaves_nothing_behind() -> None:
-    bench = Bench()
-    bench.engine.stuck = True
-    code, text, _ = bench.predict("waits", 1, 2, seconds=0.0)
-    assert (code, text[:40]) == (Code.DEADLINE_EXCEEDED, "no answer from 'doubler' within 0.000 s;")
-    bench.assert_nothing_is_left()
-    assert bench.engine.metrics.chunks == {"dropped": 1}
 
 
 @pytest.mark.parametrize("when", ["waiting", "being read", "answered"])
@@ -316,16 +278,15 @@ def test_a_server_that_leaves_says_so_to_those_who_wait() -> None:
     bench.assert_nothing_is_left()
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("why", ["draining", "pending", "stateful", "failing", "shape"])
-def test_a_refusal_leaves_nothing_behind(why: str, way: str) -> None:
+def test_a_refusal_leaves_nothing_behind(why: str) -> None:
     bench = Bench(accumulator(), Accumulator()) if why == "stateful" else Bench()
     bench.draining = why == "draining"
     held = (1 << 20) + 1 if why == "pending" else 0
     bench.pending.add(held)
     if why == "shape":
         bench.request = lambda *_: pb.PredictRequest(model="doubler")  # type: ignore[method-assign]
-    code, text, _ = bench.predict(way, FAILS, 1)
+    code, text, _ = bench.predict(FAILS, 1)
     expected = {
         "draining": (Code.UNAVAILABLE, "the server is leaving"),
         "pending": (Code.RESOURCE_EXHAUSTED, "more than 1048576 bytes are pending"),
@@ -339,17 +300,16 @@ def test_a_refusal_leaves_nothing_behind(why: str, way: str) -> None:
     assert bench.engine.metrics.rejected_calls == counted.get(why, {})
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_more_calls_wait_at_once_than_there_are_places(way: str) -> None:
+def test_no_more_calls_wait_at_once_than_there_are_places() -> None:
     bench = Bench()
     bench.engine.stuck = True
     first, _ = bench.call(bench.request(1, 2))
-    code, text, _ = bench.predict(way, 1, 2)
+    code, text, _ = bench.predict(1, 2)
     assert (code, text[:29]) == (Code.RESOURCE_EXHAUSTED, "1 Predict calls wait already;")
     assert bench.engine.metrics.rejected_calls == {"POOL_FULL": 1}
     bench.settle()
     assert first.code is Code.OK
-    assert bench.predict(way, 1, 2)[0] is Code.OK
+    assert bench.predict(1, 2)[0] is Code.OK
 
 
 def test_bytes_that_are_no_request_are_refused_and_a_second_message_is_nothing() -> None:
@@ -370,10 +330,7 @@ def test_a_call_without_a_request_is_finished() -> None:
     assert (call.code, call.details) == (Code.UNIMPLEMENTED, "the call brought no request")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_bug_is_no_silence(
-    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bug_is_no_silence(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Whoever waits is told, and the place is free."""
     bench = Bench()
 
@@ -381,12 +338,8 @@ def test_a_bug_is_no_silence(
         raise ZeroDivisionError
 
     monkeypatch.setattr(Reader, "read", broken)
-    if way == "is called":
-        assert bench.predict(way, 1, 2)[0] is Code.INTERNAL
-        assert "a call met a bug" in caplog.text
-    else:
-        with pytest.raises(ZeroDivisionError):
-            bench.servicer.predict(bench.request(1, 2), FakeContext())  # type: ignore[arg-type]
+    assert bench.predict(1, 2)[0] is Code.INTERNAL
+    assert "a call met a bug" in caplog.text
     bench.assert_nothing_is_left()
 
 

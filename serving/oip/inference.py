@@ -1,0 +1,435 @@
+"""ModelInfer and ModelStreamInfer on any transport: requests become steps of sequences, or predictions.
+
+On our own server the thread that reads takes a request and an engine's thread answers it; no thread waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from tenuto.oip import inference_pb2 as pb
+from tenuto.serving.call import GONE, Call, Listener
+from tenuto.serving.callers import Caller, Callers, Pacer
+from tenuto.serving.catalogue import Catalogue, Served
+from tenuto.serving.errors import ModelNotReady, TenutoError, UnknownModel
+from tenuto.serving.pending import PendingBytes
+from tenuto.serving.predict import Prediction, Predicts
+from tenuto.serving.sequence import Ending
+from tenuto.serving.sequence import Output as Answer
+from tenuto.serving.status import code_of, metadata_of
+
+from .form import Form, Forms, Tensors
+from .question import Question, version_of
+from .refusal import LEAVING, Code, Refusal
+from .sequences import Asker, Key, Sequences
+from .shared_memory import Regions
+
+log = logging.getLogger("tenuto.oip")
+
+# What takes longer to read than that would hold up all others who are read by the same thread.
+_MOST_AT_ONCE = 64 << 10
+# Of one stream, requests that are not answered; above that it is not read.
+_MOST_UNANSWERED_BYTES = 16 << 20
+_REQUEST_BYTES = 512  # what one costs beside its message
+_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What every call of this protocol needs."""
+
+    catalogue: Catalogue
+    forms: Forms
+    sequences: Sequences
+    predicts: Predicts
+    regions: Regions
+    pending: PendingBytes
+    refused: Callable[[str], None]  # counts, by reason
+    is_draining: Callable[[], bool]
+
+
+def served_of(catalogue: Catalogue, model: str, version: str) -> Served:
+    """Raises: Refusal, in Triton's words."""
+    number = version_of(version)
+    try:
+        return catalogue.find(model, number)
+    except ModelNotReady as error:
+        refused = catalogue.refusal(model, number)
+        told = refused.version if refused is not None else number
+        text = f"Request for unknown model: '{model}' version {told} is not at ready state"
+        raise Refusal(text, Code.UNAVAILABLE, error.reason) from error
+    except UnknownModel as error:
+        known = {one.manifest.name for one in (*catalogue.served, *catalogue.retiring)}
+        if model not in known:
+            text = f"Request for unknown model: '{model}' is not found"
+        elif number:
+            text = f"Request for unknown model: '{model}' version {number} is not found"
+        else:
+            text = f"Request for unknown model: '{model}' has no available versions"
+        raise Refusal(text, Code.NOT_FOUND, error.reason) from error
+
+
+class _Asked:
+    """One request, whoever waits for it."""
+
+    def __init__(self, shared: Shared, caller: Caller, peer: str, stream: object) -> None:
+        self._shared = shared
+        self._caller = caller
+        self._peer = peer
+        self._stream = stream  # None: a unary call
+
+    def take(self, request: pb.ModelInferRequest, asker: Asker) -> Prediction | None:
+        """Hands the request on. What may be left before it is answered; None for a sequence's step.
+
+        Raises: Refusal, TenutoError.
+        """
+        shared = self._shared
+        if shared.is_draining():
+            raise Refusal(LEAVING, Code.UNAVAILABLE, "DRAINING")
+        question = Question.of(request)
+        key: Key = (self._caller.name, request.model_name, question.sequence)
+        named = bool(question.sequence)
+        if not named and self._stream is not None:
+            key = (self._stream, request.model_name, 0)
+        form = None if question.start else shared.sequences.form_of(key)
+        if form is None:
+            served = served_of(shared.catalogue, request.model_name, request.model_version)
+            form = shared.forms.of(served)
+        if not form.manifest.stateful:
+            return self._predict(request, form, question, asker)
+        if not named and self._stream is None:
+            raise Refusal(
+                f"inference request to model '{form.name}' must specify a non-zero or non-empty "
+                "correlation ID"
+            )
+        data = self._read(request, form, question)
+        shared.sequences.ask(key, form, question, data, self._caller, asker, named=named)
+        return None
+
+    def _read(self, request: pb.ModelInferRequest, form: Form, question: Question) -> tuple[bytes, ...]:
+        try:
+            if question.wanted:
+                form.check_wanted(question, self._shared.regions, self._peer)
+            return form.read(request, self._shared.regions, self._peer)
+        except Refusal as refusal:
+            raise refusal.about(question.id) from refusal
+
+    def _predict(
+        self, request: pb.ModelInferRequest, form: Form, question: Question, asker: Asker
+    ) -> Prediction:
+        def done(answer: Answer | TenutoError) -> None:
+            if isinstance(answer, TenutoError):
+                asker.refuse(Refusal.of(answer))
+            else:
+                asker.answer(form, answer.tensors, question)
+
+        if self._stream is None:
+            prediction = self._shared.predicts.admit(form.served, done)
+        else:  # it is held back by what it owes
+            prediction = Prediction(form.served, self._shared.pending, done, lambda: None)
+        try:
+            data = self._read(request, form, question)
+        except BaseException:
+            prediction.leave()
+            raise
+        prediction.start(data)
+        return prediction
+
+
+class Inferences:
+    """All calls of this protocol that infer. Any thread."""
+
+    def __init__(self, shared: Shared, callers: Callers, readers: Predicts) -> None:
+        """`readers` has the threads that read requests which take long to read."""
+        self.shared = shared
+        self._callers = callers
+        self._readers = readers
+        self._pacer = Pacer()
+        self._lock = threading.Lock()
+        self._streams: set[StreamInfer] = set()
+
+    def open_unary(self, call: Call) -> Listener:
+        try:
+            caller, now = self._callers.identify(lambda: call.metadata), time.monotonic()
+            caller.check_rate(now)
+            caller.spend(1, now)
+        except TenutoError as error:
+            self.shared.refused(error.reason)
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return GONE
+        return UnaryInfer(call, self.shared, caller, self._readers)
+
+    def open_stream(self, call: Call) -> Listener:
+        try:
+            caller = self._callers.identify(lambda: call.metadata)
+            caller.check_rate(time.monotonic(), _PATIENCE_SECONDS)
+        except TenutoError as error:
+            call.finish(code_of(error), str(error), metadata_of(error))
+            return GONE
+        stream = StreamInfer(call, self.shared, caller, self._pacer, self._gone)
+        with self._lock:
+            self._streams.add(stream)
+        stream.drop_if_unknown()
+        return stream
+
+    def _gone(self, stream: StreamInfer) -> None:
+        with self._lock:
+            self._streams.discard(stream)
+
+    def leave(self) -> None:
+        """Ends every stream behind its last answers: the server goes."""
+        self._pacer.close()
+        for stream in self._all():
+            stream.leave()
+
+    def drop_unknown(self) -> None:
+        """Ends streams and sequences whose callers are known no more."""
+        for stream in self._all():
+            stream.drop_if_unknown()
+        self.shared.sequences.drop_unknown()
+
+    def _all(self) -> list[StreamInfer]:
+        with self._lock:
+            return list(self._streams)
+
+
+class UnaryInfer:
+    """One ModelInfer. A Listener, and an Asker."""
+
+    def __init__(self, call: Call, shared: Shared, caller: Caller, readers: Predicts) -> None:
+        self._call = call
+        self._shared = shared
+        self._readers = readers
+        self._asked = _Asked(shared, caller, call.peer(), None)
+        self._prediction: Prediction | None = None
+        self._came = self._gone = False
+
+    def received(self, message: bytes) -> None:
+        if self._came:
+            return
+        self._came = True
+        if len(message) <= _MOST_AT_ONCE:
+            self._take(message)
+            return
+        try:
+            self._readers.read_later(lambda: self._take(message), len(message))
+        except TenutoError as error:
+            self.refuse(Refusal.of(error))
+
+    def _take(self, message: bytes) -> None:
+        if self._left():
+            return
+        try:
+            request = pb.ModelInferRequest.FromString(message)
+            self._prediction = self._asked.take(request, self)
+            if self._left() and self._prediction is not None:  # meanwhile, and did not see it
+                self._prediction.leave()
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except TenutoError as error:
+            self.refuse(Refusal.of(error))
+        except DecodeError:
+            self.refuse(
+                Refusal(f"{len(message)} bytes are no ModelInferRequest", Code.INTERNAL, "WRONG_MESSAGE")
+            )
+        except Exception:
+            log.exception("a call met a bug")
+            self.refuse(Refusal.of_bug())
+
+    def _left(self) -> bool:
+        """Whether the call is over. On any thread, and at any moment."""
+        return self._gone
+
+    def half_closed(self) -> None:
+        if not self._came:
+            self._call.finish(grpc.StatusCode.UNIMPLEMENTED, "the call brought no request")
+
+    def terminated(self) -> None:
+        self._gone = True
+        prediction, self._prediction = self._prediction, None  # or each would keep the other alive
+        if prediction is not None:
+            prediction.leave()
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        return False
+
+    # sequences.Asker
+
+    def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
+        try:
+            message = form.write(tensors, question, self._shared.regions, streamed=False)
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return
+        except Exception:
+            log.exception("an answer could not be written")
+            self.refuse(Refusal.of_bug())
+            return
+        self._call.send(message)
+        self._call.finish()
+
+    def refuse(self, refusal: Refusal) -> None:
+        self._shared.refused(refusal.reason)
+        self._call.finish(refusal.code, str(refusal), refusal.metadata)
+
+
+class _Slot:
+    """One request of a stream, in the order of their coming. An Asker."""
+
+    __slots__ = ("_message", "_nbytes", "_request_id", "_stream", "status")
+
+    def __init__(self, stream: StreamInfer, request_id: str, nbytes: int) -> None:
+        self._stream = stream
+        self._request_id = request_id
+        self._nbytes = nbytes
+        self._message: bytes | None = None
+        self.status: Refusal | None = None  # ends the stream instead
+
+    def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
+        try:
+            message = form.write(tensors, question, self._stream.regions, streamed=True)
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except Exception:
+            log.exception("an answer could not be written")
+            self.refuse(Refusal.of_bug())
+        else:
+            self._stream.answered(self, message, self._nbytes)
+
+    def refuse(self, refusal: Refusal) -> None:
+        if self._stream.ends_by_errors:
+            self.status = refusal
+        self._stream.refused(refusal)
+        self._stream.answered(self, _in_band(refusal, self._request_id), self._nbytes)
+
+    @property
+    def message(self) -> bytes | None:
+        return self._message
+
+    def fill(self, message: bytes) -> None:
+        self._message = message
+
+
+class StreamInfer:
+    """One ModelStreamInfer: answers go out in the order of their requests. A Listener."""
+
+    def __init__(
+        self, call: Call, shared: Shared, caller: Caller, pacer: Pacer, gone: Callable[[StreamInfer], None]
+    ) -> None:
+        self._call = call
+        self._shared = shared
+        self._caller = caller
+        self._pacer = pacer
+        self._gone = gone
+        self._asked = _Asked(shared, caller, call.peer(), self)
+        self.regions = shared.regions
+        self.ends_by_errors = dict(call.metadata).get("triton_grpc_error") == "true"
+        self.owed = PendingBytes(_MOST_UNANSWERED_BYTES)
+        self._lock = threading.Lock()
+        self._slots: deque[_Slot] = deque()
+        self._half_closed = False
+        self._pause = 0.0  # seconds until it is read on: its caller is too fast
+        self._resume: Callable[[], None] | None = None
+
+    def received(self, message: bytes) -> None:
+        nbytes = len(message) + _REQUEST_BYTES
+        self.owed.add(nbytes)
+        if self._caller.rate:
+            self._pause = self._caller.spend(1, time.monotonic())
+        try:
+            request = pb.ModelInferRequest.FromString(message)
+        except DecodeError:
+            text = f"{len(message)} bytes are no ModelInferRequest"
+            self._shared.refused("WRONG_MESSAGE")
+            self.terminated()
+            self._call.finish(Code.INTERNAL, text)
+            return
+        slot = _Slot(self, request.id, nbytes)
+        self._slots.append(slot)
+        try:
+            self._asked.take(request, slot)
+        except Refusal as refusal:
+            slot.refuse(refusal)
+        except TenutoError as error:
+            slot.refuse(Refusal.of(error))
+        except Exception:
+            log.exception("a request met a bug")
+            slot.refuse(Refusal.of_bug())
+
+    def answered(self, slot: _Slot, message: bytes, nbytes: int) -> None:
+        """Sends what is due. On any thread."""
+        with self._lock:
+            slot.fill(message)
+            slots = self._slots
+            while slots and (due := slots[0].message) is not None:
+                first = slots.popleft()
+                if first.status is not None:
+                    self._call.finish(first.status.code, str(first.status), first.status.metadata)
+                else:
+                    self._call.send(due)
+            done = self._half_closed and not slots
+        self.owed.remove(nbytes)
+        if done:
+            self._finish()
+
+    def refused(self, refusal: Refusal) -> None:
+        self._shared.refused(refusal.reason)
+
+    def half_closed(self) -> None:
+        with self._lock:
+            self._half_closed = True
+            done = not self._slots
+        if done:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._shared.sequences.leave(self, Ending.STREAM_ENDED)
+        self._call.finish()
+
+    def terminated(self) -> None:
+        self._shared.sequences.leave(self, Ending.CANCELLED)
+        if self._resume is not None:
+            self.owed.forget(self._resume)
+            self._shared.pending.forget(self._resume)
+            self._pacer.forget(self._resume)
+        self._gone(self)
+
+    def wait(self, resume: Callable[[], None]) -> bool:
+        if self._pause:
+            self._resume, seconds, self._pause = resume, self._pause, 0.0
+            self._pacer.later(seconds, resume)
+            return True
+        if not self.owed.full and not self._shared.pending.full:
+            return False
+        self._resume = resume
+        return self.owed.wait(resume) or self._shared.pending.wait(resume)
+
+    def leave(self) -> None:
+        self._call.finish(Code.UNAVAILABLE, LEAVING, (("tenuto-reason", "DRAINING"),))
+
+    def drop_if_unknown(self) -> None:
+        """Ends the stream if its caller is known no more."""
+        if not self._caller.is_known:
+            self.terminated()
+            self._call.finish(Code.UNAUTHENTICATED, "the caller of this stream is not known here any more")
+
+
+def _in_band(refusal: Refusal, request_id: str) -> bytes:
+    response = pb.ModelStreamInferResponse(error_message=str(refusal))
+    response.infer_response.id = request_id
+    parameters = response.infer_response.parameters
+    parameters["triton_final_response"].bool_param = True
+    parameters["tenuto_code"].string_param = refusal.code.name
+    if refusal.reason:
+        parameters["tenuto_reason"].string_param = refusal.reason
+    if refusal.retry_after_ms:
+        parameters["tenuto_retry_after_ms"].int64_param = refusal.retry_after_ms
+    return response.SerializeToString()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from .engine import Engine
 from .errors import ModelNotReady, TokenInvalid, UnknownModel
@@ -27,6 +27,7 @@ class Served:
     provider: str
     sha256: str  # of model.onnx
     fingerprint: str  # of model.onnx and manifest.json
+    memo: dict[type, object] = field(default_factory=dict, compare=False, repr=False)  # others' notes of it
 
     @property
     def manifest(self) -> Manifest:

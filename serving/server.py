@@ -25,7 +25,6 @@ from .metrics import ServerMetrics
 from .metrics_port import MetricsPort
 from .model_runner import choose_provider
 from .oip import servicer as oip
-from .oip.form import Forms
 from .oip.inference import Inferences, Shared
 from .oip.sequences import Sequences
 from .oip.shared_memory import Regions
@@ -175,7 +174,6 @@ class Server:
         self._inferences = Inferences(
             Shared(
                 catalogue=self.catalogue,
-                forms=Forms(),
                 sequences=Sequences(config.idle_seconds, self._pending),
                 predicts=self._predicts,
                 regions=Regions(config.shared_memory),
@@ -261,6 +259,7 @@ class Server:
         # For Predicts, and for the streams that others keep open: those who watch our health, say.
         self._transport.stop(_LAST_REPLIES_SECONDS).wait()
         self._predicts.close()
+        self._inferences.shared.regions.close()
         if self._traces is not None:
             self._traces.close()
         self._second.close()

@@ -6,7 +6,7 @@ the graph's own. A sequence's tensors have one row: `[1, time, ...]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,6 @@ import numpy as np
 
 from tenuto.oip import inference_pb2 as pb
 from tenuto.serving.catalogue import Served
-from tenuto.serving.errors import TenutoError
 from tenuto.serving.manifest import Input, Manifest, Output
 from tenuto.serving.sequence import Output as Answer
 from tenuto.serving.varint import varint
@@ -63,7 +62,8 @@ class Form:
     """Reads requests for a model version, on any thread, and writes its answers."""
 
     def __init__(self, served: Served) -> None:
-        self.served = served
+        self._served = weakref.ref(served)  # who remembers an answer must not keep a model in memory
+        self._reader = served.reader
         self.manifest = manifest = served.manifest
         self.name, self.version = manifest.name, str(served.engine.version)
         self.max_batch_size = manifest.max_batch if batched(manifest) else 0
@@ -75,6 +75,13 @@ class Form:
         self._heads: dict[tuple[tuple[tuple[int, ...], bool], ...], bytes] = {}
         self._nothing: Tensors = tuple([(_empty(spec, manifest.stateful), b"") for spec in manifest.outputs])
 
+    @property
+    def served(self) -> Served:
+        """The version, while it is loaded."""
+        served = self._served()
+        assert served is not None, "asked for behind its unloading. This is a bug."
+        return served
+
     # Requests.
 
     def read(self, request: pb.ModelInferRequest, regions: Regions, peer: str) -> tuple[bytes, ...]:
@@ -83,7 +90,7 @@ class Form:
         Raises: Refusal, TenutoError.
         """
         tensors = self._tensors(request, regions, peer)
-        return self.served.reader.read(tensors, None if self.manifest.stateful else self.manifest.max_batch)
+        return self._reader.read(tensors, None if self.manifest.stateful else self.manifest.max_batch)
 
     def _tensors(self, request: pb.ModelInferRequest, regions: Regions, peer: str) -> list[Tensor]:
         forms, raws, tensors = self._inputs, list(request.raw_input_contents), []
@@ -388,22 +395,9 @@ def _is_final() -> bytes:
 _IS_FINAL = _is_final()
 
 
-class Forms:
-    """The form of each model version, made once. Any thread."""
-
-    def __init__(self) -> None:
-        self._forms: dict[str, Form] = {}
-
-    def of(self, served: Served) -> Form:
-        form = self._forms.get(served.manifest.name)
-        if form is None or form.served is not served:
-            form = self._forms[served.manifest.name] = Form(served)
-        return form
-
-    def keep(self, names: Mapping[str, object]) -> None:
-        """Forgets the others."""
-        for name in [name for name in self._forms if name not in names]:
-            self._forms.pop(name, None)
-
-
-__all__ = ["Answer", "Form", "Forms", "TenutoError", "batched", "shape_of"]
+def form_of(served: Served) -> Form:
+    """The form of that version, made once."""
+    form = served.memo.get(Form)
+    if not isinstance(form, Form):
+        form = served.memo[Form] = Form(served)
+    return form

@@ -26,7 +26,7 @@ from tenuto.serving.sequence import Ending
 from tenuto.serving.sequence import Output as Answer
 from tenuto.serving.status import code_of, metadata_of
 
-from .form import Form, Forms, Tensors
+from .form import Form, Tensors, form_of
 from .question import Question, version_of
 from .refusal import LEAVING, Code, Refusal
 from .sequences import Asker, Key, Sequences
@@ -47,7 +47,6 @@ class Shared:
     """What every call of this protocol needs."""
 
     catalogue: Catalogue
-    forms: Forms
     sequences: Sequences
     predicts: Predicts
     regions: Regions
@@ -102,7 +101,7 @@ class _Asked:
         form = None if question.start else shared.sequences.form_of(key)
         if form is None:
             served = served_of(shared.catalogue, request.model_name, request.model_version)
-            form = shared.forms.of(served)
+            form = form_of(served)
         if not form.manifest.stateful:
             return self._predict(request, form, question, asker)
         if not named and self._stream is None:

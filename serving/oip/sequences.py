@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tenuto.serving.callers import Caller
+from tenuto.serving.engine import Engine
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Opened, Reply, Sequence
 from tenuto.serving.sequence import Output as Answer
@@ -62,7 +63,7 @@ class Session:
         self.form = form
         self.sequence = sequence(self)
         self._over_now = over
-        self._engine = form.served.engine
+        self._engine: Engine | None = form.served.engine  # until it is over
         self._lock = threading.RLock()
         self._steps: deque[_Step] = deque()
         self._next = 1
@@ -98,20 +99,21 @@ class Session:
             if question.step and question.step != self._next:
                 self._again(question, asker)
                 return
-            if self._ending is not None:
-                raise self._ending
+            engine = self._engine
+            if self._ending is not None or engine is None:
+                raise self._ending or _no_start(self.form.name, self.key[2])
             if not self._begun:
                 self._begun = True
-                self._engine.open(self.sequence)
+                engine.open(self.sequence)
             number, self._next = self._next, self._next + 1
             if question.step:
                 self._numbered, self._last_data = True, data
             self._steps.append(_Step(number, question.end, [(asker, question)]))
             pending.add(nbytes)
-            self._engine.accept(self.sequence, Chunk(number, data, time.monotonic(), nbytes))
+            engine.accept(self.sequence, Chunk(number, data, time.monotonic(), nbytes))
             if question.end:
                 self._ending = _no_start(self.form.name, self.key[2])
-                self._engine.finish(self.sequence, Ending.END)
+                engine.finish(self.sequence, Ending.END)
 
     def _again(self, question: Question, asker: Asker) -> None:
         """A step that was taken: it is answered once more, and not run again."""
@@ -131,7 +133,7 @@ class Session:
     def restart(self) -> None:
         """It ends once its accepted steps are answered: another one takes its name."""
         with self._lock:
-            if self._ending is None:
+            if self._ending is None and self._engine is not None:
                 self._ending = _no_start(self.form.name, self.key[2])
                 self._engine.finish(self.sequence, Ending.SUPERSEDED)
 
@@ -140,7 +142,9 @@ class Session:
         with self._lock:
             self._ending = self._ending or _no_start(self.form.name, self.key[2])
             self._steps.clear()
-        self._engine.close(self.sequence, ending)
+            engine = self._engine
+        if engine is not None:
+            engine.close(self.sequence, ending)
 
     # sequence.Sink
 
@@ -170,7 +174,7 @@ class Session:
 
     def _end(self, reply: Closed | Failed) -> None:
         with self._lock:
-            steps, self._steps = list(self._steps), deque()
+            steps, self._steps, self._engine = list(self._steps), deque(), None
             refusal = _refusal(reply, self.form.name, self.key[2])
             self._ending = self._ending or refusal
             answered = steps[0] if steps and steps[0].answers else None

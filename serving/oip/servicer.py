@@ -16,7 +16,7 @@ from tenuto.serving.errors import TenutoError
 from tenuto.serving.metrics import ServerMetrics
 
 from .description import configuration, metadata, statistics, versions_of
-from .form import Form
+from .form import Form, form_of
 from .inference import Shared, served_of
 from .question import version_of
 from .refusal import Code, Refusal
@@ -147,7 +147,7 @@ class OipServicer:
 
     def _form(self, model: str, version: str) -> Form:
         """Raises: Refusal."""
-        return self._shared.forms.of(served_of(self._catalogue, model, version))
+        return form_of(served_of(self._catalogue, model, version))
 
     # Triton's.
 

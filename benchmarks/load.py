@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tenuto.oip import inference_pb2 as oip
 from tenuto.v1 import tenuto_pb2 as pb
 
 from . import recording
@@ -30,6 +31,8 @@ from .server_process import cpu_seconds
 from .tracks import Tracks
 
 STREAM, PREDICT = "/tenuto.v1.Tenuto/Stream", "/tenuto.v1.Tenuto/Predict"
+OIP = "/inference.GRPCInferenceService"
+OIP_STREAM, OIP_INFER = f"{OIP}/ModelStreamInfer", f"{OIP}/ModelInfer"
 SETUP_SECONDS = 60
 LONGEST_WAIT_SECONDS = 0.1
 PHASES_SEED = 0  # when in their period paced groups begin
@@ -78,6 +81,8 @@ class Group:
         # event, chunk, tensor: what every message fills in anew
         self.parts = [(e, e.chunk, e.chunk.inputs[0]) for e in self.request.events]
         self.shapes: list[tuple[int, ...]] = [()] * chunks_per_message
+        self.asked = oip.ModelInferRequest(model_name=tracks.model)
+        self.asked.inputs.add(name=tracks.input, datatype="FP32")
 
     def message(self) -> bytes:
         """A chunk of each of the sequences whose turn it is."""
@@ -93,6 +98,15 @@ class Group:
                 tensor.shape[:] = self.shapes[place] = piece.shape
         self.unanswered = len(self.parts)
         return self.request.SerializeToString()
+
+    def inference(self) -> bytes:
+        """The same chunk as a ModelInferRequest: of a sequence without a name, or of none."""
+        self.message()
+        request, tensor = self.asked, self.parts[0][2]
+        row = () if self.tracks.stateless else (1,)
+        request.inputs[0].shape[:] = (*row, *tensor.shape)
+        request.raw_input_contents[:] = [tensor.data]
+        return request.SerializeToString()
 
     def image(self) -> bytes:
         """The same chunk as a PredictRequest."""
@@ -127,15 +141,19 @@ class Stream:
 
     def open(self) -> None:
         """Sends Open for every sequence; visits and unary calls have nothing to open yet."""
-        self.number = self.connection.open(STREAM)
+        self.number = self.connection.open(OIP_STREAM if self.crowd.party.oip else STREAM)
         self.crowd.streams[self.connection.fileno(), self.number] = self
+        if self.crowd.party.oip:  # its first chunk opens the sequence
+            self.unopened = 0
+            return
         self.connection.send(self.number, pb.StreamRequest(events=self.opens()).SerializeToString())
 
     def send(self, group: Group) -> None:
         party = self.crowd.party
         if party.unary:
-            self.number = self.connection.open(PREDICT)
-            self.connection.send(self.number, group.image(), last=True)
+            self.number = self.connection.open(OIP_INFER if party.oip else PREDICT)
+            message = group.inference() if party.oip else group.image()
+            self.connection.send(self.number, message, last=True)
         elif party.visits:
             group.sequences[0].step = 0
             self.number = self.connection.open(STREAM)
@@ -143,7 +161,7 @@ class Stream:
             events = [*self.opens(), *group.request.events]
             self.connection.send(self.number, pb.StreamRequest(events=events).SerializeToString())
         else:
-            self.connection.send(self.number, group.message())
+            self.connection.send(self.number, group.inference() if party.oip else group.message())
             return
         self.crowd.streams[self.connection.fileno(), self.number] = self
 
@@ -224,7 +242,9 @@ class Crowd:
             stream = self.streams.get((file, number))
             if stream is None or not self.party.reads:  # a visit's Closed
                 continue
-            if self.party.unary:
+            if self.party.oip:
+                self._take_inference(stream, message)
+            elif self.party.unary:
                 self._take_image(stream, message)
             else:
                 self._take(stream, message)
@@ -255,6 +275,19 @@ class Crowd:
         outputs = pb.PredictResponse.FromString(message).outputs
         sequence, group = stream.sequences[0], stream.groups[0]
         self._compare(sequence, sequence.step, outputs[0].data)
+        group.unanswered = 0
+        self._answered(stream, group, time.perf_counter())
+
+    def _take_inference(self, stream: Stream, message: bytes) -> None:
+        if self.party.unary:
+            answer = oip.ModelInferResponse.FromString(message)
+        else:
+            told = oip.ModelStreamInferResponse.FromString(message)
+            if told.error_message:
+                raise RuntimeError(f"a request was refused: {told.error_message}")
+            answer = told.infer_response
+        sequence, group = stream.sequences[0], stream.groups[0]
+        self._compare(sequence, sequence.step, answer.raw_output_contents[0])
         group.unanswered = 0
         self._answered(stream, group, time.perf_counter())
 

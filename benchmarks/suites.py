@@ -36,6 +36,7 @@ MIXED = f"64 streams, 10 frames every {PACED_MS:g} ms, and images"
 SLOW = "64 streams, and slow readers"
 OVERLOAD = "streams that open until twice the capacity"
 CHECKPOINTS = "a resume token every so many chunks, 64 streams"
+OIP, OIP_ROW = "the Open Inference Protocol", "tenuto, OIP"
 DENORMALS = "denormal input, 64 streams, 10 frames a chunk"
 
 
@@ -206,6 +207,27 @@ def checkpoints(_: Settings) -> list[list[Case]]:
     ]
 
 
+def open_inference(settings: Settings) -> list[list[Case]]:
+    """Our own protocol, and the Open Inference Protocol on the same server."""
+    tables = []
+    for frames in settings.frames:
+        for streams in settings.streams:
+            party, plural = Party(streams, frames), ("s" if streams > 1 else "", "s" if frames > 1 else "")
+            table = f"{OIP}: {streams} stream{plural[0]}, {frames} frame{plural[1]} a chunk"
+            rows = {OURS: party, OIP_ROW: replace(party, oip=True)}
+            tables.append([one(table, row, OURS, each) for row, each in rows.items()])
+    for callers in (1, 64):
+        images = Party(callers, 1, tracks="images")
+        rows = {
+            "stream": images,
+            f"stream, {OIP_ROW}": replace(images, oip=True),
+            "unary": replace(images, unary=True),
+            f"unary, {OIP_ROW}": replace(images, unary=True, oip=True),
+        }
+        tables.append([one(f"{OIP}: images, {callers}", row, OURS, each) for row, each in rows.items()])
+    return tables
+
+
 SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "peers": peers,
     "live": live,
@@ -221,4 +243,5 @@ SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "overload": overload,
     "denormals": denormals,
     "checkpoints": checkpoints,
+    "oip": open_inference,
 }

@@ -30,6 +30,7 @@ class Tracks:
     chunks: list[list[Chunk]]  # [track][step - 1]
     answers: list[list[bytes]]  # empty: nothing is known
     stateless: bool = False  # then a track's answers are known for ever
+    input: str = "x"  # its name
 
     def chunk(self, track: int, step: int) -> Chunk:
         """What is sent at step 1, 2, 3 …"""
@@ -58,7 +59,8 @@ class Tracks:
                 [piece.tobytes() for piece in _split(track, own)]
                 for track, own in zip(answers, lengths, strict=False)
             ]
-            return cls(str(arrays["model"]), chunks, known, bool(arrays["stateless"]))
+            stateless = bool(arrays["stateless"])
+            return cls(str(arrays["model"]), chunks, known, stateless, "image" if stateless else "x")
 
 
 def save(

@@ -156,6 +156,14 @@ class Form:
             f"unable to find data for input tensor '{tensor.name}' for model '{self.name}' in request."
         )
 
+    def takes_as_it_is(self, tensor: pb.ModelInferRequest.InferInputTensor) -> bool:
+        """Whether the tensor's bytes are its samples, for any bytes of that length: another one with the same
+        datatype and shape need not be read again."""
+        form = self._inputs[tensor.name]
+        return self._reader.takes_as_it_is(
+            Tensor(tensor.name, form.dtype(tensor.datatype), list(tensor.shape), b"")
+        )
+
     def check_wanted(self, question: Question, regions: Regions, peer: str) -> None:
         """Raises: Refusal for outputs that there are not, and for places that are none."""
         for wanted in question.wanted:

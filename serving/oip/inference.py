@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -25,6 +25,7 @@ from tenuto.serving.predict import Prediction, Predicts
 from tenuto.serving.sequence import Ending
 from tenuto.serving.sequence import Output as Answer
 from tenuto.serving.status import code_of, metadata_of
+from tenuto.serving.varint import varint
 
 from .form import Form, Tensors, form_of
 from .question import Question, version_of
@@ -40,6 +41,9 @@ _MOST_AT_ONCE = 64 << 10
 _MOST_UNANSWERED_BYTES = 16 << 20
 _REQUEST_BYTES = 512  # what one costs beside its message
 _PATIENCE_SECONDS = 5.0
+# Requests of a stream that are known by their bytes; and that are learnt in vain before none is any more.
+_MOST_KNOWN, _MOST_TRIES = 64, 16
+_ID, _RAW = b"\x1a", b"\x3a"  # the fields id and raw_input_contents of a ModelInferRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,75 @@ def served_of(catalogue: Catalogue, model: str, version: str) -> Served:
         raise Refusal(text, Code.NOT_FOUND, error.reason) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found in a request, for those behind it that are the same up to their last field, the data."""
+
+    key: Key
+    form: Form
+    question: Question
+    named: bool
+    head: bytes
+
+
+class KnownRequests:
+    """Of one stream, the steps whose bytes need not be parsed again. The reading thread's.
+
+    Fields come in the order of their numbers: model and version, the id, which may differ, then what is the
+    same, then the data.
+    """
+
+    __slots__ = ("_by_rest", "_heads", "_sizes", "_tries")
+
+    def __init__(self) -> None:
+        self._by_rest: dict[bytes, Known] = {}  # between id and data
+        self._heads: tuple[bytes, ...] = ()  # models and versions
+        self._sizes: tuple[int, ...] = ()  # of the data
+        self._tries = _MOST_TRIES
+
+    def find(self, message: bytes) -> tuple[Known, str, bytes] | None:
+        """What the message asks, its id, and its data."""
+        for head in self._heads:
+            if not message.startswith(head):
+                continue
+            at, request_id = len(head), b""
+            if message.startswith(_ID, at):
+                at += 2 + message[at + 1]
+                request_id = message[len(head) + 2 : at]
+            for size in self._sizes:
+                known = self._by_rest.get(message[at:-size])
+                if known is not None and known.head is head:
+                    self._tries = _MOST_TRIES
+                    return known, request_id.decode(), message[-size:]
+        return None
+
+    def learn(self, message: bytes, request: pb.ModelInferRequest, asked: _Asked) -> None:
+        """Takes in a step that was handed on, if others may look like it."""
+        if self._tries <= 0 or len(request.raw_input_contents) != 1 or len(request.inputs) != 1:
+            return
+        question = Question.of(request)
+        plain = not (question.start or question.end or question.step or request.inputs[0].parameters)
+        key = asked.key_of(request, question)
+        form, size = asked.form_of(key), len(request.raw_input_contents[0])
+        if form is None or not plain or not form.takes_as_it_is(request.inputs[0]):
+            return
+        head = pb.ModelInferRequest(
+            model_name=request.model_name, model_version=request.model_version
+        ).SerializeToString()
+        told = request.id.encode()
+        begin = head + (_ID + varint(len(told)) + told if told else b"")
+        rest = message[len(begin) : -size]
+        if not message.startswith(begin) or len(told) > 127 or not rest.endswith(_RAW + varint(size)):
+            return
+        self._tries -= 1
+        if len(self._by_rest) >= _MOST_KNOWN:
+            self._by_rest, self._heads, self._sizes = {}, (), ()
+        head = next((one for one in self._heads if one == head), head)
+        self._by_rest[rest] = Known(key, form, question, bool(question.sequence), head)
+        self._heads = self._heads if head in self._heads else (*self._heads, head)
+        self._sizes = self._sizes if size in self._sizes else (*self._sizes, size)
+
+
 class _Asked:
     """One request, whoever waits for it."""
 
@@ -94,10 +167,7 @@ class _Asked:
         if shared.is_draining():
             raise Refusal(LEAVING, Code.UNAVAILABLE, "DRAINING")
         question = Question.of(request)
-        key: Key = (self._caller.name, request.model_name, question.sequence)
-        named = bool(question.sequence)
-        if not named and self._stream is not None:
-            key = (self._stream, request.model_name, 0)
+        key, named = self.key_of(request, question), bool(question.sequence)
         form = None if question.start else shared.sequences.form_of(key)
         if form is None:
             served = served_of(shared.catalogue, request.model_name, request.model_version)
@@ -112,6 +182,29 @@ class _Asked:
         data = self._read(request, form, question)
         shared.sequences.ask(key, form, question, data, self._caller, asker, named=named)
         return None
+
+    def key_of(self, request: pb.ModelInferRequest, question: Question) -> Key:
+        """A sequence with a name is its caller's, one without is its stream's."""
+        if question.sequence or self._stream is None:
+            return (self._caller.name, request.model_name, question.sequence)
+        return (self._stream, request.model_name, 0)
+
+    def form_of(self, key: Key) -> Form | None:
+        return self._shared.sequences.form_of(key)
+
+    def step(self, known: Known, request_id: str, data: bytes, asker: Asker) -> bool:
+        """Hands on one more step like that one. Whether it could; else the request is to be read.
+
+        Raises: Refusal.
+        """
+        shared = self._shared
+        if shared.is_draining() or shared.sequences.form_of(known.key) is not known.form:
+            return False
+        question = known.question
+        if request_id != question.id:
+            question = replace(question, id=request_id)
+        shared.sequences.ask(known.key, known.form, question, (data,), self._caller, asker, named=known.named)
+        return True
 
     def _read(self, request: pb.ModelInferRequest, form: Form, question: Question) -> tuple[bytes, ...]:
         try:
@@ -334,6 +427,7 @@ class StreamInfer:
         self.owed = PendingBytes(_MOST_UNANSWERED_BYTES)
         self._lock = threading.Lock()
         self._slots: deque[_Slot] = deque()
+        self._known = KnownRequests()
         self._half_closed = False
         self._pause = 0.0  # seconds until it is read on: its caller is too fast
         self._resume: Callable[[], None] | None = None
@@ -343,6 +437,13 @@ class StreamInfer:
         self.owed.add(nbytes)
         if self._caller.rate:
             self._pause = self._caller.spend(1, time.monotonic())
+        found = self._known.find(message)
+        if found is not None:
+            slot = _Slot(self, found[1], nbytes)
+            self._slots.append(slot)
+            if self._guarded(slot, lambda: self._asked.step(*found, slot)):
+                return
+            self._slots.remove(slot)
         try:
             request = pb.ModelInferRequest.FromString(message)
         except DecodeError:
@@ -353,8 +454,18 @@ class StreamInfer:
             return
         slot = _Slot(self, request.id, nbytes)
         self._slots.append(slot)
+
+        def take() -> bool:
+            if self._asked.take(request, slot) is None:
+                self._known.learn(message, request, self._asked)
+            return True
+
+        self._guarded(slot, take)
+
+    def _guarded(self, slot: _Slot, take: Callable[[], bool]) -> bool:
+        """Whether the request was dealt with: what it raises is its answer."""
         try:
-            self._asked.take(request, slot)
+            return take()
         except Refusal as refusal:
             slot.refuse(refusal)
         except TenutoError as error:
@@ -362,6 +473,7 @@ class StreamInfer:
         except Exception:
             log.exception("a request met a bug")
             slot.refuse(Refusal.of_bug())
+        return True
 
     def answered(self, slot: _Slot, message: bytes, nbytes: int) -> None:
         """Sends what is due. On any thread."""

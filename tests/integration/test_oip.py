@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tenuto.oip import inference_pb2 as pb
+from tenuto.serving.oip import inference
 from tenuto.serving.server import Server
 
 from .oip_wire import InferStream, ask, floats, packed, parameter, step, stub
@@ -459,6 +460,34 @@ def test_answers_of_a_stream_come_in_the_order_of_their_requests(server: Server,
         answers = [stream.next().infer_response for _ in range(2)]
     assert [answer.id for answer in answers] == ["slow", "quick"]
     assert all(answer.parameters["triton_final_response"].bool_param for answer in answers)
+
+
+@pytest.mark.parametrize("ids", [["", ""], ["same", "same"], ["one", "another"]])
+def test_steps_that_look_alike_are_parsed_once(
+    stream: InferStream, monkeypatch: pytest.MonkeyPatch, ids: list[str]
+) -> None:
+    parsed = []
+    take = inference._Asked.take
+
+    def counted(asked: Any, request: pb.ModelInferRequest, asker: Any) -> Any:
+        parsed.append(request.id)
+        return take(asked, request, asker)
+
+    monkeypatch.setattr(inference._Asked, "take", counted)
+    for n in range(1, 21):
+        for sequence in (1, 2):
+            more: dict[str, Any] = {"start": True} if n == 1 else {}
+            stream.send(step(sequence, n * sequence, request_id=ids[n % 2], **more))
+    answers = [stream.next().infer_response for _ in range(40)]
+    assert [answer.id for answer in answers] == [ids[n % 2] for n in range(1, 21) for _ in range(2)]
+    sums = [n * (n + 1) // 2 for n in range(1, 21)]
+    assert [floats(a).item() for a in answers] == [float(s * sequence) for s in sums for sequence in (1, 2)]
+    assert len(parsed) == 4  # the first of each with its flag, and the first without
+    stream.send(step(1, 1, 1), step(1, 0, end=True), step(1, 5), step(2, 0, end=True))
+    after = [stream.next() for _ in range(4)]
+    assert [floats(a.infer_response).ravel().tolist() for a in after[:2]] == [[211, 212], [212]]
+    assert "START flag" in after[2].error_message  # though it looks as the known ones do
+    assert floats(after[3].infer_response).tolist() == [[420]]
 
 
 def test_with_the_header_an_error_ends_the_stream(channel: grpc.Channel) -> None:

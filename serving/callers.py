@@ -55,27 +55,40 @@ class Rights(BaseModel):
 _FILE: TypeAdapter[dict[str, Rights]] = TypeAdapter(dict[Name, Rights])
 
 
+class Account:
+    """What one caller has here, whichever of its tokens it shows. Any thread, with `lock`."""
+
+    def __init__(self) -> None:
+        self.live = 0  # sequences
+        self.rate = 0.0  # chunks a second that `left` is counted by
+        self.left, self.at = 0.0, 0.0  # chunks that may come at once, and when that was so
+        self.lock = threading.Lock()
+
+
 class Caller:
-    """One of them, and what it has here. Any thread."""
+    """Who shows one of a caller's tokens. Those of one caller share its account. Any thread."""
 
     def __init__(
-        self, name: str, *, operator: bool = False, max_sequences: int = 0, rate: float = 0.0
+        self,
+        name: str,
+        operator: bool = False,
+        max_sequences: int = 0,
+        rate: float = 0.0,
+        account: Account | None = None,
     ) -> None:
         self.name = name
-        self.live = 0  # sequences
-        self.is_known = True  # False once it is not in the file any more
-        self.rate = 0.0  # chunks a second; 0: any
-        self._left, self._at = 0.0, 0.0  # chunks that may come at once, and when that was so
-        self._lock = threading.Lock()
+        self.is_known = True  # False once the token is not in the file any more, or is another caller's
+        self.account = account or Account()
         self.allow(operator, max_sequences, rate)
 
     def allow(self, operator: bool, max_sequences: int, rate: float) -> None:
         """What it may from now on. `rate`: chunks a second."""
-        with self._lock:
+        with self.account.lock:
             self.operator = operator
             self.max_sequences = max_sequences
-            if rate != self.rate:
-                self.rate, self._left = rate, rate  # a second's worth may come at once
+            self.rate = rate
+            if rate != self.account.rate:
+                self.account.rate = self.account.left = rate  # a second's worth may come at once
 
     def may_see(self, owner: str) -> bool:
         """Whether sequences of that caller are its business."""
@@ -83,26 +96,27 @@ class Caller:
 
     def take_place(self, instead: bool = False) -> None:
         """For one more sequence; or `instead` of one that ends by that. Raises: PoolFull."""
-        with self._lock:
-            if self.max_sequences and self.live >= self.max_sequences + instead:
+        account = self.account
+        with account.lock:
+            if self.max_sequences and account.live >= self.max_sequences + instead:
                 raise PoolFull(
-                    f"caller {self.name!r} has {self.live} live sequences here, its limit; end one first"
+                    f"caller {self.name!r} has {account.live} live sequences here, its limit; end one first"
                 )
-            self.live += 1
+            account.live += 1
 
     def leave_places(self, count: int) -> None:
-        with self._lock:
-            self.live -= count
+        with self.account.lock:
+            self.account.live -= count
 
     def spend(self, chunks: int, now: float) -> float:
         """Counts them. How many seconds the next ones should wait; 0 without a rate."""
-        with self._lock:
-            rate = self.rate
+        account, rate = self.account, self.rate
+        with account.lock:
             if not rate:
                 return 0.0
-            self._left = min(rate, self._left + (now - self._at) * rate) - chunks
-            self._at = now
-            return min(max(0.0, -self._left / rate), _LONGEST_PAUSE_SECONDS)
+            account.left = min(rate, account.left + (now - account.at) * rate) - chunks
+            account.at = now
+            return min(max(0.0, -account.left / rate), _LONGEST_PAUSE_SECONDS)
 
     def check_rate(self, now: float, patience_seconds: float = 0.0) -> None:
         """For what is refused instead of waiting longer than that. Raises: RateExceeded."""
@@ -129,8 +143,8 @@ class Callers:
         self._lock = threading.Lock()  # of that count
         self._text = b""
         self._seen = b""  # what the file held at the last look
-        self._by_name: dict[str, Caller] = {}
-        self._digests: dict[bytes, Caller] = {}
+        self._by_name: dict[str, Account] = {}
+        self._digests: dict[bytes, Caller] = {}  # by the SHA-256 of its token
         if file is not None:
             self._text = _read(file)
             self._take(parse(self._text, str(file)))
@@ -139,7 +153,7 @@ class Callers:
         """Whose call that is, by its `authorization: Bearer …`.
 
         Raises: Unauthenticated. The time it takes does not depend on how near a wrong token comes: what is
-        looked up, and compared, is its SHA-256.
+        looked up, and compared, is its SHA-256. Those of two tokens of one caller are two objects.
         """
         if self._file is None:
             return ANYBODY
@@ -181,14 +195,20 @@ class Callers:
         return True
 
     def _take(self, rights: dict[str, Rights]) -> None:
-        known = {name: self._by_name.get(name) or Caller(name) for name in rights}
-        for name, caller in known.items():
-            one = rights[name]
-            caller.allow(one.operator, one.max_sequences, one.chunks_per_second)
-        for name, caller in self._by_name.items():
-            caller.is_known = name in known
-        self._digests = {_digest(t): known[name] for name, one in rights.items() for t in one.tokens}
-        self._by_name = known
+        accounts = {name: self._by_name.get(name) or Account() for name in rights}
+        digests: dict[bytes, Caller] = {}
+        for name, one in rights.items():
+            limits = one.operator, one.max_sequences, one.chunks_per_second
+            for digest in map(_digest, one.tokens):
+                caller = self._digests.get(digest)
+                if caller is None or caller.name != name:
+                    caller = Caller(name, *limits, accounts[name])
+                caller.allow(*limits)
+                digests[digest] = caller
+        for digest, caller in self._digests.items():
+            caller.is_known = digests.get(digest) is caller
+        self._digests = digests
+        self._by_name = accounts
 
 
 def parse(text: bytes, where: str) -> dict[str, Rights]:

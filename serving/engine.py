@@ -282,7 +282,7 @@ class Engine:
         try:
             results = self._run(feeds, gathered)
         except RunFailed as error:
-            if self._still_runs(error):
+            if self._still_runs():
                 self._rerun(batch, error)
             return
         computed = self._clock()
@@ -321,13 +321,13 @@ class Engine:
         finally:
             self.running_since = 0.0
 
-    def _still_runs(self, error: RunFailed) -> bool:
+    def _still_runs(self) -> bool:
         """Whether a chunk is to blame for a failed run. Else all runs fail from now on, a lost device, say:
         then nobody's sequence ends; the watchdog ends the process, and they go on elsewhere."""
         try:
             self._runner.probe()
         except RunFailed as own:
-            self.broken = f"a run failed ({error}), and so does a run of zeros ({own})"
+            self.broken = f"a run failed, and so does a run of zeros: {own}"
             log.critical("%s: %s", self.where, self.broken)
         return not self.broken
 
@@ -339,7 +339,7 @@ class Engine:
                 turn.sequence, Ending.FAILED, RunFailed(f"step {turn.chunk.step}: {error}")
             )
             return
-        log.warning("%s: a batch failed, running its rows alone: %s", self.where, error)
+        log.warning("%s: a batch failed, running its rows alone", self.where)  # the error may quote an input
         for turn in batch:
             self.metrics.rows_rerun += 1
             one, feeds, slots = self._gather([turn])

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import time
-from typing import Literal
+from typing import Any, Literal
 
 LogFormat = Literal["console", "json"]
 _CONSOLE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# What every record has. All else came by `extra=` and is a field of the line.
+_COMMON = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 
 
 class JsonFormatter(logging.Formatter):
-    """`time` (UTC, milliseconds), `level`, `logger`, `message`; `error` with the stack where there is one."""
+    """`time` (UTC, milliseconds), `level`, `logger`, `message`; `error` with the stack where there is one;
+    what came by `extra=`, each under its own name."""
 
     def format(self, record: logging.LogRecord) -> str:
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
+        line: dict[str, Any] = {
             "time": f"{at}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -24,7 +28,10 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        for name, value in vars(record).items():
+            if name not in _COMMON:
+                line.setdefault(name, value)
+        return _JSON.encode(line)
 
 
 def formatter(kind: LogFormat) -> logging.Formatter:

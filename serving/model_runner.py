@@ -202,7 +202,7 @@ def session(
     if _libm():  # its own threads like the engine's, or a row's bits would depend on which of them has it
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
     options.add_session_config_entry(RECORD, "1")
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it says of a run that failed quotes the input; it is raised as well
     cuda = {
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",

@@ -60,13 +60,6 @@ SEALED_BYTES = 16 << 20
 PART_BYTES = 256
 # How long those who wait for a token, to be sent away, or for their caller to read, wait for the next look.
 _LOOK_SECONDS = 0.02
-# Endings that come by the thousand, by the clients or the server's own: in the log at level debug.
-_ORDINARY = frozenset(
-    {
-        Ending.END, Ending.STREAM_ENDED, Ending.CANCELLED, Ending.DRAINING, Ending.REBALANCE,
-        Ending.SUPERSEDED,
-    }
-)  # fmt: skip
 
 
 class Population:
@@ -519,19 +512,35 @@ class Population:
             if sequence.slot >= 0:
                 self._pool.free(sequence.slot, sequence.id)
             self._count_live()
-            level = logging.DEBUG if reason in _ORDINARY else logging.INFO
-            log.log(
-                level,
-                "%s: %s ended %s%s",
-                self._where,
-                sequence.id,
-                reason.name,
-                f": {error}" if error else "",
-            )
+            if log.isEnabledFor(logging.INFO):
+                self._log(sequence, reason, error)
         self._delivery.send(
             sequence, Failed(error, token) if error else Closed(reason, sequence.answered, token)
         )
         self._look_if_empty()
+
+    def _log(self, sequence: Sequence, ending: Ending, error: TenutoError | None) -> None:
+        """An ending's line. An error's text may quote what its caller sent, so its reason stands for it."""
+        seconds = self._clock() - sequence.begun
+        reason = error.reason if error else ending.name
+        log.info(
+            "%s: %s ended %s after step %d, %.1f s",
+            self._where,
+            sequence.id,
+            ending.name if reason == ending.name else f"{ending.name}, {reason},",
+            sequence.answered,
+            seconds,
+            extra={
+                "model": self._manifest.name,
+                "version": self._version,
+                "sequence": sequence.id,
+                "caller": sequence.caller,
+                "ending": ending.name,
+                "reason": reason,
+                "steps": sequence.answered,
+                "seconds": round(seconds, 3),
+            },
+        )
 
     def _drop(self, sequence: Sequence, chunk: Chunk, outcome: str = "dropped") -> None:
         self._metrics.chunks[outcome] += 1

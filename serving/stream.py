@@ -137,7 +137,7 @@ class Streams:
         )
         with self._lock:
             self._open.add(stream)
-        stream.drop_if_unknown()  # who was taken out of the file meanwhile
+        stream.drop_if_unknown()  # whose token was taken out of the file meanwhile
         return stream
 
     def _gone(self, stream: Stream) -> None:
@@ -153,7 +153,8 @@ class Streams:
             stream.leave()
 
     def drop_unknown(self) -> None:
-        """Ends those whose callers are known no more. To be called when the callers changed."""
+        """Ends those that were opened with tokens that are known no more. To be called when the callers
+        changed."""
         with self._lock:
             streams = list(self._open)
         for stream in streams:
@@ -320,10 +321,10 @@ class Stream:
         self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def drop_if_unknown(self) -> None:
-        """Ends the stream, and what it carries, if its caller is known no more."""
+        """Ends the stream, and what it carries, if the token that opened it is known no more."""
         if not self._caller.is_known:
             self.terminated()  # its sequences at once, whether or not the client reads how it ends
-            error = Unauthenticated("the caller of this stream is not known here any more")
+            error = Unauthenticated("the token that opened this stream is not known here any more")
             self._call.finish(code_of(error), str(error), metadata_of(error))
 
     def expire(self, now: float) -> None:

@@ -81,6 +81,9 @@ class Settings:
             # would not be seen within resume_seconds.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
+            # A lost connection has its name asked for again, but 30 s after the last time at the earliest by
+            # gRPC's default: resume_seconds may be over then. 2 s is the longest pause between two resumes.
+            ("grpc.dns_min_time_between_resolutions_ms", 2000),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),

@@ -226,6 +226,7 @@ def test_a_name_with_several_addresses_is_spread_and_found_again() -> None:
     options = dict(Settings("a:1,127.0.0.1:1").channel_options("a:1"))
     assert options["grpc.lb_policy_name"] == "round_robin"
     assert options["grpc.max_reconnect_backoff_ms"] == 1000
+    assert options["grpc.dns_min_time_between_resolutions_ms"] == 2000
     assert "grpc.enable_http_proxy" not in options
     assert dict(Settings("a:1,127.0.0.1:1").channel_options("127.0.0.1:1"))["grpc.enable_http_proxy"] == 0
 

@@ -55,12 +55,11 @@ class Authority:
         file.write_bytes(self.pem)
         return file
 
-    def sign(self, common: str = "server", valid: dt.timedelta = DAY) -> Certificate:
-        """`valid` from now on; negative: it is over since then."""
+    def sign(self, common: str = "server", valid: dt.timedelta = DAY, host: str = "") -> Certificate:
+        """`valid` from now on; negative: it is over since then. For another `host`, if named."""
         key = ec.generate_private_key(ec.SECP256R1())
-        names = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
+        here = x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        names = x509.SubjectAlternativeName([x509.DNSName(host)] if host else here)
         builder = self._builder(common, key.public_key(), valid).add_extension(names, critical=False)
         return Certificate(
             builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM),

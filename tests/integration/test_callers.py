@@ -24,6 +24,7 @@ from .running import TRANSPORTS, assert_nothing_is_left, metrics_text, number, s
 from .wire import PATIENCE_SECONDS, Conversation, Refusal, chunk, connect, ending, opening, stub, tensor
 
 ALICE, BOB, CAROL = "alice-" * 4, "bob---" * 4, "carol-" * 4
+NEW = "alice*" * 4  # hers, too, where it is in the file
 FILE = f"""
 [alice]
 tokens = ["{ALICE}"]
@@ -154,7 +155,7 @@ def test_one_caller_cannot_take_all_the_places(server: Server) -> None:
 def test_who_is_taken_from_the_file_is_cut_off_and_nobody_else(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
-    """A token that is exchanged under a stream cuts nobody off."""
+    """A token that is added while a stream is there cuts nobody off."""
     with (
         guarded(toy_repository, tmp_path, transport=transport) as server,
         client(server, ALICE) as alice,
@@ -163,15 +164,41 @@ def test_who_is_taken_from_the_file_is_cut_off_and_nobody_else(
         bob.stream("accumulator") as b,
     ):
         assert step(a, 1.0) == step(b, 1.0) == [1.0]
-        (tmp_path / "callers.toml").write_text(f'[alice]\ntokens = ["{"n" * 32}"]')
+        (tmp_path / "callers.toml").write_text(f'[alice]\ntokens = ["{ALICE}", "{NEW}"]')
         with pytest.raises((tenuto.Refused, tenuto.SequenceEnded)):
             for _ in range(10_000):
                 step(b, 1.0)
         assert step(a, 2.0) == [3.0]
+        assert alice.models()
         with pytest.raises(tenuto.Refused):
-            alice.models()
-        with client(server, "n" * 32) as renewed:
+            bob.models()
+        with client(server, NEW) as renewed:
             assert renewed.models()
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_leaked_token_is_taken_out_with_all_that_it_opened_and_the_caller_goes_on(
+    transport: str, toy_repository: Path, tmp_path: Path
+) -> None:
+    """Its stream ends although its client says nothing; that of the caller's other token goes on."""
+    two = FILE.replace(f'"{ALICE}"', f'"{ALICE}", "{NEW}"')
+    with (
+        guarded(toy_repository, tmp_path, two, transport=transport) as server,
+        connect(server.port) as channel,
+        Conversation(channel, token=ALICE) as thief,
+        Conversation(channel, token=NEW) as alice,
+    ):
+        for conversation in (thief, alice):
+            conversation.send(opening("accumulator"), chunk(1, [1.0]))
+            conversation.opened()
+            assert conversation.values(1) == [1.0]
+        (tmp_path / "callers.toml").write_text(FILE.replace(ALICE, NEW))
+        refusal = thief.refused()
+        assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+        assert "the token that opened this stream is not known here any more" in refusal.text
+        alice.send(chunk(2, [2.0]), ending())
+        assert alice.values(2) == [3.0]
+        assert alice.closed().reason == pb.END
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

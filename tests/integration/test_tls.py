@@ -99,6 +99,7 @@ def test_messages_of_many_records_come_whole_both_ways(
 STRANGE = {
     "signed by another authority": STRANGERS.sign(),
     "expired": OURS.sign(valid=-DAY),
+    "of another host": OURS.sign(host="other.example"),
 }
 
 
@@ -131,6 +132,41 @@ def test_clients_must_show_a_certificate_of_the_authority(
                 assert_refused(channel)
         with connect(server.port, credentials(own=OURS.sign("client"))) as channel:
             assert_serves(channel)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_another_authority_of_clients_is_taken_without_a_restart(
+    transport: str, toy_repository: Path, tmp_path: Path
+) -> None:
+    """Its clients get in, and those of the one before do not any more; who is here stays."""
+    file = OURS.write(tmp_path)
+    old, new = OURS.sign("client"), STRANGERS.sign("client")
+    with (
+        encrypted(toy_repository, tmp_path, transport, tls_client_ca=file) as server,
+        connect(server.port, credentials(own=old)) as channel,
+        Conversation(channel) as conversation,
+    ):
+        conversation.send(opening("accumulator"), chunk(1, [1.0]))
+        conversation.opened()
+        assert conversation.values(1) == [1.0]
+        with connect(server.port, credentials(own=new)) as another:
+            assert_refused(another)
+        before = context_of(server)
+        file.write_bytes(STRANGERS.pem)
+        wait_for(lambda: context_of(server) is not before, "the new authority")
+        with connect(server.port, credentials(own=new)) as another:
+            assert_serves(another)
+        with connect(server.port, credentials(own=old)) as another:
+            assert_refused(another)
+        conversation.send(chunk(2, [2.0]), ending())
+        assert conversation.values(2) == [3.0]
+        assert conversation.closed().reason == pb.END
+
+
+def context_of(server: Server) -> ssl.SSLContext:
+    """What new connections take."""
+    assert server._tls is not None
+    return server._tls.context
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

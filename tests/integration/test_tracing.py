@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ import tenuto
 from tenuto.serving import tracing
 from tenuto.serving.errors import PlatformError
 from tenuto.serving.server import Server
+from tests import toys
 
 from .running import TRANSPORTS, build, serving, wait_for
 from .wire import Conversation, chunk, connect, ending, opening
@@ -22,6 +25,7 @@ from .wire import Conversation, chunk, connect, ending, opening
 pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+ROOT = Path(__file__).parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
@@ -121,9 +125,34 @@ def test_a_sequence_that_failed_says_why(toy_repository: Path, monkeypatch: pyte
         assert [event.attributes["tenuto.reason"] for event in stream.events] == ["STEP_GAP"]
 
 
-def test_without_the_setting_there_is_nothing(toy_repository: Path) -> None:
-    with serving(toy_repository) as server:
-        assert server._traces is None
+SERVES = """
+import sys
+from pathlib import Path
+import numpy as np
+import tenuto
+from tests.integration.running import metrics_text, serving
+more = {"otlp_endpoint": sys.argv[2]} if len(sys.argv) > 2 else {}
+with serving(Path(sys.argv[1]), **more) as server, tenuto.Client(f"127.0.0.1:{server.port}") as client:
+    with client.stream("accumulator") as stream:
+        stream.send(np.ones(1, np.float32))
+        next(stream)
+    client.predict("doubler", np.ones((1, 2), np.float32))
+    metrics_text(server)
+print(*(name for name in sys.modules if name.partition(".")[0] == "opentelemetry"))
+"""
+
+
+def test_without_the_setting_there_is_nothing(tmp_path: Path) -> None:
+    """Whatever the server does, no module of the package is loaded, although it is installed."""
+    toys.write(tmp_path, "accumulator", toys.accumulator())
+    toys.write(tmp_path, "doubler", toys.doubler())
+
+    def loaded(*endpoint: str) -> str:
+        command = [sys.executable, "-c", SERVES, str(tmp_path), *endpoint]
+        return subprocess.check_output(command, cwd=ROOT, timeout=50, text=True)
+
+    assert loaded() == "\n"
+    assert "opentelemetry.sdk.trace" in loaded("http://127.0.0.1:1/v1/traces").split()
 
 
 def test_a_collector_that_is_away_holds_nobody_up(toy_repository: Path) -> None:

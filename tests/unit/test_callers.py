@@ -155,8 +155,8 @@ def test_a_changed_file_is_taken_and_callers_stay_who_they_are(file: Path) -> No
     assert not known.reload()
     file.write_text(f'[alice]\ntokens = ["{NEW}", "{ALICE}"]\nmax_sequences = 1')
     assert taken(known)
-    assert identify(known, NEW) is identify(known, ALICE) is alice
-    assert (alice.live, alice.max_sequences, alice.rate, alice.is_known) == (1, 1, 0.0, True)
+    assert identify(known, ALICE) is alice
+    assert (alice.account.live, alice.max_sequences, alice.rate, alice.is_known) == (1, 1, 0.0, True)
     assert not bob.is_known
     with pytest.raises(Unauthenticated):
         identify(known, BOB)
@@ -164,6 +164,55 @@ def test_a_changed_file_is_taken_and_callers_stay_who_they_are(file: Path) -> No
     assert taken(known)
     with pytest.raises(Unauthenticated):
         identify(known, NEW)
+
+
+TWO = FILE.replace(f'"{ALICE}"', f'"{ALICE}", "{NEW}"')
+
+
+def test_two_tokens_of_a_caller_share_what_it_may_have(file: Path) -> None:
+    file.write_text(TWO)
+    known = Callers(file)
+    one, other = identify(known, ALICE), identify(known, NEW)
+    one.take_place()
+    other.take_place()
+    for caller in (one, other):
+        with pytest.raises(PoolFull, match="'alice' has 2 live sequences"):
+            caller.take_place()
+    other.leave_places(1)
+    one.take_place()
+    assert one.spend(10, 100.0) == 0.0
+    assert other.spend(10, 100.0) == pytest.approx(1.0)
+
+
+def test_a_token_that_is_taken_out_is_known_no_more_and_its_caller_s_others_are(file: Path) -> None:
+    file.write_text(TWO)
+    known = Callers(file)
+    leaked, kept, bob = identify(known, ALICE), identify(known, NEW), identify(known, BOB)
+    file.write_text(FILE.replace(ALICE, NEW))
+    assert taken(known)
+    assert [caller.is_known for caller in (leaked, kept, bob)] == [False, True, True]
+    assert identify(known, NEW) is kept
+    with pytest.raises(Unauthenticated):
+        identify(known, ALICE)
+
+
+def test_a_token_that_another_caller_gets_is_not_the_first_one_s_any_more(file: Path) -> None:
+    known = Callers(file)
+    alice = identify(known, ALICE)
+    file.write_text(f'[alice]\ntokens = ["{NEW}"]\n[bob]\ntokens = ["{ALICE}"]')
+    assert taken(known)
+    assert not alice.is_known
+    assert identify(known, ALICE).name == "bob"
+    assert identify(known, NEW).account is alice.account
+
+
+def test_a_further_token_forgives_no_debt(file: Path) -> None:
+    known = Callers(file)
+    alice = identify(known, ALICE)
+    assert alice.spend(110, 100.0) == pytest.approx(10.0)
+    file.write_text(TWO)
+    assert taken(known)
+    assert identify(known, NEW).spend(0, 100.0) == alice.spend(0, 100.0) == pytest.approx(10.0)
 
 
 def test_a_file_that_is_still_being_written_cuts_nobody_off(file: Path) -> None:

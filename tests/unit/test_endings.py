@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 
 import pytest
 
+from tenuto.serving.log_format import formatter
+from tenuto.serving.population import Population
 from tenuto.serving.resume_token import TokenSealer
 from tenuto.serving.sequence import Closed, Ending, Failed, Sequence
 from tenuto.serving.snapshot import Checkpoints
@@ -20,7 +23,7 @@ def supersede(bench: Bench, one: Sequence) -> None:
     bench.engine.checkpoint(one)
     bench.settle()
     token = bench.replies(one)[-1].token  # type: ignore[union-attr]
-    bench.engine.open(Sequence(bench.sink, bench.manifest), SEALER.unseal(token))
+    bench.engine.open(Sequence(bench.sink, bench.manifest), SEALER.unseal(token, one.caller))
 
 
 def grow_old(bench: Bench, _: Sequence) -> None:
@@ -60,9 +63,9 @@ def test_every_ending_has_its_way() -> None:
 
 @pytest.mark.parametrize("reason", WAYS, ids=lambda reason: reason.name)
 def test_an_ending_is_told_logged_and_counted_once(reason: Ending, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "tenuto")
+    caplog.set_level(logging.INFO, "tenuto")
     bench = Bench(checkpoints=Checkpoints(SEALER.seal, "", "", 0))
-    one = bench.open(idle_seconds=60)
+    one = bench.open(idle_seconds=60, caller="alice")
     bench.send(one, 1, [1])
     bench.settle()
     WAYS[reason](bench, one)
@@ -76,6 +79,34 @@ def test_an_ending_is_told_logged_and_counted_once(reason: Ending, caplog: pytes
     else:
         assert reason in (Ending.STATE_NOT_FINITE, Ending.FAILED)
     assert bench.engine.metrics.ended == {reason.name: 1}
-    lines = [r.getMessage() for r in caplog.records if f"{one.id} ended" in r.getMessage()]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"accumulator/3: {one.id} ended {reason.name}")
+    (line,) = [r for r in caplog.records if f"{one.id} ended" in r.getMessage()]
+    error = ", RUN_FAILED," if reason is Ending.FAILED else ""
+    seconds = bench.now - one.begun
+    steps = one.answered
+    assert line.getMessage() == (
+        f"accumulator/3: {one.id} ended {reason.name}{error} after step {steps}, {seconds:.1f} s"
+    )
+    fields = json.loads(formatter("json").format(line))
+    assert {k: v for k, v in fields.items() if k not in ("time", "message")} == {
+        "level": "info",
+        "logger": "tenuto.population",
+        "model": "accumulator",
+        "version": 3,
+        "sequence": one.id,
+        "caller": "alice",
+        "ending": reason.name,
+        "reason": "RUN_FAILED" if error else reason.name,
+        "steps": steps,
+        "seconds": seconds,
+    }
+
+
+def test_an_ending_costs_nothing_where_no_line_is_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "tenuto")
+    bench = Bench()
+    one = bench.open()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Population, "_log", lambda *_: pytest.fail("a line was made"))
+        bench.engine.finish(one, Ending.END)
+        bench.settle()
+    assert bench.ending(one) is Ending.END

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from pathlib import PurePath
 from types import TracebackType
+
+import pytest
 
 from tenuto.serving.log_format import formatter
 
@@ -43,6 +46,29 @@ def test_json_holds_the_stack_of_an_error() -> None:
     line = formatter("json").format(record("met a bug", error=raised))
     assert "\n" not in line
     assert json.loads(line)["error"].endswith("ValueError: a bug")
+
+
+def test_json_has_a_field_for_each_thing_that_a_line_brings_along() -> None:
+    one = record("%s ended %s", "0a1b", "END")
+    vars(one).update(model="toy", version=1, seconds=0.25, caller="", level="none", kept=PurePath("a"))
+    assert json.loads(formatter("json").format(one)) == {
+        "time": "2025-11-28T03:20:00.042Z",
+        "level": "warning",  # no field takes the place of what every line has
+        "logger": "tenuto.engine",
+        "message": "0a1b ended END",
+        "model": "toy",
+        "version": 1,
+        "seconds": 0.25,
+        "caller": "",
+        "kept": "a",
+    }
+
+
+def test_what_a_logger_is_given_as_extra_is_such_a_thing(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("tenuto.engine").warning("%d models", 2, extra={"models": 2})
+    formatter("console").format(caplog.records[0])  # adds what it has made to the record
+    line = json.loads(formatter("json").format(caplog.records[0]))
+    assert sorted(line) == ["level", "logger", "message", "models", "time"]
 
 
 def test_the_console_is_for_people() -> None:

@@ -18,11 +18,12 @@ LOCKS = ROOT / "deploy/image/locks"
 # The image's Python. A lock lists the hashes of all wheels of a version, and so fits others too, as long as
 # no package needs more there; `pip check` in the Dockerfile finds that out.
 PYTHON = "3.11"
-# Lock -> extra of pyproject.toml, platform in uv's words. For aarch64, ONNX Runtime has no CUDA wheels.
+# Lock -> extras of pyproject.toml, platform in uv's words. For aarch64, ONNX Runtime has no CUDA wheels.
+# Tracing is in all of them: whether to send spans is a setting of whoever runs the image.
 SERVERS = {
-    "cpu-x86_64": ("serving", "x86_64-manylinux_2_28"),
-    "cpu-aarch64": ("serving", "aarch64-manylinux_2_28"),
-    "cuda-x86_64": ("gpu", "x86_64-manylinux_2_28"),
+    "cpu-x86_64": (("serving", "tracing"), "x86_64-manylinux_2_28"),
+    "cpu-aarch64": (("serving", "tracing"), "aarch64-manylinux_2_28"),
+    "cuda-x86_64": (("gpu", "tracing"), "x86_64-manylinux_2_28"),
 }
 # What builds Tenuto's own wheel: pure Python, and not in the image.
 BUILD = "build"
@@ -41,8 +42,9 @@ def compile_lock(name: str, arguments: list[str], requirements: str | None = Non
 
 def main() -> None:
     LOCKS.mkdir(exist_ok=True)
-    for name, (extra, platform) in SERVERS.items():
-        compile_lock(name, ["pyproject.toml", "--extra", extra, "--python-platform", platform])
+    for name, (extras, platform) in SERVERS.items():
+        named = [word for extra in extras for word in ("--extra", extra)]
+        compile_lock(name, ["pyproject.toml", *named, "--python-platform", platform])
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     compile_lock(BUILD, ["-"], "\n".join(pyproject["build-system"]["requires"]))
 

@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
+from urllib.parse import urlsplit
 
-from tenuto.serving.config import ServerConfig
+from tenuto.serving.config import ServerConfig, variable_of
 from tenuto.serving.errors import ConfigInvalid
 from tenuto.serving.server import LIVENESS, READINESS
 
@@ -22,9 +23,14 @@ Check = Callable[[Objects], Iterator[str]]
 # What the end takes beyond the drain: threads that are joined, and the last replies (serving/server.py).
 END_SECONDS = 5
 # Secrets that somebody makes by hand.
-SECRETS_BY_HAND = {"tenuto-token-keys"}
+SECRETS_BY_HAND = {"tenuto-token-keys", "tenuto-callers", "tenuto-client-ca"}
+# Settings that name a file of a secret.
+SECRET_FILES = ("token_key_file", "tls_cert", "tls_key", "tls_client_ca", "callers")
 GPU = "nvidia.com/gpu"
 NOT_DRAINING = "unless on (namespace, pod) tenuto_draining == 1"
+SCALERS = ("HorizontalPodAutoscaler", "ScaledObject")
+# What an autoscaler's figure of slots in use has in its name.
+SLOTS_USED = "slots_used"
 _UNITS = {
     "": Decimal(1),
     "m": Decimal("0.001"),
@@ -122,7 +128,7 @@ def _references(objects: Objects) -> Iterator[tuple[str, str, str]]:
     for volume in pod(objects).get("volumes", []):
         if "secret" in volume:
             yield "pod", "Secret", volume["secret"]["secretName"]
-    for o in of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject"):
+    for o in of_kind(objects, *SCALERS):
         target = o["spec"]["scaleTargetRef"]
         yield where(o), target.get("kind", "Deployment"), target["name"]
     for name, backend in _backends(objects):
@@ -306,15 +312,19 @@ def secrets_arrive_anew(objects: Objects) -> Iterator[str]:
     for variable in container(objects).get("env", []):
         if _at(variable, "valueFrom", "secretKeyRef"):
             yield f"{variable['name']}: a secret in a variable never changes"
-    keys = config(objects).token_key_file
-    if keys is None or str(keys.parent) not in [m["mountPath"] for m in mounts]:
-        yield f"settings: TENUTO_TOKEN_KEY_FILE is {keys}, in no secret's folder"
+    for name in SECRET_FILES:
+        file = getattr(config(objects), name)
+        if file is None and name != "token_key_file":
+            continue
+        if file is None or str(file.parent) not in [m["mountPath"] for m in mounts]:
+            yield f"settings: {variable_of(name)} is {file}, in no secret's folder"
 
 
 def settings_are_known(objects: Objects) -> Iterator[str]:
     """The server starts with them, and a change of them rolls the pods."""
     try:
         known = config(objects)
+        known.check_encryption()
     except ConfigInvalid as error:
         yield f"settings: {error}"
         return
@@ -391,7 +401,7 @@ def images_have_a_tag(objects: Objects) -> Iterator[str]:
 
 
 def network_is_shut(objects: Objects) -> Iterator[str]:
-    """gRPC from named clients, metrics from a namespace, questions for names outwards; nothing else."""
+    """gRPC from named clients, metrics from a namespace; outwards questions for names, and traces."""
     known = config(objects)
     types = {t for o in of_kind(objects, "NetworkPolicy") for t in o["spec"].get("policyTypes", [])}
     if types != {"Ingress", "Egress"}:
@@ -405,8 +415,9 @@ def network_is_shut(objects: Objects) -> Iterator[str]:
         if known.metrics_port in ports and not all("namespaceSelector" in s for s in sources):
             yield f"{where(o)}: metrics are not for one namespace alone"
     for o, rule in _rules(objects, "egress"):
-        if not rule.get("to") or set(_ports(rule)) != {53}:
-            yield f"{where(o)}: lets out more than questions for names"
+        names = bool(rule.get("to")) and set(_ports(rule)) == {53}
+        if not names and not _leads_to(_collector(objects), rule):
+            yield f"{where(o)}: lets out more than questions for names and traces"
     inward = {port for _, rule in _rules(objects, "ingress") for port in _ports(rule)}
     for port in sorted({known.port, known.metrics_port} - inward):
         yield f"NetworkPolicy: nobody gets to {port}"
@@ -416,6 +427,36 @@ def _selects_some(source: Object) -> bool:
     """Whether it names somebody: an empty selector is everybody."""
     selectors = [source[key] for key in ("podSelector", "namespaceSelector") if key in source]
     return bool(selectors) and all(s.get("matchLabels") or s.get("matchExpressions") for s in selectors)
+
+
+def _collector(objects: Objects) -> tuple[str, int] | None:
+    """The namespace and the port of who gets the traces; "" where its host is not NAME.NAMESPACE.svc."""
+    endpoint = urlsplit(config(objects).otlp_endpoint)
+    if endpoint.hostname is None:
+        return None
+    inside = re.fullmatch(r"[^.]+\.([^.]+)\.svc(\.cluster\.local)?", endpoint.hostname)
+    return inside[1] if inside else "", endpoint.port or {"https": 443}.get(endpoint.scheme, 80)
+
+
+def _leads_to(collector: tuple[str, int] | None, rule: Object) -> bool:
+    """Whether a rule outwards leads there, and nowhere else."""
+    if collector is None:
+        return False
+    namespace, port = collector
+    chosen = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    to = rule.get("to", [])
+    return bool(to) and _ports(rule) == [port] and all(t.get("namespaceSelector") == chosen for t in to)
+
+
+def traces_get_out(objects: Objects) -> Iterator[str]:
+    """The network is shut outwards, so spans would be lost in silence but for lines in the log."""
+    collector, endpoint = _collector(objects), config(objects).otlp_endpoint
+    if collector is None:
+        return
+    if not any(_leads_to(collector, rule) for _, rule in _rules(objects, "egress")):
+        yield f"settings: TENUTO_OTLP_ENDPOINT is {endpoint}, and no NetworkPolicy lets the server out to it"
+    if urlsplit(endpoint).path != "/v1/traces":
+        yield f"settings: TENUTO_OTLP_ENDPOINT is {endpoint}, not a URL that ends in /v1/traces"
 
 
 def services_lead_to_ready_pods(objects: Objects) -> Iterator[str]:
@@ -457,7 +498,7 @@ def scaling_ignores_draining_pods(objects: Objects) -> Iterator[str]:
     """What is scaled on is recorded, and without pods that drain."""
     rules = recorded(objects)
     scaled = [name for name in rules if name.startswith("pod:")]
-    if of_kind(objects, "HorizontalPodAutoscaler", "ScaledObject") and not scaled:
+    if of_kind(objects, *SCALERS) and not scaled:
         yield "autoscaler: nothing records what it scales on"
     for name in scaled:
         if not rules[name].rstrip().endswith(NOT_DRAINING):
@@ -471,6 +512,39 @@ def scaling_ignores_draining_pods(objects: Objects) -> Iterator[str]:
                 yield f"{where(o)}: {query} is of another namespace"
             if metadata.get("ignoreNullValues") != "false":
                 yield f"{where(o)}: takes no answer for 0"
+
+
+def _slots_aimed_at(scaler: Object) -> Iterator[Decimal]:
+    """The share of its slots that a pod should use, as an autoscaler has it."""
+    for metric in _at(scaler, "spec", "metrics", default=[]):
+        if SLOTS_USED in _at(metric, "pods", "metric", "name", default=""):
+            yield quantity(metric["pods"]["target"]["averageValue"])
+    for trigger in _at(scaler, "spec", "triggers", default=[]):
+        if SLOTS_USED in trigger["metadata"]["query"]:
+            yield quantity(trigger["metadata"]["threshold"])
+
+
+def new_pods_get_a_share(objects: Objects) -> Iterator[str]:
+    """Streams last for hours: without rebalancing a pod that an autoscaler adds stays empty, and goes again.
+    At what the autoscaler aims at, pods that are as full as they should be send sequences in circles."""
+    above = config(objects).rebalance_above
+    for o in of_kind(objects, *SCALERS):
+        aimed = list(_slots_aimed_at(o))
+        if not aimed:
+            yield f"{where(o)}: does not go by slots"
+        if not above:
+            yield f"{where(o)}: there is no TENUTO_REBALANCE_ABOVE; what it adds stays empty"
+        elif any(above <= share for share in aimed):
+            yield f"{where(o)}: TENUTO_REBALANCE_ABOVE {above:g} is not above what it aims at"
+        elif above >= 1 - config(objects).resume_reserve:
+            yield f"{where(o)}: TENUTO_REBALANCE_ABOVE {above:g} is where new sequences are refused already"
+
+
+def slots_are_what_a_pod_serves(objects: Objects) -> Iterator[str]:
+    """The default is a bound of memory: a pod is late long before it has used a share of that."""
+    for o in of_kind(objects, *SCALERS):
+        if variable_of("max_sequences") not in settings(objects):
+            yield f"{where(o)}: goes by slots, and no TENUTO_MAX_SEQUENCES says how many a pod serves"
 
 
 def one_namespace(objects: Objects) -> Iterator[str]:
@@ -498,8 +572,11 @@ POLICIES: tuple[Check, ...] = (
     pods_are_spread,
     images_have_a_tag,
     network_is_shut,
+    traces_get_out,
     services_lead_to_ready_pods,
     scaling_down_is_slow,
     scaling_ignores_draining_pods,
+    new_pods_get_a_share,
+    slots_are_what_a_pod_serves,
     one_namespace,
 )

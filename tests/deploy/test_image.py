@@ -34,6 +34,7 @@ from packaging.utils import canonicalize_name
 
 from tenuto import Client
 from tenuto.errors import SequenceEnded
+from tests.deploy.collector import Collector
 from tests.integration.authority import Authority
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +45,11 @@ NOT_PASSED_ON = {"not-passed-on", "sentiment"}
 
 # -- the locks -------------------------------------------------------------------------------------
 
-# Lock -> the extra that it installs, and the machine that it is for.
+# Lock -> the extras that it installs, and the machine that it is for.
 LOCKS = {
-    "cpu-x86_64": ("serving", "x86_64"),
-    "cpu-aarch64": ("serving", "aarch64"),
-    "cuda-x86_64": ("gpu", "x86_64"),
+    "cpu-x86_64": (("serving", "tracing"), "x86_64"),
+    "cpu-aarch64": (("serving", "tracing"), "aarch64"),
+    "cuda-x86_64": (("gpu", "tracing"), "x86_64"),
 }
 BUILD_REQUIRES = PYPROJECT["build-system"]["requires"]
 _PINNED = re.compile(r"([A-Za-z0-9._-]+)==([^\s\\;]+)((?:\s*\\\n\s+--hash=sha256:[0-9a-f]{64})*)")
@@ -67,13 +68,13 @@ def pins(text: str) -> dict[str, Pin]:
     return {canonicalize_name(name): Pin(version, more.count("--hash=")) for name, version, more in found}
 
 
-def wanted(extra: str, machine: str) -> list[Requirement]:
-    """What the client and an extra need on a machine, extras that an extra names included."""
+def wanted(extras: tuple[str, ...], machine: str) -> list[Requirement]:
+    """What the client and its extras need on a machine, extras that an extra names included."""
     environment = {"sys_platform": "linux", "platform_machine": machine, "extra": ""}
     found: list[Requirement] = []
     rest = [
         *PYPROJECT["project"]["dependencies"],
-        *PYPROJECT["project"]["optional-dependencies"][extra],
+        *(text for extra in extras for text in PYPROJECT["project"]["optional-dependencies"][extra]),
     ]
     for text in rest:  # which grows
         requirement = Requirement(text)
@@ -139,9 +140,9 @@ def constraints_text() -> str:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_says_what_constraints_and_pyproject_say(name: str) -> None:
-    """Versions are those of constraints.txt, each has hashes, and nothing that the extra needs is missing."""
-    extra, machine = LOCKS[name]
-    faults = lock_faults(lock_text(name), constraints_text(), wanted(extra, machine), machine)
+    """Versions are those of constraints.txt, each has hashes, and nothing that the extras need is missing."""
+    extras, machine = LOCKS[name]
+    faults = lock_faults(lock_text(name), constraints_text(), wanted(extras, machine), machine)
     assert faults == [], "write the locks anew: make locks"
 
 
@@ -193,6 +194,65 @@ def test_onnxruntime_is_locked_once_by_machine() -> None:
         "cpu-aarch64": {"onnxruntime"},
         "cuda-x86_64": {"onnxruntime-gpu"},
     }
+
+
+# -- what `make bom` says of a lock ------------------------------------------------------------------
+
+_HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+
+
+def bom_recipe() -> str:
+    """The commands of `make bom`, as a shell gets them."""
+    if shutil.which("make") is None:
+        pytest.skip("needs make")
+    # -o: not the environment that it needs; whether that is there is another question.
+    command = ["make", "--dry-run", "--no-print-directory", "-o", ".venv-locks/.stamp", "bom"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout
+
+
+def locked_hashes(text: str) -> dict[tuple[str, str], set[str]]:
+    """Name and version -> the SHA-256 of every wheel and archive of it."""
+    found = _PINNED.finditer(text)
+    return {(canonicalize_name(match[1]), match[2]): set(_HASH.findall(match[3])) for match in found}
+
+
+def stated_hashes(bom: dict[str, Any]) -> dict[tuple[str, str], set[str]]:
+    """The same of a bill of materials."""
+    return {
+        (canonicalize_name(component["name"]), component["version"]): {
+            one["content"]
+            for reference in component["externalReferences"]
+            for one in reference.get("hashes", [])
+            if one["alg"] == "SHA-256"
+        }
+        for component in bom["components"]
+    }
+
+
+def test_every_lock_of_a_server_has_a_bill_of_materials() -> None:
+    listed = re.search(r"for lock in ([^;]+);", bom_recipe())
+    assert listed is not None
+    assert listed[1].split() == list(LOCKS)
+
+
+def test_a_bill_of_materials_says_what_its_lock_says(tmp_path: Path) -> None:
+    """By the command of `make bom`, of one lock: names, versions and hashes, and what it is the bill of."""
+    python = ROOT / ".venv-locks/bin/python"
+    if not python.exists() or subprocess.run([python, "-c", "import cyclonedx_py"], check=False).returncode:
+        pytest.skip("needs cyclonedx-bom in .venv-locks: make bom")
+    for name in (".venv-locks", "deploy", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    recipe = re.sub(r"for lock in [^;]+;", "for lock in cuda-x86_64;", bom_recipe())
+    subprocess.run(["sh", "-ec", recipe], cwd=tmp_path, check=True, timeout=50)
+    bom = json.loads((tmp_path / "build/bom-cuda-x86_64.json").read_text(encoding="utf-8"))
+    locked = locked_hashes(lock_text("cuda-x86_64"))
+    assert {name for name, _ in locked} >= {"grpcio", "onnxruntime-gpu", "opentelemetry-sdk"}
+    assert all(locked.values())
+    assert stated_hashes(bom) == locked
+    about = bom["metadata"]["component"]
+    assert (bom["bomFormat"], about["name"]) == ("CycloneDX", "tenuto")
+    assert about["version"] == PYPROJECT["project"]["version"]
 
 
 # -- the rules of the Dockerfile -------------------------------------------------------------------
@@ -755,6 +815,17 @@ def test_the_health_check_speaks_tls_too(container: Container, tmp_path: Path) -
         assert healthy.returncode == 0, healthy.stderr
         server.terminate()
         assert server.exit_status() == 0, server.log
+
+
+@needs_minutes
+def test_the_images_server_sends_spans(container: Container, tmp_path: Path) -> None:
+    """Where a collector is named: what sends them is in the image."""
+    with Collector() as collector:
+        tracing = {"TENUTO_OTLP_ENDPOINT": f"http://127.0.0.1:{collector.port}/v1/traces"}
+        command = container.run(*container.config["Entrypoint"], settings=FREE_PORTS | tracing)
+        with serving(command, tmp_path) as server:
+            use_and_drain(server)
+        assert b"tenuto.v1.Tenuto/Stream" in collector.next().body
 
 
 @needs_minutes

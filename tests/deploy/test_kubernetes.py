@@ -18,19 +18,24 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import grpc
+import numpy as np
 import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.core import Metric
 
-from tenuto.serving import errors
+from tenuto import Client
+from tenuto.errors import Refused, Unavailable
+from tenuto.serving import callers, errors
 from tenuto.serving.config import ServerConfig, variable_of
 from tenuto.serving.errors import ConfigInvalid, TenutoError
 from tenuto.serving.metrics import STAGES, ModelMetrics, ServerMetrics, TenutoCollector
@@ -38,6 +43,7 @@ from tenuto.serving.sequence import Ending
 from tenuto.v1 import tenuto_pb2
 from tests import toys
 from tests.deploy import policy
+from tests.deploy.collector import Collector
 from tests.deploy.policy import (
     GPU,
     POLICIES,
@@ -49,6 +55,7 @@ from tests.deploy.policy import (
     grace_holds_the_drain,
     images_have_a_tag,
     network_is_shut,
+    new_pods_get_a_share,
     no_rights_in_the_cluster,
     no_service_links,
     one_namespace,
@@ -65,7 +72,10 @@ from tests.deploy.policy import (
     selectors_find_the_pods,
     services_lead_to_ready_pods,
     settings_are_known,
+    slots_are_what_a_pod_serves,
+    traces_get_out,
 )
+from tests.integration.authority import Authority
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy/kubernetes"
@@ -76,7 +86,11 @@ MONITORING = FOLDER / "components/monitoring"
 
 OVERLAYS = ("cpu", "gpu", "kind")
 SCALERS = ("autoscaling", "keda")
-COMPONENTS = ("monitoring", *SCALERS, "tls", "gateway")
+COMPONENTS = ("monitoring", *SCALERS, "tls", "mtls", "callers", "gateway", "tracing")
+# What the others neither need nor touch: each of them alone, and all at once, is enough.
+APART = {"callers", "gateway", "tracing"}
+# What only works with another one.
+NEEDS = {"autoscaling": "monitoring", "keda": "monitoring", "mtls": "tls"}
 # The oldest that the README names, the newest that the schemas know, and some between.
 VERSIONS = ("1.30", "1.32", "1.34", "1.36", "1.37")
 CUSTOM = ("monitoring.coreos.com", "keda.sh", "cert-manager.io", "gateway.networking.k8s.io")
@@ -86,15 +100,16 @@ THEIR_LABELS = {"namespace", "pod", "job"}
 
 
 def combinations() -> Iterator[tuple[str, ...]]:
-    """What README.md allows: one autoscaler at most, and none without `monitoring`."""
+    """What README.md allows: one autoscaler at most, and none without what it needs."""
     for chosen in itertools.product((False, True), repeat=len(COMPONENTS)):
         names = tuple(name for name, wanted in zip(COMPONENTS, chosen, strict=True) if wanted)
-        scalers = [name for name in names if name in SCALERS]
-        if len(scalers) <= 1 and ("monitoring" in names or not scalers):
+        lacking = [name for name in names if NEEDS.get(name, name) not in names]
+        apart = APART & set(names)
+        if not lacking and not set(SCALERS) <= set(names) and (apart in (set(), APART) or len(names) == 1):
             yield names
 
 
-# Every combination with one overlay, and with the others none and as many as there may be: an overlay changes
+# Every one of them with one overlay, and with the others none and as many as there may be: an overlay changes
 # the Deployment alone, and a component adds to it what none of them has.
 ALL = [(o, c) for o in OVERLAYS for c in combinations() if o == "cpu" or len(c) in (0, len(COMPONENTS) - 1)]
 
@@ -121,10 +136,12 @@ def unrendered(*components: str) -> Objects:
     """Base and components without kubectl: what their files say, as the overlay `cpu` would have it."""
     objects: Objects = []
     for folder in (FOLDER / "base", *(FOLDER / "components" / name for name in components)):
-        for name in read(folder / "kustomization.yaml")["resources"]:
+        for name in read(folder / "kustomization.yaml").get("resources", []):
             objects += read_all((folder / name).read_text(encoding="utf-8"))
     name = "tenuto-settings-0123456789"
-    objects.append({"kind": "ConfigMap", "metadata": {"name": name}, "data": literals(FOLDER / "base")})
+    folders = ("base", "overlays/cpu", *(f"components/{name}" for name in components))
+    data = {key: value for folder in folders for key, value in literals(FOLDER / folder).items()}
+    objects.append({"kind": "ConfigMap", "metadata": {"name": name}, "data": data})
     container = policy.container(objects)
     container["envFrom"][0]["configMapRef"]["name"] = name
     container["image"] += ":0"
@@ -137,7 +154,9 @@ def problems(objects: Objects, checks: tuple[Check, ...] = POLICIES) -> list[str
     return [f"{check.__name__}: {text}" for check in checks for text in check(objects)]
 
 
-@pytest.mark.parametrize("components", [("monitoring", "autoscaling", "gateway"), ("monitoring", "keda")])
+@pytest.mark.parametrize(
+    "components", [("monitoring", "autoscaling", "gateway", "tracing"), ("monitoring", "keda")]
+)
 def test_the_files_keep_every_policy(components: tuple[str, ...]) -> None:
     """Also where no kubectl is."""
     assert problems(unrendered(*components)) == []
@@ -213,16 +232,66 @@ def test_the_certificate_has_the_names_of_both_services() -> None:
     assert names == {service + tail for service in services for tail in tails}
 
 
-def test_the_readme_makes_the_secret_that_the_pods_wait_for() -> None:
+@pytest.mark.parametrize(
+    "deployment, setting, source",
+    [
+        ("base/deployment.yaml", "TENUTO_TOKEN_KEY_FILE", "=/dev/stdin"),
+        ("components/callers/mount.yaml", "TENUTO_CALLERS", ""),
+        ("components/mtls/mount.yaml", "TENUTO_TLS_CLIENT_CA", ""),
+    ],
+)
+def test_the_readme_makes_the_secrets_that_the_pods_wait_for(
+    deployment: str, setting: str, source: str
+) -> None:
     """Under the names at which the server looks."""
-    (volume,) = [v for v in policy.pod(unrendered())["volumes"] if "secret" in v]
-    file = Path(literals(FOLDER / "base")["TENUTO_TOKEN_KEY_FILE"]).name
-    name = volume["secret"]["secretName"]
-    assert f"create secret generic {name} --from-file={file}=/dev/stdin" in README
+    volumes = policy.pod([read(FOLDER / deployment)])["volumes"]
+    (name,) = [v["secret"]["secretName"] for v in volumes if "secret" in v]
+    file = Path(literals((FOLDER / deployment).parent)[setting]).name
+    assert f"create secret generic {name} --from-file={file}{source}\n" in README
+    assert name in policy.SECRETS_BY_HAND
+
+
+def test_the_readmes_callers_are_taken(tmp_path: Path) -> None:
+    """The command there writes a file that the server reads, with a token that nobody else has."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl")
+    (command,) = re.findall(r"^printf .* > callers\.toml$", README, flags=re.MULTILINE)
+    texts = []
+    for _ in range(2):
+        subprocess.run(["sh", "-ec", command], cwd=tmp_path, check=True, timeout=30)
+        texts.append((tmp_path / "callers.toml").read_bytes())
+    assert texts[0] != texts[1]
+    assert [list(callers.parse(text, "the README's")) for text in texts] == [["alice"], ["alice"]]
+
+
+def test_no_token_stands_anywhere() -> None:
+    """Whoever copies an example would have it."""
+    texts = [README, *(p.read_text(encoding="utf-8") for p in FOLDER.rglob("*.yaml"))]
+    assert [found for text in texts for found in re.findall(r"[0-9a-fA-F]{32,}", text)] == []
+
+
+def test_a_file_of_a_patch_has_one_document() -> None:
+    """kubectl 1.21 takes no file of two."""
+    for kustomization in FOLDER.rglob("kustomization.yaml"):
+        for path in (p["path"] for p in read(kustomization).get("patches", []) if "path" in p):
+            assert len(read_all((kustomization.parent / path).read_text(encoding="utf-8"))) == 1, path
+
+
+def test_the_slots_are_what_was_measured() -> None:
+    """As docs/capacity.md has it; of a GPU it says that none was at hand, so there it is the default."""
+    page = (ROOT / "docs/capacity.md").read_text(encoding="utf-8")
+    measured = re.search(r"to 95 % of what the pod serves,\s+(\d+)\s+here", page)
+    slots = {o: literals(FOLDER / "overlays" / o)["TENUTO_MAX_SEQUENCES"] for o in OVERLAYS}
+    assert measured, "docs/capacity.md does not say what a pod serves"
+    assert slots["cpu"] == measured[1]
+    assert f"`cpu` has\n{measured[1]} a model" in README
+    assert "No GPU was at hand" in page
+    assert int(slots["gpu"]) == ServerConfig().max_sequences
+    assert f"{ServerConfig().max_sequences:,}, since no GPU was" in README
 
 
 def test_the_readme_is_short() -> None:
-    assert len(README.splitlines()) <= 120
+    assert len(README.splitlines()) <= 130
 
 
 # --- a check that looks for a mistake is shown one ---------------------------------------------------
@@ -234,12 +303,12 @@ class Mistake:
 
     check: Check
     says: str
-    kind: str  # of the object that is changed; of the first of that kind
+    kind: str  # of the object that is changed, and its name, if it is not the first of that kind
     path: tuple[str | int, ...]
     value: Any = None  # None: taken out
 
     def make(self, objects: Objects) -> None:
-        node: Any = policy.of_kind(objects, self.kind)[0]
+        node: Any = next(o for o in objects if self.kind in (o["kind"], policy.where(o)))
         for key in self.path[:-1]:
             node = node[key]
         if self.value is None:
@@ -256,6 +325,7 @@ NAME = "app.kubernetes.io/name"
 D, HPA, KEDA = "Deployment", "HorizontalPodAutoscaler", "ScaledObject"
 NET, PDB, SA = "NetworkPolicy", "PodDisruptionBudget", "ServiceAccount"
 MONITOR = "PodMonitor"
+TRACING, OUT = "NetworkPolicy tenuto-tracing", ("spec", "egress", 0)
 SPREAD = (*POD, "topologySpreadConstraints", 0)
 MISTAKES = [
     Mistake(selectors_find_the_pods, "Service tenuto", "Service", ("spec", "selector", NAME), "tenutto"),
@@ -318,10 +388,16 @@ MISTAKES = [
     Mistake(secrets_arrive_anew, "everybody", D, (*POD, "volumes", 0, "secret", "defaultMode")),
     Mistake(secrets_arrive_anew, "is in the objects", "ConfigMap", ("kind",), "Secret"),
     Mistake(secrets_arrive_anew, "TOKEN_KEY_FILE", "ConfigMap", ("data", "TENUTO_TOKEN_KEY_FILE")),
+    *(Mistake(secrets_arrive_anew, f"{name} is /elsewhere/x, in no secret's folder", "ConfigMap",
+              ("data", name), "/elsewhere/x")
+      for name in ("TENUTO_TLS_CERT", "TENUTO_TLS_KEY", "TENUTO_TLS_CLIENT_CA", "TENUTO_CALLERS")),
     Mistake(secrets_arrive_anew, "KEY: a secret in a variable", D, (*CONTAINER, "env"),
             [{"name": "KEY", "valueFrom": {"secretKeyRef": {"name": "a", "key": "b"}}}]),
     Mistake(settings_are_known, "TENUTO_DRAIN", "ConfigMap", ("data", "TENUTO_DRAIN"), "30"),
     Mistake(settings_are_known, "TENUTO_DRAIN_SECONDS", "ConfigMap", ("data", "TENUTO_DRAIN_SECONDS"), "30s"),
+    Mistake(settings_are_known, "or --insecure", "ConfigMap", ("data", "TENUTO_INSECURE")),
+    Mistake(settings_are_known, "needs --tls-cert", "ConfigMap",
+            ("data", "TENUTO_TLS_CLIENT_CA"), "/client-ca/ca.crt"),
     Mistake(settings_are_known, "no models", "ConfigMap", ("data", "TENUTO_REPOSITORY"), "/data"),
     Mistake(settings_are_known, "hash", "ConfigMap", ("metadata", "name"), "tenuto-settings"),
     Mistake(resources_are_obeyed, "not whole", D, (*CONTAINER, "resources", "limits", "cpu"), "1500m"),
@@ -350,7 +426,20 @@ MISTAKES = [
             {"podSelector": {"matchLabels": {"a": "b"}}}),
     Mistake(network_is_shut, "lets out", NET, ("spec", "egress", 0, "ports", 0, "port"), 443),
     Mistake(network_is_shut, "lets out", NET, ("spec", "egress", 0, "to")),
-    Mistake(network_is_shut, "Egress", NET, ("spec", "policyTypes"), ["Ingress"]),
+    Mistake(network_is_shut, "lets out", TRACING, (*OUT, "to")),
+    Mistake(network_is_shut, "lets out", TRACING, (*OUT, "to"), [{"ipBlock": {"cidr": "0.0.0.0/0"}}]),
+    Mistake(network_is_shut, "lets out", TRACING, (*OUT, "to", 0), {"podSelector": {}}),
+    Mistake(network_is_shut, "lets out", TRACING, (*OUT, "ports")),
+    Mistake(network_is_shut, "lets out", "ConfigMap", ("data", "TENUTO_OTLP_ENDPOINT")),
+    Mistake(traces_get_out, "no NetworkPolicy", TRACING, ("spec", "egress")),
+    Mistake(traces_get_out, "no NetworkPolicy", TRACING, (*OUT, "ports", 0, "port"), 4317),
+    Mistake(traces_get_out, "no NetworkPolicy", TRACING,
+            (*OUT, "to", 0, "namespaceSelector", "matchLabels", "kubernetes.io/metadata.name"), "x"),
+    *(Mistake(traces_get_out, says, "ConfigMap", ("data", "TENUTO_OTLP_ENDPOINT"), endpoint)
+      for says, endpoint in (("no NetworkPolicy", "http://otel-collector.elsewhere.svc:4318/v1/traces"),
+                             ("no NetworkPolicy", "http://otel-collector.observability.svc/v1/traces"),
+                             ("no NetworkPolicy", "https://traces.example.com:4318/v1/traces"),
+                             ("/v1/traces", "http://otel-collector.observability.svc:4318"))),
     Mistake(services_lead_to_ready_pods, "headless", "Service", ("spec", "clusterIP"), "None"),
     Mistake(services_lead_to_ready_pods, "not ready", "Service", ("spec", "publishNotReadyAddresses"), True),
     Mistake(services_lead_to_ready_pods, "h2c", "Service", ("spec", "ports", 0, "appProtocol")),
@@ -372,6 +461,16 @@ MISTAKES = [
             ("spec", "triggers", 0, "metadata", "query"), "sum(pod:tenuto_slots_used:ratio)"),
     Mistake(scaling_ignores_draining_pods, "no answer", KEDA,
             ("spec", "triggers", 0, "metadata", "ignoreNullValues")),
+    *(Mistake(new_pods_get_a_share, f"{kind} tenuto: {says}", kind, path, value)
+      for kind, path, says, value in (
+          (HPA, ("spec", "metrics", 0), "does not go by slots", None),
+          (HPA, ("spec", "metrics", 0, "pods", "target", "averageValue"), "TENUTO_REBALANCE_ABOVE", "750m"),
+          (KEDA, ("spec", "triggers", 0), "does not go by slots", None),
+          (KEDA, ("spec", "triggers", 0, "metadata", "threshold"), "TENUTO_REBALANCE_ABOVE", "0.8"))),
+    *(Mistake(new_pods_get_a_share, says, "ConfigMap", ("data", "TENUTO_REBALANCE_ABOVE"), value)
+      for says, value in (("stays empty", None), ("stays empty", "0"), ("aims at", "0.6"), ("aims at", "0.5"),
+                          ("refused already", "0.9"))),
+    Mistake(slots_are_what_a_pod_serves, HPA, "ConfigMap", ("data", "TENUTO_MAX_SEQUENCES")),
     Mistake(one_namespace, "elsewhere", "Service", ("metadata", "namespace"), "elsewhere"),
 ]  # fmt: skip
 
@@ -385,7 +484,7 @@ def _id(mistake: Mistake) -> str:
 def test_a_mistake_is_named_by_its_check(mistake: Mistake) -> None:
     """One change, and the check that is for it says where."""
     scaler = "keda" if mistake.kind == KEDA or mistake.path[:2] == ("spec", "triggers") else "autoscaling"
-    objects = unrendered("monitoring", scaler, "gateway")
+    objects = unrendered("monitoring", scaler, "gateway", "tracing")
     assert list(mistake.check(objects)) == []
     mistake.make(objects)
     said = list(mistake.check(objects))
@@ -484,10 +583,10 @@ def test_a_newer_kubectl_renders(tmp_path: Path, text: str) -> None:
     assert run_render(tmp_path, KUBECTL=str(new)).stdout == f"rendered {tmp_path}\n"
 
 
-@pytest.mark.timeout(300)  # 22 runs of kubectl, beside whatever else the machine does
+@pytest.mark.timeout(300)  # 33 runs of kubectl, beside whatever else the machine does
 def test_every_combination_keeps_every_policy(render: Render) -> None:
     """Each overlay, and each set of components that the README allows."""
-    assert len(ALL) == 22
+    assert len(ALL) == 33
     found = {f"{o} {' '.join(c)}": problems(render(o, c)) for o, c in ALL}
     assert {name: texts for name, texts in found.items() if texts} == {}
 
@@ -641,11 +740,10 @@ class Running:
     metrics: str
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@contextmanager
+def started(folder: Path, *components: str, **changes: object) -> Iterator[Running]:
     """`tenuto serve` with the settings of the ConfigMap, on its address as well, since a server refuses some
     settings on some addresses; but on free ports, and with other folders."""
-    folder = tmp_path_factory.mktemp("server")
     toys.write(folder, "accumulator", toys.accumulator())
     (folder / "keys").write_text("0" * 64)
     ours = {
@@ -653,8 +751,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "TENUTO_TOKEN_KEY_FILE": str(folder / "keys"),
         "TENUTO_PORT": "0",
         "TENUTO_METRICS_PORT": "0",
+        **{variable_of(name): str(value) for name, value in changes.items()},
     }
-    settings = literals(FOLDER / "base")
+    settings = policy.settings(unrendered(*components))
     assert settings.keys() >= ours.keys()
     command = [sys.executable, "-m", "tenuto.serving.cli"]
     with subprocess.Popen(
@@ -672,6 +771,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             process.kill()
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with started(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
 def test_the_probes_ask_for_names_that_the_server_answers(server: Running) -> None:
     """Started with the settings of the ConfigMap, it is SERVING under each."""
     container = policy.container(unrendered())
@@ -683,6 +788,49 @@ def test_the_probes_ask_for_names_that_the_server_answers(server: Running) -> No
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         with pytest.raises(grpc.RpcError):  # a name with a typing error is no answer at all
             stub.Check(health_pb2.HealthCheckRequest(service="livenes"), timeout=30)
+
+
+def test_the_probes_of_tls_need_neither_token_nor_certificate(tmp_path: Path) -> None:
+    """With `tls`, `mtls` and `callers` together; whoever is no probe needs both."""
+    ours, clients = Authority("ours"), Authority("clients")
+    certificate, key = ours.sign().write(tmp_path)
+    (tmp_path / "callers.toml").write_text('[alice]\ntokens = ["' + "a" * 32 + '"]\n')
+    files = {"tls_cert": certificate, "tls_key": key, "tls_client_ca": clients.write(tmp_path)}
+    files |= {"callers": tmp_path / "callers.toml"}
+    own = clients.sign("alice")
+    with started(tmp_path, "tls", "mtls", "callers", **files) as server:
+        container = policy.container([read(FOLDER / "components/tls/mount.yaml")])
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            url = server.metrics.replace("/metrics", container[probe]["httpGet"]["path"])
+            with urlopen(url, timeout=30) as answer:
+                assert answer.status == 200
+        where = f"127.0.0.1:{server.port}"
+        shown = grpc.ssl_channel_credentials(ours.pem, own.key, own.chain)
+        with Client(where, token="a" * 32, credentials=shown) as client:
+            assert [model.name for model in client.models()] == ["accumulator"]
+        with Client(where, credentials=shown) as client, pytest.raises(Refused, match="no token"):
+            client.models()
+        showing_none = grpc.ssl_channel_credentials(ours.pem)
+        with Client(where, token="a" * 32, credentials=showing_none) as client, pytest.raises(Unavailable):
+            client.models()
+
+
+def test_spans_go_to_the_path_of_the_collector(tmp_path: Path) -> None:
+    """Of the setting in `tracing`, at another host."""
+    pytest.importorskip("opentelemetry.sdk", reason="the extra `tracing` is not installed")
+    endpoint = urlsplit(literals(FOLDER / "components/tracing")["TENUTO_OTLP_ENDPOINT"])
+    with Collector() as collector:
+        here = endpoint._replace(netloc=f"127.0.0.1:{collector.port}").geturl()
+        with (
+            started(tmp_path, "tracing", otlp_endpoint=here) as server,
+            Client(f"127.0.0.1:{server.port}") as client,
+            client.stream("accumulator") as stream,
+        ):
+            stream.send(np.ones(1, np.float32))
+            next(stream)
+        export = collector.next()
+    assert export.path == "/v1/traces"
+    assert b"tenuto.v1.Tenuto/Stream" in export.body
 
 
 def scrape(server: Running) -> set[str]:
@@ -782,6 +930,7 @@ def test_both_autoscalers_want_the_same() -> None:
     """Limits, targets and the way down, in each one's own words."""
     hpa = read(FOLDER / "components/autoscaling/autoscaler.yaml")["spec"]
     keda = read(FOLDER / "components/keda/scaled-object.yaml")["spec"]
+    assert literals(FOLDER / "components/autoscaling") == literals(FOLDER / "components/keda")
     assert (hpa["minReplicas"], hpa["maxReplicas"]) == (keda["minReplicaCount"], keda["maxReplicaCount"])
     assert hpa["behavior"] == keda["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     targets = [policy.quantity(m["pods"]["target"]["averageValue"]) for m in hpa["metrics"]]
@@ -860,15 +1009,54 @@ def test_a_record_of_something_else_fails_a_test(promtool: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    "part", ["tenuto_draining == 1", "tenuto_model_retiring == 1", "(tenuto_sequence_slots > 0)"]
+    "part, other",
+    [
+        ("tenuto_draining == 1", "tenuto_draining == 2"),
+        ("tenuto_model_retiring == 1", "tenuto_model_retiring == 2"),
+        ("(tenuto_sequence_slots > 0)", "tenuto_sequence_slots"),
+        ('{stage="queue"}[1m])) == 0', '{stage="queue"}[1m])) >= 0'),
+        ("(tenuto_pending_chunks[1m]) > 0", "(tenuto_pending_chunks[1m]) >= 0"),
+        ("(tenuto_engine_busy_ratio[1m]) > 0.95", "(tenuto_engine_busy_ratio[1m]) >= 0"),
+    ],
 )
-def test_what_a_record_leaves_out_is_tested(promtool: str, tmp_path: Path, part: str) -> None:
-    """Pods that drain, versions that retire, models without slots."""
+def test_what_a_record_leaves_out_is_tested(promtool: str, tmp_path: Path, part: str, other: str) -> None:
+    """Pods that drain, versions that retire, models without slots; and, as standing still, engines that take
+    chunks, have none, or wait for a caller to read."""
     text = (MONITORING / "rules.yaml").read_text(encoding="utf-8")
     assert part in text
-    other = {"(tenuto_sequence_slots > 0)": "tenuto_sequence_slots"}.get(part, part.replace("== 1", "== 2"))
     done = run_promtool(promtool, tmp_path, yaml.safe_load(text.replace(part, other))["spec"])
     assert done.returncode != 0
+
+
+@pytest.mark.parametrize("name", policy.SECRET_FILES)
+def test_a_file_in_no_secrets_folder_is_found(render: Render, name: str) -> None:
+    """Each that the server reads, with all components that have one."""
+    objects = copy.deepcopy(render("cpu", ("tls", "mtls", "callers")))
+    assert problems(objects) == []
+    file = Path(policy.settings(objects)[variable_of(name)])
+    mounts = policy.container(objects)["volumeMounts"]
+    mounts.remove(next(m for m in mounts if m["mountPath"] == str(file.parent)))
+    said = problems(objects)
+    assert f"secrets_arrive_anew: settings: {variable_of(name)} is {file}, in no secret's folder" in said
+
+
+@pytest.mark.parametrize("volume", ["tls", "client-ca", "callers", "token-keys"])
+@pytest.mark.parametrize(
+    "key, value, says",
+    [("subPath", "x", "a subPath does not change"), ("readOnly", False, "is not readOnly")],
+)
+def test_a_secret_that_would_not_arrive_anew_is_found(
+    render: Render, volume: str, key: str, value: object, says: str
+) -> None:
+    objects = copy.deepcopy(render("cpu", ("tls", "mtls", "callers")))
+    mount = next(m for m in policy.container(objects)["volumeMounts"] if m["name"] == volume)
+    mount[key] = value
+    assert f"secrets_arrive_anew: {mount['mountPath']}: {says}" in "\n".join(problems(objects))
+
+
+def test_mutual_tls_alone_is_no_server_that_starts(render: Render) -> None:
+    """It goes on top of `tls`."""
+    assert [text for text in problems(render("cpu", ("mtls",))) if "--tls-client-ca needs --tls-cert" in text]
 
 
 @pytest.mark.parametrize(

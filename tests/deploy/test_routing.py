@@ -252,6 +252,15 @@ def test_the_readme_is_short_and_names_every_file() -> None:
     assert all(f"({kind.file})" in README and kind.text.isascii() for kind in KINDS)
 
 
+def test_the_command_of_the_readme_runs_what_is_in_here() -> None:
+    """Without TEST_ROUTING everything with a server in it skips, and all is green."""
+    assert set(re.findall(r"make\s[^`]+", README)) == {"make test-routing"}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^test-routing:.*\n\t(.+)", makefile, flags=re.MULTILINE)
+    assert "TEST_ROUTING=1 " in recipe
+    assert f" {Path(__file__).relative_to(ROOT)} " in recipe
+
+
 # --- servers and proxies -----------------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ help:
 	@echo 'make test-routing  run the tests of deploy/routing (nginx and haproxy on the path; envoy comes along)'
 	@echo 'make dashboard     write deploy/monitoring/dashboard.json anew'
 	@echo 'make locks         write deploy/image/locks anew'
-	@echo 'make bom           write build/bom-*.json: what each image holds, by CycloneDX'
+	@echo 'make bom           write build/bom-*.json: what each lock of the image holds, by CycloneDX'
 	@echo 'make audit         look for known weaknesses of what the images hold (needs pypi.org)'
 	@echo 'make manifests     print the Kubernetes objects of every overlay (kubectl 1.21 or newer)'
 	@echo 'make clean         remove environments, caches and builds'

@@ -69,16 +69,9 @@ class Ear(nn.Module):
         self.register_buffer("mean", torch.zeros(BANDS))
         self.register_buffer("white", torch.eye(BANDS))
 
-    def power(self, sound: Tensor, starts: Tensor | None = None) -> Tensor:
-        """Return float32 [batch, frames, 128] of sound [batch, 120 + 80 * frames].
-
-        With `starts`, int64 [batch, frames], each frame begins at that sample, not 80 after the one before.
-        """
-        if starts is None:
-            windows = sound.unfold(1, WINDOW, HOP)
-        else:
-            windows = sound.unfold(1, WINDOW, 1)[torch.arange(len(sound))[:, None], starts]
-        spectrum = windows @ self.dft
+    def power(self, sound: Tensor) -> Tensor:
+        """Return float32 [batch, frames, 128] of sound [batch, 120 + 80 * frames]."""
+        spectrum = sound.unfold(1, WINDOW, HOP) @ self.dft
         return spectrum[..., :BINS] ** 2 + spectrum[..., BINS:] ** 2
 
     def centred(self, bands: Tensor) -> Tensor:

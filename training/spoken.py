@@ -26,7 +26,7 @@ from .datasets.fsdd import Recording
 from .graph import Array, Graph
 from .progress import progress
 from .recurrent import CELLS, Cell, State
-from .sound import BANDS, HOP, OVERLAP, STEP, WINDOW, Ear, tones
+from .sound import BANDS, OVERLAP, STEP, Ear, tones
 from .stepper import initial, turn
 from .task import Answers, Batch, Figures, Task
 from .weights import count, exported
@@ -134,11 +134,9 @@ def run_layer(layer: nn.Module, inputs: Tensor, state: State) -> tuple[Tensor, S
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """Sound float32 [samples], where each frame of it begins, int64 [2 * time], and for each two of these a
-    target and its weight [time]."""
+    """Sound float32 [160 * time], and for each 20 ms a target and its weight [time]."""
 
     sound: Array
-    starts: NDArray[np.int64]
     targets: NDArray[np.int64]
     weights: Array
 
@@ -158,38 +156,33 @@ def vary(recordings: Sequence[Recording], rng: np.random.Generator) -> Example:
         pause = rng.integers(0, 4800) if rng.random() < 0.35 else 0
         parts += [word, np.zeros(pause, np.float32)]
     sound = np.concatenate(parts)
-    sound = np.clip(sound + voices.noise(len(sound), voices.STRANGERS, rng), -1, 1)
-    starts = voices.tempo(len(sound), voices.STRANGERS, rng)
-    ends = starts[1::2] + HOP
-    targets = np.zeros(len(ends), np.int64)
-    weights = np.zeros(len(ends), np.float32)
+    sound = np.clip(sound + voices.noise(len(sound), voices.STRANGERS, rng), -1, 1)[
+        : len(sound) // STEP * STEP
+    ]
+    targets = np.zeros(len(sound) // STEP, np.int64)
+    weights = np.zeros(len(targets), np.float32)
+    ends = (np.arange(len(targets)) + 1) * STEP
     for start, stop, digit in spans:
         targets[ends > start] = digit
         weights[ends > start] = np.clip((ends[ends > start] - start) / (stop - start), 0, 1) ** 2
-    return Example(sound, starts, targets, weights)
+    return Example(sound, targets, weights)
 
 
-def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return sound [batch, 120 + samples], starts [batch, 2 * time], targets, weights [batch, time], each
-    one's last step.
+def collate(examples: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return sound [batch, 120 + samples], targets, weights [batch, time], each one's last frame.
 
-    The 120 samples before the sound are zeros, as the overlap of a new sequence is. Frames behind an
-    example's own are of the silence behind all.
+    The 120 samples before the sound are zeros, as the overlap of a new sequence is.
     """
     time = max(len(example.targets) for example in examples)
-    longest = max(len(example.sound) for example in examples)
-    sound = np.zeros((len(examples), OVERLAP + longest + WINDOW), np.float32)
-    starts = np.full((len(examples), 2 * time), OVERLAP + longest, np.int64)
+    sound = np.zeros((len(examples), OVERLAP + time * STEP), np.float32)
     targets = np.zeros((len(examples), time), np.int64)
     weights = np.zeros((len(examples), time), np.float32)
     for row, example in enumerate(examples):
         sound[row, OVERLAP : OVERLAP + len(example.sound)] = example.sound
-        starts[row, : len(example.starts)] = example.starts
         targets[row, : len(example.targets)] = example.targets
         weights[row, : len(example.targets)] = example.weights
     last = torch.tensor([len(example.targets) - 1 for example in examples])
-    tensors = map(torch.from_numpy, (sound, starts, targets, weights))
-    return *tensors, last  # type: ignore[return-value]
+    return torch.from_numpy(sound), torch.from_numpy(targets), torch.from_numpy(weights), last
 
 
 class SpokenTask(Task):
@@ -241,8 +234,8 @@ class SpokenTask(Task):
             examples.sort(key=lambda example: len(example.targets))
             batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
             for i in rng.permutation(len(batches)):
-                sound, starts, *answers = collate(batches[i])
-                yield voices.heard(self._ear, sound, voices.STRANGERS, rng, starts), *answers
+                sound, *answers = collate(batches[i])
+                yield voices.heard(self._ear, sound, voices.STRANGERS, rng), *answers
 
     def _draw(self, i: int, rng: np.random.Generator) -> Example:
         """Vary one recording; one time in four another one comes before it."""

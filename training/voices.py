@@ -1,8 +1,8 @@
 """Makes few voices many: sound and spectra varied at random, for training only.
 
 Six people in six rooms with six microphones say what the Free Spoken Digit Dataset has. What differs between
-people, rooms and microphones is therefore drawn anew for every example: level, speed and pitch, tempo without
-pitch, length of the vocal tract, the room's echo, the microphone's response and the noise.
+people, rooms and microphones is therefore drawn anew for every example: level, speed and pitch, length of the
+vocal tract, the room's echo, the microphone's response and the noise.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .datasets.fsdd import Recording
 from .graph import Array
-from .sound import BANDS, HOP, Ear, mel_bands
+from .sound import BANDS, Ear, mel_bands
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,6 @@ class Variety:
     """How far the drawn voices, rooms and microphones are from the recorded ones."""
 
     speed: float = 0.15  # speed and pitch together: a factor of up to e^0.15 up or down
-    tempo: float = 0.0  # how fast it is said, pitch apart: a factor of up to e^tempo up or down,
-    sway: float = 0.0  # and within the example of up to e^sway around that
     tract: float = 0.12  # the vocal tract: its resonances up or down by as much, apart from speed
     trim: float = 0.05  # of a word's length, cut off each end at most; half of the words keep all
     level_db: tuple[float, float] = (-44.0, -16.0)  # of a word, root mean square against full scale
@@ -43,8 +41,7 @@ class Variety:
         return torch.from_numpy(np.stack([mel_bands(length) for length in lengths]))
 
 
-_SWAYS = 4  # half waves of the tempo in an example, at most
-STRANGERS = Variety(tempo=0.3, sway=0.1)  # for voices that were never heard
+STRANGERS = Variety()  # for voices that were never heard
 # For the six who are in training and test: a six that lost its ends sounds as an eight.
 FAMILIAR = Variety(tract=0.08, echo_db=(-25.0, -12.0), tilt_db=2.0, waves_db=0.8, roll_off_db=0.5)
 
@@ -61,20 +58,6 @@ def say(recording: Recording, variety: Variety, rng: np.random.Generator) -> Arr
     return np.asarray(np.clip(word * (_power(rng.uniform(*variety.level_db)) / loud), -1, 1), np.float32)
 
 
-def tempo(samples: int, variety: Variety, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return where each frame begins in so many samples behind an overlap, int64 [frames], even.
-
-    Said faster, a sound has fewer frames, further apart, each with its pitch and its resonances: a slow
-    speaker is no deeper one. What `say` does to speed changes all three at once.
-    """
-    most = int(samples / HOP * math.exp(variety.tempo + variety.sway)) + 2
-    waves = rng.uniform(0.25, 1) * _SWAYS * np.arange(most) * HOP / samples + rng.uniform(0, 2)
-    hops = HOP * np.exp(rng.uniform(-variety.tempo, variety.tempo) + variety.sway * np.cos(np.pi * waves))
-    starts = np.concatenate([[0.0], np.cumsum(hops)])
-    count = max(2, int(np.searchsorted(starts + HOP, samples, side="right")) // 2 * 2)
-    return starts[:count].astype(np.int64)
-
-
 def noise(samples: int, variety: Variety, rng: np.random.Generator) -> Array:
     """Return white noise of a random level, float32 [samples]."""
     return rng.standard_normal(samples, dtype=np.float32) * np.float32(_power(rng.uniform(*variety.noise_db)))
@@ -84,14 +67,11 @@ def _power(decibels: float) -> float:
     return float(10 ** (decibels / 20))
 
 
-def heard(
-    ear: Ear, sound: Tensor, variety: Variety, rng: np.random.Generator, starts: Tensor | None = None
-) -> Tensor:
-    """Return what `ear(sound)` would, [batch, time, 80], each row in another voice, room and microphone; with
-    `starts` of frames (see `tempo`), at another tempo."""
+def heard(ear: Ear, sound: Tensor, variety: Variety, rng: np.random.Generator) -> Tensor:
+    """Return what `ear(sound)` would, [batch, time, 80], each row in another voice, room and microphone."""
     with torch.no_grad():
         warp = variety.warps[torch.from_numpy(rng.integers(0, len(variety.warps), len(sound)))]
-        bands = echo(torch.bmm(ear.power(sound, starts), warp), variety, rng)
+        bands = echo(torch.bmm(ear.power(sound), warp), variety, rng)
         bands = bands * torch.from_numpy(microphones(len(sound), variety, rng))[:, None]
         return ear.steps(mask(ear.centred(bands), rng))
 

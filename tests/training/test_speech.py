@@ -141,37 +141,12 @@ def test_voices_differ_by_generator_alone() -> None:
     assert low - 1 <= min(levels) < max(levels) <= high + 1
 
 
-def test_tempo_changes_how_long_a_sound_takes_and_not_its_pitch() -> None:
-    from tenuto.training import voices
-    from tenuto.training.sound import HOP, OVERLAP, Ear
-
-    plain = voices.Variety()
-    np.testing.assert_array_equal(
-        voices.tempo(1600, plain, np.random.default_rng(0)), HOP * np.arange(1600 // HOP)
-    )
-    ear = Ear()
-    tone = torch.nn.functional.pad(_sine(1000, seconds=1.0), (OVERLAP, 200))
-    expected = (ear.power(_sine(1000)) @ ear.mel).mean((0, 1)).argmax()
-    lengths = set()
-    for n in range(40):
-        starts = voices.tempo(8000, voices.STRANGERS, np.random.default_rng(n))
-        lengths.add(len(starts))
-        assert len(starts) % 2 == 0
-        assert 0 <= starts[-1] <= 8000 - HOP < starts[-1] + 3 * HOP * np.exp(0.4)  # all of it, and no more
-        hops = np.diff(starts) / HOP
-        assert np.exp(-0.42) <= hops.min() <= hops.max() <= np.exp(0.42)
-        power = ear.power(tone, torch.from_numpy(starts)[None])
-        assert (power[:, 2:] @ ear.mel).mean((0, 1)).argmax() == expected
-    assert min(lengths) < 85 < 115 < max(lengths)
-
-
 def test_an_answer_counts_more_the_more_of_its_word_was_heard() -> None:
     from tenuto.training.spoken import vary
 
     first, second = _recordings(range(10, 11))[3:5]
     example = vary([first, second], np.random.default_rng(4))
-    assert len(example.starts) == 2 * len(example.targets)
-    assert len(example.sound) - 3 * 160 < example.starts[-1] + 80 <= len(example.sound)
+    assert len(example.sound) == 160 * len(example.targets)
     change = int(np.flatnonzero(np.diff(example.targets) == 1)[0]) + 1
     assert set(example.targets[change:]) == {4}
     assert example.weights[change - 1] > 0.9 > 0.1 > example.weights[change]

@@ -49,6 +49,7 @@ class _Snapshot:
     retiring: tuple[Served, ...]  # keep those they have
     refused: tuple[Refused, ...]
     newest: dict[str, Served]  # of those that serve
+    withdrawn: frozenset[str] = frozenset()  # models that were unloaded by hand
 
 
 def _newest(served: tuple[Served, ...]) -> dict[str, Served]:
@@ -130,6 +131,11 @@ class Catalogue:
         return self._now.retiring
 
     @property
+    def withdrawn(self) -> frozenset[str]:
+        """Models of which nothing serves, since somebody unloaded them."""
+        return self._now.withdrawn
+
+    @property
     def refused(self) -> tuple[Refused, ...]:
         return self._now.refused
 
@@ -167,6 +173,7 @@ class Catalogue:
                 (*now.retiring, *replaced),
                 tuple(_others(now.refused, new.manifest.name, _version(new))),
                 _newest(served),
+                now.withdrawn - {new.manifest.name},
             )
         return replaced
 
@@ -176,8 +183,11 @@ class Catalogue:
             now = self._now
             withdrawn = tuple(o for o in now.served if o.manifest.name == model)
             served = tuple(o for o in now.served if o not in withdrawn)
-            self._now = _Snapshot(served, (*now.retiring, *withdrawn), now.refused, _newest(served))
-            return tuple(o for o in self._now.retiring if o.manifest.name == model)
+            gone = tuple(o for o in (*now.retiring, *withdrawn) if o.manifest.name == model)
+            retiring = (*now.retiring, *withdrawn)
+            hidden = now.withdrawn | {model} if gone else now.withdrawn
+            self._now = _Snapshot(served, retiring, now.refused, _newest(served), hidden)
+            return gone
 
     def remove(self, gone: Served) -> None:
         """It has no sequence any more."""

@@ -69,6 +69,11 @@ class Inbox:
         self._carry_out(late)
 
     def _carry_out(self, late: Callable[[Command], None]) -> None:
-        with self._one_at_a_time:
-            while self._commands:
-                late(self._commands.popleft())
+        """One thread at a time. The others do not wait, since they may hold what it needs: it looks again
+        behind its last command."""
+        while self._commands and self._one_at_a_time.acquire(blocking=False):
+            try:
+                while self._commands:
+                    late(self._commands.popleft())
+            finally:
+                self._one_at_a_time.release()

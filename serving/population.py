@@ -250,7 +250,7 @@ class Population:
             self._delivery.send(sequence, Failed(error))
             return
         self.live[sequence.id] = sequence
-        if self._checkpoints is not None:
+        if self._checkpoints is not None and sequence.movable:
             sequence.checkpoint_every = self._checkpoints.interval(sequence.checkpoint_every)
         if snapshot is not None:
             self._metrics.resumed += 1
@@ -381,7 +381,9 @@ class Population:
     def _token(self, sequence: Sequence) -> bytes:
         """A resume token of the sequence after its last answered step."""
         sealing = self._checkpoints
-        if sealing is None or not sequence.at_rest or sequence.id not in self.live:
+        if sealing is None or not sequence.movable:
+            return b""
+        if not sequence.at_rest or sequence.id not in self.live:
             return b""
         try:
             states = self._pool.read(sequence.slot) if self._manifest.stateful else ()
@@ -590,7 +592,8 @@ class Population:
         count = min(count, self._pool.used - len(self._leaving) - int(used * self._max_sequences))
         if count <= 0 or self._checkpoints is None or self._draining:
             return
-        old = (s for s in self.live.values() if s.begun <= self._clock() - age_seconds and not s.closing)
+        before = self._clock() - age_seconds
+        old = (s for s in self.live.values() if s.begun <= before and s.movable and not s.closing)
         self._leaving.extend((sequence, Ending.REBALANCE) for sequence in islice(old, count))
 
     def retire(self, max_age_seconds: float, _: None) -> None:

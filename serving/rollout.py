@@ -14,7 +14,8 @@ import platform
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from .catalogue import Catalogue, Refused, Served
 from .engine import Engine
@@ -131,17 +132,17 @@ class Rollout:
 
         Raises: UnknownModel, ModelNotReady, OSError.
         """
-        with self._turn:
+        with self._alone():
             folders = self._repository.folders().get(model, [])
             if not folders:
                 raise UnknownModel(f"failed to load '{model}', failed to poll from model repository")
             self._held.discard(model)
             for folder in folders:
                 if folder.version <= self.catalogue.newest_version(model):
-                    return
+                    break
                 self._try([folder])
-            if not self.catalogue.newest_version(model):
-                refused = self.catalogue.refusal(model, 0)
+            if folders[0].version > self.catalogue.newest_version(model):
+                refused = self.catalogue.refusal(model, folders[0].version)
                 raise ModelNotReady(f"failed to load '{model}': {refused.why if refused else 'stopped'}")
 
     def unload(self, model: str) -> None:
@@ -150,7 +151,7 @@ class Rollout:
 
         Raises: UnknownModel.
         """
-        with self._turn:
+        with self._alone():
             gone = self.catalogue.withdraw(model)
             if not gone:
                 raise UnknownModel(f"failed to unload '{model}': it is not loaded")
@@ -161,6 +162,19 @@ class Rollout:
             for one in gone:
                 one.engine.emptied.wait(_UNLOAD_SECONDS)
                 self._let_go(one)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Whoever calls does not wait: few threads serve such calls, and a check may take minutes.
+
+        Raises: ModelNotReady.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise ModelNotReady("another model is being loaded or unloaded; try again")
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def _poll(self) -> None:
         self._unload()

@@ -267,8 +267,9 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "caller", "checkpoint_every", "constants", "ended", "expected",
-        "feeds", "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "number",
-        "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot", "window",
+        "feeds", "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "movable",
+        "number", "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot",
+        "window",
     )  # fmt: skip
 
     def __init__(
@@ -284,6 +285,7 @@ class Sequence:
         constants: Mapping[str, float] | None = None,
         label: str = "",
         checkpoint_every: int = 0,
+        movable: bool = True,
         sampling: Sampling | None = None,
         caller: str = "",
     ) -> None:
@@ -307,7 +309,8 @@ class Sequence:
         self.answered = 0  # the last step answered
         self.last_outputs: tuple[Output, ...] = ()  # all of that step, if they are small
         self.generation = Generation(sampling) if sampling else None
-        self.checkpoint_every = checkpoint_every  # chunks; 0: the model's; -1: none by itself
+        self.checkpoint_every = checkpoint_every  # chunks; 0: the model's
+        self.movable = movable  # whether its client can go on with it elsewhere, by a token
         self.sealed = 0  # the step of the last checkpoint
         # A list: a few at most, and an empty deque takes half a kilobyte.
         self.pending: list[Chunk | Wish | Ending | TenutoError] = []

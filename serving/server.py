@@ -176,7 +176,7 @@ class Server:
                 catalogue=self.catalogue,
                 sequences=Sequences(config.idle_seconds, self._pending),
                 predicts=self._predicts,
-                regions=Regions(config.shared_memory),
+                regions=Regions(config.shared_memory, config.max_message_bytes),
                 pending=self._pending,
                 refused=self.metrics.refuse,
                 is_draining=lambda: self.metrics.draining,
@@ -228,13 +228,13 @@ class Server:
         self._transport.start()
         threading.Thread(target=self._watch_runs, name="watchdog", daemon=True).start()
         threading.Thread(target=self._look_around, name="housekeeper", daemon=True).start()
-        for name in ("", SERVICE, LIVENESS, READINESS):
+        for name in ("", SERVICE, oip.SERVICE, LIVENESS, READINESS):
             self.health.set(name, _SERVING)
 
     def stop(self, grace_seconds: float | None = None) -> None:
         """Refuses new sequences, sends the live ones away for `grace_seconds` at most, and stops."""
         grace = self.config.drain_seconds if grace_seconds is None else grace_seconds
-        for name in (READINESS, SERVICE, ""):  # before the first refusal
+        for name in (READINESS, SERVICE, oip.SERVICE, ""):  # before the first refusal
             self.health.set(name, _NOT_SERVING)
         if self.config.drain_notice_seconds:  # whoever asks now and then must hear of it first
             self._stopped.wait(self.config.drain_notice_seconds)

@@ -111,9 +111,8 @@ class Checkpoints:
     rarer: int = 1  # large states: so many times as many chunks between two
 
     def interval(self, wished: int) -> int:
-        """Chunks between two checkpoints of a sequence whose client wishes that many, 0: as many as
-        usual, less: none; 0: none by itself."""
-        return max(0, (wished or self.every_chunks) * self.rarer)
+        """Chunks between two checkpoints of a sequence whose client wishes that many; 0: none by itself."""
+        return (wished or self.every_chunks) * self.rarer
 
 
 def token_bytes(manifest: Manifest) -> int:

@@ -31,6 +31,8 @@ _OTHERS_BYTES = 64 << 10
 _SPARE_CALLS = 1024
 # Streams on gRPC's server: each holds a thread of its pool and one more.
 _THREAD_STREAMS = 256
+# Threads of gRPC's server that no call that waits for its answer may have.
+_FREE_THREADS = 4
 
 
 class Stopping(Protocol):
@@ -145,13 +147,26 @@ class ThreadTransport:
             ("grpc.keepalive_timeout_ms", 20_000),
         )
         pool = ThreadPoolExecutor(terms.threads + places.max_streams, "grpc")
+        # Health and models are asked for while others wait.
+        self._waiting = threading.BoundedSemaphore(max(1, terms.threads - _FREE_THREADS))
         self._server = grpc.server(pool, options=options)
         self.add_generic_rpc_handlers: Callable[[Iterable[Any]], None] = self._server.add_generic_rpc_handlers
         self.start = self._server.start
 
     def listen(self, path: str, opener: Opener) -> None:
         """Each call has a thread of the pool until it is answered."""
-        self._add(path, grpc.unary_unary_rpc_method_handler(lambda *call: answered(opener, *call)))
+
+        def handle(request: bytes, context: grpc.ServicerContext) -> bytes:
+            if not self._waiting.acquire(blocking=False):
+                error = PoolFull("all threads for calls wait for answers; retry, or send on a stream")
+                context.set_trailing_metadata(metadata_of(error))
+                context.abort(code_of(error), str(error))
+            try:
+                return answered(opener, request, context)
+            finally:
+                self._waiting.release()
+
+        self._add(path, grpc.unary_unary_rpc_method_handler(handle))
 
     def listen_to_streams(self, path: str, opener: Opener) -> None:
         def handle(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

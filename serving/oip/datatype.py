@@ -50,7 +50,7 @@ def raw(contents: pb.InferTensorContents, datatype: str, name: str, model: str) 
     if datatype == BYTES:
         return packed(elements)
     try:
-        return np.array(elements, DTYPES[datatype]).tobytes()
+        return np.array(list(elements), DTYPES[datatype]).tobytes()
     except OverflowError as error:
         raise Refusal(f"input '{name}' for model '{model}': {error}") from error
 
@@ -60,17 +60,18 @@ def packed(elements: Iterable[bytes]) -> bytes:
     return b"".join([_LENGTH.pack(len(element)) + element for element in elements])
 
 
-def elements_of(data: bytes, name: str, model: str) -> list[bytes]:
-    """The inverse. Raises: Refusal."""
-    found, at = [], 0
-    while at + _LENGTH.size <= len(data):
+def elements_of(data: bytes, count: int, name: str, model: str) -> list[bytes]:
+    """The inverse, of so many. Raises: Refusal."""
+    found: list[bytes] = []
+    at = 0
+    while at + _LENGTH.size <= len(data) and len(found) < count:
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size + length
         found.append(data[at - length : at])
-    if at != len(data):
+    if at != len(data) or len(found) != count:
         raise Refusal(
-            f"unexpected number of string elements for inference input '{name}' for model '{model}': its "
-            f"{len(data)} bytes do not end with an element"
+            f"expected {count} string elements for inference input '{name}' for model '{model}', got "
+            f"{len(found)} in {len(data)} bytes, or the last one is not whole"
         )
     return found
 

@@ -22,7 +22,7 @@ from tenuto.serving.varint import varint
 from .datatype import BYTES, DATATYPES, DTYPES, elements_of, is_stated, packed, raw
 from .question import Question, Wanted, place_of
 from .refusal import Refusal
-from .shared_memory import Regions
+from .shared_memory import Memory
 
 Tensors = tuple[
     tuple[tuple[int, ...], bytes], ...
@@ -32,6 +32,7 @@ _MOST_HEADS = 256  # combinations of shapes that are remembered
 _ID, _PARAMETER, _OUTPUT, _RAW = b"\x1a", b"\x22", b"\x2a", b"\x32"  # of a ModelInferResponse
 _RESPONSE = b"\x12"  # of a ModelStreamInferResponse
 _PNG = b"\x89PNG"
+_MOST_CLASSES = 1 << 16  # of one answer: they are written one by one
 
 
 @dataclass(slots=True)
@@ -84,15 +85,15 @@ class Form:
 
     # Requests.
 
-    def read(self, request: pb.ModelInferRequest, regions: Regions, peer: str) -> tuple[bytes, ...]:
+    def read(self, request: pb.ModelInferRequest, memory: Memory) -> tuple[bytes, ...]:
         """Per input, in the manifest's order, its samples' bytes.
 
         Raises: Refusal, TenutoError.
         """
-        tensors = self._tensors(request, regions, peer)
+        tensors = self._tensors(request, memory)
         return self._reader.read(tensors, None if self.manifest.stateful else self.manifest.max_batch)
 
-    def _tensors(self, request: pb.ModelInferRequest, regions: Regions, peer: str) -> list[Tensor]:
+    def _tensors(self, request: pb.ModelInferRequest, memory: Memory) -> list[Tensor]:
         forms, raws, tensors = self._inputs, list(request.raw_input_contents), []
         self._check_names([tensor.name for tensor in request.inputs])
         rows = -1
@@ -101,9 +102,9 @@ class Form:
             shape = list(tensor.shape)
             dtype = form.dtype(tensor.datatype)
             own = form.own_shape(shape, tensor.datatype)
-            data = self._data(tensor, raws, regions, peer)
+            data = self._data(tensor, raws, memory)
             tensors.append(form.tensor(dtype, tensor.datatype, own, shape, data))
-            if self.max_batch_size and not self.manifest.stateful:
+            if self.max_batch_size and not self.manifest.stateful and shape:
                 if rows not in (-1, shape[0]):
                     raise Refusal(
                         f"input '{tensor.name}' batch size does not match other inputs for '{self.name}'"
@@ -130,7 +131,7 @@ class Form:
         )
 
     def _data(
-        self, tensor: pb.ModelInferRequest.InferInputTensor, raws: list[bytes], regions: Regions, peer: str
+        self, tensor: pb.ModelInferRequest.InferInputTensor, raws: list[bytes], memory: Memory
     ) -> bytes:
         place = place_of(tensor.parameters, f"input '{tensor.name}'") if tensor.parameters else None
         explicit = tensor.HasField("contents") and is_stated(tensor.contents)
@@ -140,7 +141,7 @@ class Form:
                     f"unexpected 'content' provided when using shared memory for input tensor "
                     f"'{tensor.name}' for model '{self.name}'"
                 )
-            return regions.read(place, peer)
+            return memory.read(place)
         if explicit:
             if raws:
                 raise Refusal(
@@ -164,13 +165,13 @@ class Form:
             Tensor(tensor.name, form.dtype(tensor.datatype), list(tensor.shape), b"")
         )
 
-    def check_wanted(self, question: Question, regions: Regions, peer: str) -> None:
+    def check_wanted(self, question: Question, memory: Memory) -> None:
         """Raises: Refusal for outputs that there are not, and for places that are none."""
         for wanted in question.wanted:
             if wanted.name not in self._outputs:
                 raise Refusal(f"unexpected inference output '{wanted.name}' for model '{self.name}'")
             if wanted.place is not None:
-                regions.check(wanted.place, peer)
+                memory.check(wanted.place)
 
     # Answers.
 
@@ -180,7 +181,9 @@ class Form:
             return answers[0].tensors
         joined = []
         for index, spec in enumerate(self.manifest.outputs):
-            parts = [answer.tensors[index] for answer in answers if len(answer.tensors) > index]
+            parts = [answer.tensors[index] for answer in answers if answer.tensors]
+            if not parts:
+                return ()
             if spec.time_axis is None:
                 joined.append(parts[-1])
                 continue
@@ -190,14 +193,14 @@ class Form:
             joined.append((whole.shape, whole.tobytes()))
         return tuple(joined)
 
-    def write(self, tensors: Tensors, question: Question, regions: Regions, *, streamed: bool) -> bytes:
+    def write(self, tensors: Tensors, question: Question, memory: Memory, *, streamed: bool) -> bytes:
         """A ModelInferResponse; `streamed`: one inside a ModelStreamInferResponse.
 
         Raises: Refusal where an output does not fit into its place.
         """
         tensors = tensors or self._nothing  # no frame was completed
         if question.wanted:
-            message = self._write_wanted(tensors, question, regions)
+            message = self._write_wanted(tensors, question, memory)
         else:
             message = self._write_all(tensors, question.id)
         if not streamed:
@@ -238,7 +241,7 @@ class Form:
             whole.insert(spec.batch_axis, int(bool(data) or spec.time_axis is not None))
         return whole
 
-    def _write_wanted(self, tensors: Tensors, question: Question, regions: Regions) -> bytes:
+    def _write_wanted(self, tensors: Tensors, question: Question, memory: Memory) -> bytes:
         response = pb.ModelInferResponse(model_name=self.name, model_version=self.version, id=question.id)
         for wanted in question.wanted:
             index = self._outputs[wanted.name]
@@ -252,7 +255,7 @@ class Form:
             output.shape.extend(whole)
             response.raw_output_contents.append(data if wanted.place is None else b"")
             if wanted.place is not None:
-                _put(output, wanted, data, regions)
+                _put(output, wanted, data, memory)
         return response.SerializeToString()
 
 
@@ -265,12 +268,12 @@ def _empty(spec: Output, alone: bool) -> tuple[int, ...]:
 
 
 def _put(
-    output: pb.ModelInferResponse.InferOutputTensor, wanted: Wanted, data: bytes, regions: Regions
+    output: pb.ModelInferResponse.InferOutputTensor, wanted: Wanted, data: bytes, memory: Memory
 ) -> None:
     """Raises: Refusal."""
     place = wanted.place
     assert place is not None
-    regions.write(place, data, wanted.name)
+    memory.write(place, data, wanted.name)
     output.parameters["shared_memory_region"].string_param = place.region
     output.parameters["shared_memory_byte_size"].int64_param = len(data)
     if place.offset:
@@ -284,8 +287,14 @@ def classified(
 ) -> tuple[list[int], bytes]:
     """The largest along the last axis as `value:index:label`, the largest first; shape and elements."""
     *leading, width = values.shape or (1,)
-    rows = values.reshape(-1, width)
     count = min(classes, width)
+    if not values.size:
+        return [*leading, count], b""
+    rows = values.reshape(-1, width)
+    if len(rows) * count > _MOST_CLASSES:
+        raise Refusal(
+            f"a classification of {len(rows) * count} elements, the limit is {_MOST_CLASSES}; send less"
+        )
     order = np.argsort(-rows.astype(np.float64), axis=1, kind="stable")[:, :count]
     elements = [
         f"{row[index]:f}:{index}" + (f":{labels[index]}" if index < len(labels) else "")
@@ -355,23 +364,18 @@ class _InputForm:
         """Raises: Refusal."""
         spec, model = self.spec, self._manifest.name
         if datatype == BYTES:
-            elements = elements_of(data, spec.name, model)
-            if len(elements) != _product(shape):
-                raise Refusal(
-                    f"expected {_product(shape)} string elements for inference input '{spec.name}' for model "
-                    f"'{model}', got {len(elements)}"
-                )
-            if spec.text is not None:
-                if len(elements) != 1:
-                    raise Refusal(
-                        f"input '{spec.name}' for model '{model}' takes one text a request, got "
-                        f"{len(elements)}"
-                    )
-                return Tensor(spec.name, "utf8", [], elements[0])
-            if not self._manifest.stateful and len(elements) > self._manifest.max_batch:
+            count = _product(shape)
+            if spec.text is None and count > self._manifest.max_batch:  # before they are counted
                 raise Refusal(
                     f"inference request batch-size must be <= {self._manifest.max_batch} for '{model}'"
                 )
+            elements = elements_of(data, min(count, self._manifest.max_batch), spec.name, model)
+            if spec.text is not None:
+                if count != 1:
+                    raise Refusal(
+                        f"input '{spec.name}' for model '{model}' takes one text a request, got {count}"
+                    )
+                return Tensor(spec.name, "utf8", [], elements[0])
             encoding = "png" if elements and elements[0].startswith(_PNG) else "jpeg"
             return Tensor(spec.name, encoding, [len(elements)], data)
         size = _product(shape) * np.dtype(dtype).itemsize

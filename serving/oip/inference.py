@@ -19,7 +19,7 @@ from tenuto.oip import inference_pb2 as pb
 from tenuto.serving.call import GONE, Call, Listener
 from tenuto.serving.callers import Caller, Callers, Pacer
 from tenuto.serving.catalogue import Catalogue, Served
-from tenuto.serving.errors import ModelNotReady, TenutoError, UnknownModel
+from tenuto.serving.errors import ModelNotReady, PoolFull, TenutoError, UnknownModel
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.predict import Prediction, Predicts
 from tenuto.serving.sequence import Ending
@@ -30,7 +30,8 @@ from tenuto.serving.varint import varint
 from .form import Form, Tensors, form_of
 from .question import Question, version_of
 from .refusal import LEAVING, Code, Refusal
-from .sequences import Asker, Key, Sequences
+from .sequences import Sequences
+from .session import Asker, Key
 from .shared_memory import Regions
 
 log = logging.getLogger("tenuto.oip")
@@ -43,6 +44,7 @@ _REQUEST_BYTES = 512  # what one costs beside its message
 _PATIENCE_SECONDS = 5.0
 # Requests of a stream that are known by their bytes; and that are learnt in vain before none is any more.
 _MOST_KNOWN, _MOST_TRIES = 64, 16
+_MOST_REST_BYTES = 4 << 10
 _ID, _RAW = b"\x1a", b"\x3a"  # the fields id and raw_input_contents of a ModelInferRequest
 
 
@@ -71,7 +73,7 @@ def served_of(catalogue: Catalogue, model: str, version: str) -> Served:
         raise Refusal(text, Code.UNAVAILABLE, error.reason) from error
     except UnknownModel as error:
         known = {one.manifest.name for one in (*catalogue.served, *catalogue.retiring)}
-        if model not in known:
+        if model not in known | catalogue.withdrawn:
             text = f"Request for unknown model: '{model}' is not found"
         elif number:
             text = f"Request for unknown model: '{model}' version {number} is not found"
@@ -87,7 +89,6 @@ class Known:
     key: Key
     form: Form
     question: Question
-    named: bool
     head: bytes
 
 
@@ -113,8 +114,11 @@ class KnownRequests:
                 continue
             at, request_id = len(head), b""
             if message.startswith(_ID, at):
-                at += 2 + message[at + 1]
+                size = message[at + 1] if len(message) > at + 1 else 0x80
+                at += 2 + size
                 request_id = message[len(head) + 2 : at]
+                if size > 0x7F or not request_id.isascii():
+                    continue
             for size in self._sizes:
                 known = self._by_rest.get(message[at:-size])
                 if known is not None and known.head is head:
@@ -140,11 +144,14 @@ class KnownRequests:
         rest = message[len(begin) : -size]
         if not message.startswith(begin) or len(told) > 127 or not rest.endswith(_RAW + varint(size)):
             return
+        request.DiscardUnknownFields()
+        if len(rest) > _MOST_REST_BYTES or request.ByteSize() != len(message):
+            return
         self._tries -= 1
         if len(self._by_rest) >= _MOST_KNOWN:
             self._by_rest, self._heads, self._sizes = {}, (), ()
         head = next((one for one in self._heads if one == head), head)
-        self._by_rest[rest] = Known(key, form, question, bool(question.sequence), head)
+        self._by_rest[rest] = Known(key, form, question, head)
         self._heads = self._heads if head in self._heads else (*self._heads, head)
         self._sizes = self._sizes if size in self._sizes else (*self._sizes, size)
 
@@ -155,7 +162,7 @@ class _Asked:
     def __init__(self, shared: Shared, caller: Caller, peer: str, stream: object) -> None:
         self._shared = shared
         self._caller = caller
-        self._peer = peer
+        self.memory = shared.regions.of(caller.name, peer)
         self._stream = stream  # None: a unary call
 
     def take(self, request: pb.ModelInferRequest, asker: Asker) -> Prediction | None:
@@ -167,20 +174,26 @@ class _Asked:
         if shared.is_draining():
             raise Refusal(LEAVING, Code.UNAVAILABLE, "DRAINING")
         question = Question.of(request)
-        key, named = self.key_of(request, question), bool(question.sequence)
+        key = self.key_of(request, question)
         form = None if question.start else shared.sequences.form_of(key)
+        if form is not None and request.model_version not in ("", form.version):
+            version_of(request.model_version)
+            text = f"sequence {key[2]} to model '{form.name}' is one of version {form.version}, not of "
+            raise Refusal(f"{text}{request.model_version}")
         if form is None:
             served = served_of(shared.catalogue, request.model_name, request.model_version)
             form = form_of(served)
         if not form.manifest.stateful:
             return self._predict(request, form, question, asker)
-        if not named and self._stream is None:
+        if not question.sequence and self._stream is None:
             raise Refusal(
                 f"inference request to model '{form.name}' must specify a non-zero or non-empty "
                 "correlation ID"
             )
+        if self._stream is None and shared.pending.full:  # on a stream, it is not read
+            raise PoolFull(f"more than {shared.pending.limit_bytes} bytes are pending; retry")
         data = self._read(request, form, question)
-        shared.sequences.ask(key, form, question, data, self._caller, asker, named=named)
+        shared.sequences.ask(key, form, question, data, self._caller, asker)
         return None
 
     def key_of(self, request: pb.ModelInferRequest, question: Question) -> Key:
@@ -203,14 +216,14 @@ class _Asked:
         question = known.question
         if request_id != question.id:
             question = replace(question, id=request_id)
-        shared.sequences.ask(known.key, known.form, question, (data,), self._caller, asker, named=known.named)
+        shared.sequences.ask(known.key, known.form, question, (data,), self._caller, asker)
         return True
 
     def _read(self, request: pb.ModelInferRequest, form: Form, question: Question) -> tuple[bytes, ...]:
         try:
             if question.wanted:
-                form.check_wanted(question, self._shared.regions, self._peer)
-            return form.read(request, self._shared.regions, self._peer)
+                form.check_wanted(question, self.memory)
+            return form.read(request, self.memory)
         except Refusal as refusal:
             raise refusal.about(question.id) from refusal
 
@@ -219,7 +232,9 @@ class _Asked:
     ) -> Prediction:
         def done(answer: Answer | TenutoError) -> None:
             if isinstance(answer, TenutoError):
-                asker.refuse(Refusal.of(answer))
+                refusal = Refusal.of(answer)
+                refusal.counted = True  # by its model
+                asker.refuse(refusal)
             else:
                 asker.answer(form, answer.tensors, question)
 
@@ -266,7 +281,7 @@ class Inferences:
         except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
-        stream = StreamInfer(call, self.shared, caller, self._pacer, self._gone)
+        stream = StreamInfer(call, self.shared, caller, self._pacer, self._readers, self._gone)
         with self._lock:
             self._streams.add(stream)
         stream.drop_if_unknown()
@@ -357,7 +372,7 @@ class UnaryInfer:
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
         try:
-            message = form.write(tensors, question, self._shared.regions, streamed=False)
+            message = form.write(tensors, question, self._asked.memory, streamed=False)
         except Refusal as refusal:
             self.refuse(refusal)
             return
@@ -369,38 +384,39 @@ class UnaryInfer:
         self._call.finish()
 
     def refuse(self, refusal: Refusal) -> None:
-        self._shared.refused(refusal.reason)
+        if not refusal.counted:
+            self._shared.refused(refusal.reason)
         self._call.finish(refusal.code, str(refusal), refusal.metadata)
 
 
 class _Slot:
     """One request of a stream, in the order of their coming. An Asker."""
 
-    __slots__ = ("_message", "_nbytes", "_request_id", "_stream", "status")
+    __slots__ = ("_message", "_request_id", "_stream", "nbytes", "status")
 
     def __init__(self, stream: StreamInfer, request_id: str, nbytes: int) -> None:
         self._stream = stream
         self._request_id = request_id
-        self._nbytes = nbytes
+        self.nbytes = nbytes  # owed until it is sent
         self._message: bytes | None = None
         self.status: Refusal | None = None  # ends the stream instead
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
         try:
-            message = form.write(tensors, question, self._stream.regions, streamed=True)
+            message = form.write(tensors, question, self._stream.memory, streamed=True)
         except Refusal as refusal:
             self.refuse(refusal)
         except Exception:
             log.exception("an answer could not be written")
             self.refuse(Refusal.of_bug())
         else:
-            self._stream.answered(self, message, self._nbytes)
+            self._stream.answered(self, message)
 
     def refuse(self, refusal: Refusal) -> None:
         if self._stream.ends_by_errors:
             self.status = refusal
         self._stream.refused(refusal)
-        self._stream.answered(self, _in_band(refusal, self._request_id), self._nbytes)
+        self._stream.answered(self, _in_band(refusal, self._request_id))
 
     @property
     def message(self) -> bytes | None:
@@ -414,15 +430,22 @@ class StreamInfer:
     """One ModelStreamInfer: answers go out in the order of their requests. A Listener."""
 
     def __init__(
-        self, call: Call, shared: Shared, caller: Caller, pacer: Pacer, gone: Callable[[StreamInfer], None]
+        self,
+        call: Call,
+        shared: Shared,
+        caller: Caller,
+        pacer: Pacer,
+        readers: Predicts,
+        gone: Callable[[StreamInfer], None],
     ) -> None:
         self._call = call
         self._shared = shared
         self._caller = caller
         self._pacer = pacer
+        self._readers = readers
         self._gone = gone
         self._asked = _Asked(shared, caller, call.peer(), self)
-        self.regions = shared.regions
+        self.memory = self._asked.memory
         self.ends_by_errors = dict(call.metadata).get("triton_grpc_error") == "true"
         self.owed = PendingBytes(_MOST_UNANSWERED_BYTES)
         self._lock = threading.Lock()
@@ -431,13 +454,43 @@ class StreamInfer:
         self._half_closed = False
         self._pause = 0.0  # seconds until it is read on: its caller is too fast
         self._resume: Callable[[], None] | None = None
+        self._reading = False  # another thread reads a large request; until then no other is read
+        self._over = False
 
     def received(self, message: bytes) -> None:
-        nbytes = len(message) + _REQUEST_BYTES
-        self.owed.add(nbytes)
         if self._caller.rate:
             self._pause = self._caller.spend(1, time.monotonic())
-        found = self._known.find(message)
+        if len(message) <= _MOST_AT_ONCE:
+            self._take(message)
+        else:
+            self._take_later(message)
+
+    def _take_later(self, message: bytes) -> None:
+        self._reading = True
+
+        def read() -> None:
+            try:
+                self._take(message)
+            finally:
+                with self._lock:
+                    self._reading = False
+                    resume, self._resume = self._resume, None
+                if resume is not None:
+                    resume()
+
+        try:
+            self._readers.read_later(read, len(message))
+        except TenutoError as error:
+            self._reading = False
+            slot = _Slot(self, "", _REQUEST_BYTES)
+            self.owed.add(slot.nbytes)
+            self._slots.append(slot)
+            slot.refuse(Refusal.of(error))
+
+    def _take(self, message: bytes) -> None:
+        nbytes = len(message) + _REQUEST_BYTES
+        self.owed.add(nbytes)
+        found = self._known.find(message) if len(message) <= _MOST_AT_ONCE else None
         if found is not None:
             slot = _Slot(self, found[1], nbytes)
             self._slots.append(slot)
@@ -449,7 +502,7 @@ class StreamInfer:
         except DecodeError:
             text = f"{len(message)} bytes are no ModelInferRequest"
             self._shared.refused("WRONG_MESSAGE")
-            self.terminated()
+            self._shared.sequences.leave(self, Ending.CANCELLED)
             self._call.finish(Code.INTERNAL, text)
             return
         slot = _Slot(self, request.id, nbytes)
@@ -473,26 +526,33 @@ class StreamInfer:
         except Exception:
             log.exception("a request met a bug")
             slot.refuse(Refusal.of_bug())
+        finally:
+            if self._over:  # meanwhile, and it did not see what begins here
+                self._shared.sequences.leave(self, Ending.CANCELLED)
         return True
 
-    def answered(self, slot: _Slot, message: bytes, nbytes: int) -> None:
+    def answered(self, slot: _Slot, message: bytes) -> None:
         """Sends what is due. On any thread."""
+        self.owed.add(len(message))
+        sent = 0
         with self._lock:
             slot.fill(message)
             slots = self._slots
             while slots and (due := slots[0].message) is not None:
                 first = slots.popleft()
+                sent += first.nbytes + len(due)
                 if first.status is not None:
                     self._call.finish(first.status.code, str(first.status), first.status.metadata)
                 else:
                     self._call.send(due)
             done = self._half_closed and not slots
-        self.owed.remove(nbytes)
+        self.owed.remove(sent)
         if done:
             self._finish()
 
     def refused(self, refusal: Refusal) -> None:
-        self._shared.refused(refusal.reason)
+        if not refusal.counted:
+            self._shared.refused(refusal.reason)
 
     def half_closed(self) -> None:
         with self._lock:
@@ -506,6 +566,7 @@ class StreamInfer:
         self._call.finish()
 
     def terminated(self) -> None:
+        self._over = True
         self._shared.sequences.leave(self, Ending.CANCELLED)
         if self._resume is not None:
             self.owed.forget(self._resume)
@@ -514,6 +575,10 @@ class StreamInfer:
         self._gone(self)
 
     def wait(self, resume: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._reading:
+                self._resume = resume
+                return True
         if self._pause:
             self._resume, seconds, self._pause = resume, self._pause, 0.0
             self._pacer.later(seconds, resume)

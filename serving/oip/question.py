@@ -50,14 +50,17 @@ class Question:
         stated, sequence, start, end, step = request.parameters, 0, False, False, 0
         if stated:  # looking into an empty map costs, too
             sequence, start, end, step = _sequence(stated)
-        return cls(request.id, sequence, start, end, step, tuple(map(_wanted, request.outputs)))
+        wanted = tuple(map(_wanted, request.outputs))
+        if len({one.name for one in wanted}) < len(wanted):
+            raise Refusal("an output is requested twice; once is enough for each")
+        return cls(request.id, sequence, start, end, step, wanted)
 
 
 def version_of(text: str) -> int:
     """0 for an empty one. Raises: Refusal."""
     if not text:
         return 0
-    if not re.fullmatch(r"-?[0-9]+", text):
+    if not re.fullmatch(r"-?[0-9]{1,19}", text):
         raise Refusal(
             f"failed to get model version from specified version string '{text}' (details: stol), version "
             "should be an integral value > 0"

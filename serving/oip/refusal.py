@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import grpc
 
-from tenuto.serving.errors import RunFailed, ServerDraining, TenutoError, TooLarge
+from tenuto.serving.errors import RunFailed, TenutoError, TooLarge
 from tenuto.serving.status import code_of
 
 Code = grpc.StatusCode
@@ -14,6 +14,7 @@ _CODES = {
     Code.FAILED_PRECONDITION: Code.INVALID_ARGUMENT,
     Code.OUT_OF_RANGE: Code.INVALID_ARGUMENT,
 }
+_LONGEST_TEXT = 1000  # a text may quote what a client sent, and has to fit into gRPC's 8 KiB of metadata
 LEAVING = "GRPC server is shutting down and has stopped accepting new requests."
 
 
@@ -21,16 +22,15 @@ class Refusal(Exception):
     """Ends one request. `reason` is what a program reads; empty where the status says all."""
 
     def __init__(self, text: str, code: Code = Code.INVALID_ARGUMENT, reason: str = "WRONG_REQUEST") -> None:
-        super().__init__(text)
+        super().__init__(text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + " …")
         self.code = code
         self.reason = reason
         self.retry_after_ms = 0
+        self.counted = False  # among the metrics of a model
 
     @classmethod
     def of(cls, error: TenutoError) -> Refusal:
         """The same in this protocol's statuses."""
-        if isinstance(error, ServerDraining):
-            return cls(LEAVING, Code.UNAVAILABLE, error.reason)
         code = Code.INVALID_ARGUMENT if isinstance(error, TooLarge) else code_of(error)
         refusal = cls(str(error), _CODES.get(code, code), error.reason)
         refusal.retry_after_ms = error.retry_after_ms

@@ -181,6 +181,8 @@ class OipServicer:
                 state="UNAVAILABLE",
                 reason="unloading",
             )
+        for name in sorted(self._catalogue.withdrawn):
+            response.models.add(name=name, state="UNAVAILABLE", reason="unloaded")
         for refused in self._catalogue.refused:
             response.models.add(
                 name=refused.model, version=str(refused.version), state="UNAVAILABLE", reason=refused.why
@@ -214,24 +216,25 @@ class OipServicer:
         return self._site.control
 
     def _register(
-        self, request: pb.SystemSharedMemoryRegisterRequest, _caller: Caller, peer: str
+        self, request: pb.SystemSharedMemoryRegisterRequest, caller: Caller, peer: str
     ) -> pb.SystemSharedMemoryRegisterResponse:
-        self._shared.regions.register(request.name, request.key, request.offset, request.byte_size, peer)
+        memory = self._shared.regions.of(caller.name, peer)
+        memory.register(request.name, request.key, request.offset, request.byte_size)
         return pb.SystemSharedMemoryRegisterResponse()
 
     def _unregister(
-        self, request: pb.SystemSharedMemoryUnregisterRequest, _caller: Caller, peer: str
+        self, request: pb.SystemSharedMemoryUnregisterRequest, caller: Caller, peer: str
     ) -> pb.SystemSharedMemoryUnregisterResponse:
         """Without shared memory there is nothing to unregister, which clients ask for before they look."""
         if request.name or self._shared.regions.prefix:
-            self._shared.regions.unregister(request.name, peer)  # which says if it is off
+            self._shared.regions.of(caller.name, peer).unregister(request.name)  # which says if it is off
         return pb.SystemSharedMemoryUnregisterResponse()
 
     def _regions(
-        self, request: pb.SystemSharedMemoryStatusRequest, _caller: Caller, peer: str
+        self, request: pb.SystemSharedMemoryStatusRequest, caller: Caller, peer: str
     ) -> pb.SystemSharedMemoryStatusResponse:
         response = pb.SystemSharedMemoryStatusResponse()
-        for region in self._shared.regions.status(request.name, peer):
+        for region in self._shared.regions.of(caller.name, peer).status(request.name):
             told = response.regions[region.name]
             told.name, told.key = region.name, region.key
             told.offset, told.byte_size = region.offset, region.nbytes

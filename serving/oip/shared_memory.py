@@ -19,7 +19,10 @@ from .refusal import Code, Refusal
 _FOLDER = Path("/dev/shm")  # where shm_open of Linux keeps them
 _KEY = re.compile(r"/?[A-Za-z0-9._-]{1,250}")
 _MOST_REGIONS = 4096
-_NEARBY = ("ipv4:127.", "ipv6:[::1]", "unix:")
+# As our own server and gRPC's name the loopback.
+_NEARBY = (
+    "ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D", "ipv6:[::ffff:127.", "ipv6:%5B::ffff:127.", "unix:",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,59 +37,110 @@ class Region:
 
 
 class Regions:
-    """All of a server. Any thread."""
+    """All of a server, each its caller's. Any thread."""
 
-    def __init__(self, prefix: str) -> None:
-        """Keys begin with `prefix`; an empty one means that there is no shared memory."""
+    def __init__(self, prefix: str, max_bytes: int) -> None:
+        """Keys begin with `prefix`; an empty one means that there is no shared memory. A tensor
+        there has `max_bytes` at most, as a message has."""
         self.prefix = prefix
-        self._regions: dict[str, Region] = {}
+        self.max_bytes = max_bytes
+        self._regions: dict[tuple[str, str], Region] = {}
         self._lock = threading.Lock()
 
-    def register(self, name: str, key: str, offset: int, nbytes: int, peer: str) -> None:
+    def of(self, owner: str, peer: str) -> Memory:
+        """That caller's, who calls from there."""
+        return Memory(self, owner, peer)
+
+    def register(self, owner: str, name: str, key: str, offset: int, nbytes: int) -> None:
         """Raises: Refusal."""
-        self._check_peer(peer)
         if not _KEY.fullmatch(key) or not key.removeprefix("/").startswith(self.prefix.removeprefix("/")):
             raise Refusal(
                 f"failed to register shared memory region '{name[:100]}': its key {key[:100]!r} does not "
                 f"begin with {self.prefix!r}, or has other characters than letters, digits, '.', '_' and '-'"
             )
         with self._lock:
-            if name in self._regions:
+            if (owner, name) in self._regions:
                 raise Refusal(f"shared memory region '{name}' already in manager", Code.ALREADY_EXISTS)
             if len(self._regions) >= _MOST_REGIONS:
                 text = f"{_MOST_REGIONS} shared memory regions are registered; unregister some"
                 raise Refusal(text, Code.UNAVAILABLE)
             file = _opened(name, key, offset + nbytes)
-            self._regions[name] = Region(name, key, offset, nbytes, file)
+            self._regions[owner, name] = Region(name, key, offset, nbytes, file)
 
-    def unregister(self, name: str, peer: str) -> None:
+    def unregister(self, owner: str, name: str) -> None:
         """All of them without a name. One that is not there is no error, as in Triton."""
-        self._check_peer(peer)
         with self._lock:
-            names = [name] if name else list(self._regions)
-            for one in names:
-                region = self._regions.pop(one, None)
-                if region is not None:
-                    os.close(region.file)
+            own = [one for one in self._regions if one[0] == owner and name in ("", one[1])]
+            for one in own:
+                os.close(self._regions.pop(one).file)
 
-    def status(self, name: str, peer: str) -> list[Region]:
+    def status(self, owner: str, name: str) -> list[Region]:
         """That one, or all. Raises: Refusal."""
-        self._check_peer(peer)
         with self._lock:
-            if name and name not in self._regions:
-                raise _unknown(name)
-            return [self._regions[name]] if name else list(self._regions.values())
+            found = [r for (whose, n), r in self._regions.items() if whose == owner and name in ("", n)]
+        if name and not found:
+            raise _unknown(name)
+        return found
 
-    def read(self, place: Place, peer: str) -> bytes:
+    def borrow(self, owner: str, place: Place) -> tuple[int, int]:
+        """A file of the caller's own, to be closed, and where the place begins in it. Raises: Refusal."""
+        with self._lock:
+            region = self._regions.get((owner, place.region))
+            if region is None:
+                raise _unknown(place.region)
+            if place.offset >= region.nbytes:
+                raise Refusal(f"Invalid offset for shared memory region: '{place.region}'")
+            if place.offset + place.nbytes > region.nbytes:
+                raise Refusal(f"Invalid offset + byte size for shared memory region: '{place.region}'")
+            return os.dup(region.file), region.offset + place.offset
+
+    def close(self) -> None:
+        """Lets go of all of them."""
+        with self._lock:
+            regions, self._regions = self._regions, {}
+        for region in regions.values():
+            os.close(region.file)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The regions of one caller, who calls from `peer`."""
+
+    regions: Regions
+    owner: str
+    peer: str
+
+    def register(self, name: str, key: str, offset: int, nbytes: int) -> None:
         """Raises: Refusal."""
-        self._check_peer(peer)
-        with self._lock:  # or its file might be closed meanwhile, and be another one
-            region = self._region(place)
-            data = os.pread(region.file, place.nbytes, region.offset + place.offset)
-        if len(data) != place.nbytes:
+        self._check()
+        self.regions.register(self.owner, name, key, offset, nbytes)
+
+    def unregister(self, name: str) -> None:
+        """Raises: Refusal."""
+        self._check()
+        self.regions.unregister(self.owner, name)
+
+    def status(self, name: str) -> list[Region]:
+        """Raises: Refusal."""
+        self._check()
+        return self.regions.status(self.owner, name)
+
+    def read(self, place: Place) -> bytes:
+        """Raises: Refusal."""
+        self._check()
+        if place.nbytes > self.regions.max_bytes:
             raise Refusal(
-                f"shared memory region '{place.region}' was cut off: {len(data)} bytes are left there"
+                f"{place.nbytes} bytes of shared memory region '{place.region}', the limit is "
+                f"{self.regions.max_bytes} (--max-message-bytes)"
             )
+        file, begin = self.regions.borrow(self.owner, place)
+        try:
+            data = os.pread(file, place.nbytes, begin)
+        finally:
+            os.close(file)
+        if len(data) != place.nbytes:
+            text = f"shared memory region '{place.region}' was cut off: {len(data)} bytes are left there"
+            raise Refusal(text)
         return data
 
     def write(self, place: Place, data: bytes, output: str) -> None:
@@ -97,48 +151,27 @@ class Regions:
                 f"should be at least {len(data)} bytes to hold the results",
                 Code.INTERNAL,
             )
-        with self._lock:
-            region = self._region(place)
-            if os.fstat(region.file).st_size < region.offset + place.offset + len(data):  # or it would grow
+        file, begin = self.regions.borrow(self.owner, place)
+        try:
+            if os.fstat(file).st_size < begin + len(data):  # or it would grow
                 raise Refusal(f"shared memory region '{place.region}' was cut off")
-            os.pwrite(region.file, data, region.offset + place.offset)
+            os.pwrite(file, data, begin)
+        finally:
+            os.close(file)
 
-    def check(self, place: Place, peer: str) -> None:
+    def check(self, place: Place) -> None:
         """Whether a tensor may be written there. Raises: Refusal."""
-        self._check_peer(peer)
-        with self._lock:
-            self._region(place)
+        self._check()
+        file, _ = self.regions.borrow(self.owner, place)
+        os.close(file)
 
-    def close(self) -> None:
-        """Lets go of all of them."""
-        with self._lock:
-            regions, self._regions = self._regions, {}
-        for region in regions.values():
-            os.close(region.file)
-
-    def _region(self, place: Place) -> Region:
-        region = self._regions.get(place.region)
-        if region is None:
-            raise _unknown(place.region)
-        if place.offset >= region.nbytes:
-            raise Refusal(f"Invalid offset for shared memory region: '{place.region}'")
-        if place.offset + place.nbytes > region.nbytes:
-            raise Refusal(f"Invalid offset + byte size for shared memory region: '{place.region}'")
-        return region
-
-    def _check_peer(self, peer: str) -> None:
-        if not self.prefix:
-            raise Refusal(
-                "shared memory is off; start the server with --shared-memory",
-                Code.UNIMPLEMENTED,
-                "NOT_SUPPORTED",
-            )
-        if not peer.startswith(_NEARBY):
-            raise Refusal(
-                "shared memory is for clients on the server's machine, over the loopback or a Unix socket",
-                Code.UNIMPLEMENTED,
-                "NOT_SUPPORTED",
-            )
+    def _check(self) -> None:
+        if not self.regions.prefix:
+            text = "shared memory is off; start the server with --shared-memory"
+            raise Refusal(text, Code.UNIMPLEMENTED, "NOT_SUPPORTED")
+        if not self.peer.startswith(_NEARBY):
+            text = "shared memory is for clients on the server's machine, over the loopback or a Unix socket"
+            raise Refusal(text, Code.UNIMPLEMENTED, "NOT_SUPPORTED")
 
 
 def _opened(name: str, key: str, nbytes: int) -> int:

@@ -57,7 +57,8 @@ _OIP = [
     ["datatype", "question"],
     ["shared_memory"],
     ["form"],
-    ["description", "sequences"],
+    ["description", "session"],
+    ["sequences"],
     ["inference"],
     ["servicer"],
 ]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from tenuto.oip import inference_pb2 as pb
 from tenuto.serving.oip import inference
+from tenuto.serving.sequence import Ending
 from tenuto.serving.server import Server
 
 from .oip_wire import InferStream, ask, floats, packed, parameter, step, stub
@@ -569,6 +570,121 @@ def test_a_draining_server_takes_no_more_and_loses_nothing(toy_repository: Path,
             assert refusal(lambda: oip.ModelInfer(step(2, 1, start=True)))[:2] == (Code.UNAVAILABLE, leaving)
             gate.open()
             assert stream.totals(1) == [[1]]
+
+
+def test_a_refused_beginning_may_be_tried_again(toy_repository: Path, transport: str) -> None:
+    """It never began: what is sent once more is no repetition."""
+    settings: dict[str, Any] = {"max_sequences": 1, "resume_reserve": 0.0}
+    with serving(toy_repository, transport=transport, **settings) as server, connect(server.port) as channel:
+        oip = stub(channel)
+        oip.ModelInfer(step(1, 1, start=True))
+        for _ in range(2):
+            told = refusal(lambda: oip.ModelInfer(step(2, 1, start=True, step=1)))
+            assert told[2] == "POOL_FULL"
+        oip.ModelInfer(step(1, 1, end=True))
+        assert total(oip, step(2, 1, start=True, step=1)) == [1]
+        assert total(oip, step(2, 1, start=True)) == [1]  # in its own place, though all are taken
+        assert total(oip, step(2, 1, end=True)) == [2]
+
+
+def test_a_sequence_that_expired_begins_anew(toy_repository: Path, transport: str) -> None:
+    with (
+        serving(toy_repository, transport=transport, idle_seconds=0.05) as server,
+        connect(server.port) as channel,
+        InferStream(channel) as stream,
+    ):
+        oip, metrics = stub(channel), engine_of(server, "accumulator").metrics
+        assert total(oip, step(8, 5, start=True, step=1)) == [5]
+        stream.send(ask("accumulator", [[7]]))
+        assert stream.totals(1) == [[7]]
+        wait_for(lambda: metrics.ended["IDLE_EXPIRED"] == 2, "both to expire")
+        assert total(oip, step(8, 5, start=True, end=True, step=1)) == [5]  # run, and not remembered
+        assert metrics.chunks["answered"] == 3
+        # Without a name nothing says that it begins: its stream is told once that it ended.
+        stream.send(ask("accumulator", [[1]]), ask("accumulator", [[2]]))
+        assert "IDLE_EXPIRED" in stream.next().error_message
+        assert stream.totals(1) == [[2]]
+
+
+def test_only_what_began_it_is_a_repetition_of_its_beginning(oip: Any) -> None:
+    assert total(oip, step("a", 5, start=True, end=True, step=1)) == [5]
+    assert total(oip, step("a", 5, start=True, step=1)) == [5]  # another one, which goes on
+    assert total(oip, step("a", 1, step=2)) == [6]
+    told = refusal(lambda: oip.ModelInfer(step("a", 5, start=True, step=1)))  # late, and a duplicate
+    assert told[2] == "STEP_GAP"
+    assert total(oip, step("a", 1, end=True, step=3)) == [7]
+
+
+def test_a_large_answer_is_not_kept(oip: Any) -> None:
+    values = [1.0] * (20 << 10)
+    assert len(total(oip, step("l", *values, start=True, step=1))) == len(values)
+    told = refusal(lambda: oip.ModelInfer(step("l", *values, start=True, step=1)))
+    assert told[::2] == (Code.UNAVAILABLE, "TOO_LARGE")
+    assert total(oip, step("l", 1, end=True, step=2)) == [len(values) + 1.0]
+
+
+@pytest.mark.parametrize("model", ["accumulator", "doubler"])
+def test_whoever_asks_while_the_engine_ends_is_answered(
+    toy_repository: Path, transport: str, model: str
+) -> None:
+    """He may have looked it up just before."""
+    with serving(toy_repository, transport=transport) as server, connect(server.port) as channel:
+        oip = stub(channel)
+        engine_of(server, model).stop(Ending.DRAINING)
+        request = step(1, 1, start=True) if model == "accumulator" else ask("doubler", [[1, 2]])
+        with InferStream(channel) as stream:
+            stream.send(request, request)
+            assert all(stream.next().error_message for _ in range(2))
+        assert refusal(lambda: oip.ModelInfer(request, timeout=10))[0] is Code.UNAVAILABLE
+        assert len(server._inferences.shared.sequences) == 0
+
+
+def test_a_large_request_on_a_stream_is_read_by_another_thread(stream: InferStream) -> None:
+    values = [1.0] * (40 << 10)
+    stream.send(step(1, *values, start=True), step(1, 1), step(1, *values, end=True))
+    first, second, third = stream.totals(3)
+    assert (first[-1], second, third[-1]) == (len(values), [len(values) + 1.0], 2 * len(values) + 1.0)
+    stream.half_close()
+    assert list(stream.rest()) == []
+
+
+def test_an_output_is_asked_for_once(oip: Any) -> None:
+    request = ask("doubler", [[1, 2]])
+    for _ in range(2):
+        request.outputs.add(name="y")
+    assert refusal(lambda: oip.ModelInfer(request))[:2] == (
+        INVALID,
+        "an output is requested twice; once is enough for each",
+    )
+
+
+@pytest.mark.parametrize(
+    "shape,data",
+    [([], packed(b"x")), ([1 << 40, 1], packed(b"")), ([2], packed(b"x")), ([1], b"\1\0\0")],
+)
+def test_strange_bytes_are_refused(oip: Any, shape: list[int], data: bytes) -> None:
+    request = pb.ModelInferRequest(model_name="brightness")
+    request.inputs.add(name="image", datatype="BYTES", shape=shape)
+    request.raw_input_contents.append(data)
+    assert refusal(lambda: oip.ModelInfer(request))[0] is INVALID
+
+
+def test_elements_beyond_their_datatype_are_refused(oip: Any) -> None:
+    request = pb.ModelInferRequest(model_name="brightness")
+    tensor = request.inputs.add(name="image", datatype="UINT8", shape=[1, 4, 4])
+    tensor.contents.uint_contents.extend([300] * 16)
+    assert refusal(lambda: oip.ModelInfer(request))[0] is INVALID
+
+
+@pytest.mark.parametrize("message", [b"\n\x07doubler\x1a", b"\n\x07doubler\x1a\x02\xff\xfe:\x01x"])
+def test_bytes_that_begin_like_known_ones_and_are_none_end_the_stream(
+    channel: grpc.Channel, message: bytes
+) -> None:
+    known = [ask("accumulator", [[n]]).SerializeToString() for n in (1, 2)]
+    method = "/inference.GRPCInferenceService/ModelStreamInfer"
+    call: Any = channel.stream_stream(method)
+    cut = message.replace(b"\x07doubler", b"\x0baccumulator")
+    assert refusal(lambda: list(call(iter([*known, cut]))))[0] is Code.INTERNAL
 
 
 # -- what belongs to whom --------------------------------------------------------------------------

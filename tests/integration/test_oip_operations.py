@@ -19,7 +19,7 @@ from tenuto.serving.server import Server
 from tests import toys
 
 from .oip_wire import InferStream, ask, floats, parameter, step, stub
-from .running import engine_of, serving, wait_for
+from .running import Gate, engine_of, serving, wait_for
 from .test_oip import refusal
 from .wire import connect
 
@@ -139,25 +139,43 @@ def test_a_region_that_its_client_cuts_off_costs_one_request(sharing: Server, me
 
 @pytest.mark.parametrize("key", ["/other", "/tenuto-test-/../../etc/passwd", "", "/tenuto-test-\0"])
 def test_only_keys_with_the_prefix_are_opened(key: str) -> None:
+    memory = Regions("/tenuto-test-", 64).of("", NEAR)
     with pytest.raises(Refusal, match="does not begin with|Unable to open"):
-        Regions("/tenuto-test-").register("r", key, 0, 1, NEAR)
+        memory.register("r", key, 0, 1)
 
 
 @pytest.mark.parametrize("peer", ["ipv4:10.0.0.7:55", "ipv6:[fe80::1]:55", ""])
 def test_shared_memory_is_for_this_machine(memory: Path, peer: str) -> None:
-    regions = Regions("/tenuto-test-")
-    regions.register("r", memory.name, 0, 64, NEAR)
-    place = Place("r", 0, 8)
+    regions = Regions("/tenuto-test-", 64)
+    regions.of("", NEAR).register("r", memory.name, 0, 64)
+    far, place = regions.of("", peer), Place("r", 0, 8)
     steps: list[Callable[[], object]] = [
-        lambda: regions.register("q", memory.name, 0, 64, peer),
-        lambda: regions.read(place, peer),
-        lambda: regions.check(place, peer),
-        lambda: regions.status("", peer),
-        lambda: regions.unregister("", peer),
+        lambda: far.register("q", memory.name, 0, 64),
+        lambda: far.read(place),
+        lambda: far.check(place),
+        lambda: far.status(""),
+        lambda: far.unregister(""),
     ]
     for one in steps:
         with pytest.raises(Refusal, match="on the server's machine"):
             one()
+    regions.close()
+
+
+@pytest.mark.parametrize(
+    "peer", [NEAR, "ipv6:[::1]:5", "ipv6:%5B::1%5D:5", "ipv6:[::ffff:127.0.0.1]:5", "unix:"]
+)
+def test_a_region_is_its_callers(memory: Path, peer: str) -> None:
+    regions, place = Regions("/tenuto-test-", 16), Place("r", 0, 8)
+    ann, bob = regions.of("ann", peer), regions.of("bob", peer)
+    ann.register("r", memory.name, 0, 64)
+    for mine in (lambda: bob.read(place), lambda: bob.check(place), lambda: bob.status("r")):
+        with pytest.raises(Refusal, match="Unable to find"):
+            mine()
+    bob.unregister("")
+    assert ann.read(place) == bytes(8)
+    with pytest.raises(Refusal, match="32 bytes of shared memory region 'r', the limit is 16"):
+        ann.read(Place("r", 0, 32))
     regions.close()
 
 
@@ -223,8 +241,16 @@ def test_what_cannot_be_loaded_says_why(controlled: tuple[Server, Any, Path]) ->
     request = pb.RepositoryModelLoadRequest(model_name="doubler")
     request.parameters["file:1/model.onnx"].bytes_param = b"mine"
     assert "no parameters are taken" in refusal(lambda: oip.RepositoryModelLoad(request))[1]
-    (broken,) = [m for m in oip.RepositoryIndex(pb.RepositoryIndexRequest()).models if m.state != "READY"]
-    assert (broken.name, bool(broken.reason)) == ("broken", True)
+    toys.write(root, "doubler", (b"no graph", toys.doubler()[1]), version=2)
+    assert "failed to load 'doubler'" in refusal(lambda: load(oip, "doubler"))[1]
+    assert oip.ModelInfer(ask("doubler", [[1, 2]])).model_version == "1"
+    oip.RepositoryModelUnload(pb.RepositoryModelUnloadRequest(model_name="accumulator"))
+    text = "Request for unknown model: 'accumulator' has no available versions"
+    assert refusal(lambda: oip.ModelInfer(step(1, 1, start=True)))[:2] == (Code.NOT_FOUND, text)
+    models = oip.RepositoryIndex(pb.RepositoryIndexRequest()).models
+    reasons = {(m.name, m.version): m.reason for m in models if m.state == "UNAVAILABLE"}
+    assert set(reasons) == {("broken", "1"), ("doubler", "2"), ("accumulator", "")}
+    assert all(reasons.values())
 
 
 # -- callers ---------------------------------------------------------------------------------------
@@ -263,6 +289,29 @@ def test_a_sequence_is_its_callers(guarded: Server) -> None:
         live = guarded._inferences.shared.sequences
         wait_for(lambda: len(live) == 1, "her place to be free again")
         oip.ModelInfer(step(3, 1, start=True, end=True), **of("ann"))
+
+
+def test_a_token_that_is_revoked_ends_what_was_last_asked_with_it(guarded: Server, tmp_path: Path) -> None:
+    file, second = tmp_path / "callers.toml", "c" * 32
+    both = f'[ann]\ntokens = ["{TOKENS["ann"]}", "{second}"]\n'
+    file.write_text(both)
+    wait_for(lambda: guarded._callers.reload(), "the second token")
+    other: dict[str, Any] = {"metadata": (("authorization", f"Bearer {second}"),)}
+    with connect(guarded.port) as channel:
+        oip = stub(channel)
+        oip.ModelInfer(step("old", 1, start=True), **of("ann"))
+        oip.ModelInfer(step("moved", 1, start=True), **of("ann"))
+        oip.ModelInfer(step("moved", 1), **other)
+        file.write_text(f'[ann]\ntokens = ["{second}"]\n')
+        wait_for(lambda: guarded._callers.reload(), "the first one to go")
+        with Gate(engine_of(guarded, "accumulator")) as gate:
+            waiting = oip.ModelInfer.future(step("moved", 1), **other)
+            gate.wait_for_arrival()
+            guarded._inferences.drop_unknown()
+            gate.open()
+            assert floats(waiting.result(30)).tolist() == [[3]]
+        assert "START flag" in refusal(lambda: oip.ModelInfer(step("old", 1), **other))[1]
+        oip.ModelInfer(step("moved", 0, end=True), **other)
 
 
 def test_strangers_are_told_nothing(guarded: Server) -> None:

@@ -259,7 +259,9 @@ def test_a_broken_engine_ends_the_server_with_status_71(
             assert left.wait(PATIENCE_SECONDS)
         assert set(statuses) == {71}
         assert check(channel, "liveness") == NOT_SERVING
-    assert "accumulator/1 is broken: a run failed (the device is gone)" in caplog.text
+    assert (
+        "accumulator/1 is broken: a run failed, and so does a run of zeros: the device is gone" in caplog.text
+    )
 
 
 def test_predict_calls_that_were_accepted_are_answered_before_the_server_leaves(

@@ -59,6 +59,7 @@ def test_a_batch_that_fails_quotes_nobodys_input(
     server: Server, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sent, _, _ = FAILING["unchecked"]
+    before = engine_of(server, "unchecked").metrics.ended["FAILED"]
     caplog.set_level(logging.DEBUG)
     with (
         Gate(engine_of(server, "unchecked")) as gate,
@@ -71,7 +72,7 @@ def test_a_batch_that_fails_quotes_nobodys_input(
             conversation.send(opening("unchecked", sequence=n), chunk(1, sent, sequence=n))
         wait_for(lambda: len(engine_of(server, "unchecked")._inbox) == 4, "both, and their chunks")
         gate.open()
-        wait_for(lambda: engine_of(server, "unchecked").metrics.ended["FAILED"] >= 2, "both to fail")
+        wait_for(lambda: engine_of(server, "unchecked").metrics.ended["FAILED"] == before + 2, "both")
     assert "running its rows alone" in caplog.text
     told = [*lines(caplog), *capfd.readouterr()]
     assert not [line for line in told if any(mark in line for mark in MARKS)]

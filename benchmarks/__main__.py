@@ -22,7 +22,7 @@ from . import budgets, memory, model, own_code, recording, report, suites
 from .load import Job
 from .scenario import Case, Measurement, Party, Taken
 from .server_process import ServerProcess
-from .suites import BARE, NULL, OURS, SERVERS, SUITES, Settings
+from .suites import BARE, NULL, OURS, SERVERS, SUITES, TRITON, Settings
 
 WARMUP_SECONDS = 0.3
 BARE_SECONDS = 0.5
@@ -144,7 +144,7 @@ def parse() -> argparse.Namespace:
 
     def names(words: str) -> list[str]:
         chosen = words.split(",")
-        if unknown := set(chosen) - set(SERVERS):
+        if unknown := set(chosen) - {*SERVERS, TRITON}:
             raise argparse.ArgumentTypeError(f"no such server: {', '.join(sorted(unknown))}")
         return chosen
 
@@ -155,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="through all of them (3)")
     parser.add_argument("--streams", type=numbers, default=[1, 64, 256, 1024], help="(1,64,256,1024)")
     parser.add_argument("--frames", type=numbers, default=[1, 10], help="a chunk (1,10)")
-    parser.add_argument("--servers", type=names, default=list(SERVERS), help=",".join(SERVERS))
+    parser.add_argument("--servers", type=names, default=list(SERVERS), help=",".join((*SERVERS, TRITON)))
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="skip that part")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes every measurement there")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="puts tables and chart into that page")

@@ -100,10 +100,15 @@ class Group:
         return self.request.SerializeToString()
 
     def inference(self) -> bytes:
-        """The same chunk as a ModelInferRequest: of a sequence without a name, or of none."""
+        """The same chunk as a ModelInferRequest: of a sequence, or of none."""
         self.message()
         request, tensor = self.asked, self.parts[0][2]
         row = () if self.tracks.stateless else (1,)
+        if row:
+            sequence = self.sequences[0]
+            request.parameters["sequence_id"].int64_param = 1 + sequence.track
+            request.parameters["sequence_start"].bool_param = sequence.step == 1
+            request.parameters["sequence_end"].bool_param = False
         request.inputs[0].shape[:] = (*row, *tensor.shape)
         request.raw_input_contents[:] = [tensor.data]
         return request.SerializeToString()

@@ -30,6 +30,8 @@ def command(name: str, repository: Repository) -> list[str]:
         arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE]
     elif name == "null":
         arguments = ["benchmarks.null_engine"]
+    elif name == "triton":
+        arguments = ["benchmarks.peers.triton", str(repository.lstm)]
     elif name == "tuned_aio":
         arguments = ["benchmarks.naive_aio", str(repository.lstm), "--tuned"]
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from .scenario import Case, Party
 
 OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
+TRITON = "triton"  # with PYTRITON, see peers/triton.py
 AIO, TUNED, THREADS, BATCHER = "naive_aio", "tuned_aio", "naive_threads", "micro_batcher"
 SERVERS = (OURS, NULL, LEAST, AIO, TUNED, BATCHER, THREADS)
 
@@ -214,8 +215,11 @@ def open_inference(settings: Settings) -> list[list[Case]]:
         for streams in settings.streams:
             party, plural = Party(streams, frames), ("s" if streams > 1 else "", "s" if frames > 1 else "")
             table = f"{OIP}: {streams} stream{plural[0]}, {frames} frame{plural[1]} a chunk"
-            rows = {OURS: party, OIP_ROW: replace(party, oip=True)}
-            tables.append([one(table, row, OURS, each) for row, each in rows.items()])
+            asked = replace(party, oip=True)
+            cases = [one(table, OURS, OURS, party), one(table, OIP_ROW, OURS, asked)]
+            cases += [one(table, s, s, asked) for s in settings.servers if s == TRITON]
+            cases += [one(table, s, s, party) for s in settings.servers if s == BATCHER]
+            tables.append(cases)
     for callers in (1, 64):
         images = Party(callers, 1, tracks="images")
         rows = {

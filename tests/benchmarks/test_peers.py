@@ -1,4 +1,4 @@
-"""What is written for other people's servers fits the benchmark's model. Triton itself is not started here."""
+"""What is written for other people's servers fits the benchmark's model. Triton itself is not started."""
 
 import re
 import subprocess

@@ -202,19 +202,20 @@ def unload(oip: Any, model: str) -> None:
 
 
 def test_a_model_is_unloaded_and_loaded_again(controlled: tuple[Server, Any, Path]) -> None:
-    server, oip, _ = controlled
+    server, oip, root = controlled
     assert "model_repository" in oip.ServerMetadata(pb.ServerMetadataRequest()).extensions
     oip.ModelInfer(step(1, 5, start=True))
     unload(oip, "accumulator")
     assert refusal(lambda: oip.ModelInfer(step(1, 1)))[0] is Code.NOT_FOUND
     assert not oip.ModelReady(pb.ModelReadyRequest(name="accumulator")).ready
     assert floats(oip.ModelInfer(ask("doubler", [[1, 2]]))).tolist() == [[2, 4]]  # the others go on
-    server.rollout.poll()
-    server.rollout.poll()  # nobody but an operator brings it back
+    toys.write(root, "accumulator", toys.accumulator(scale=2.0), version=2)
+    for _ in range(3):
+        server.rollout.poll()  # nobody but an operator brings it back, however new it is
     assert not oip.ModelReady(pb.ModelReadyRequest(name="accumulator")).ready
     load(oip, "accumulator")
     load(oip, "accumulator")  # as it is
-    assert floats(oip.ModelInfer(step(1, 1, start=True, end=True))).tolist() == [[1]]
+    assert floats(oip.ModelInfer(step(1, 1, start=True, end=True))).tolist() == [[2]]
     models = oip.RepositoryIndex(pb.RepositoryIndexRequest()).models
     assert [(m.name, m.state) for m in models] == [("doubler", "READY"), ("accumulator", "READY")]
 

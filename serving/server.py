@@ -182,13 +182,11 @@ class Server:
                 is_draining=lambda: self.metrics.draining,
             ),
             self._callers,
-            self._predicts,
         )
         self._transport.listen(f"/{oip.SERVICE}/ModelInfer", self._inferences.open_unary)
         self._transport.listen_to_streams(f"/{oip.SERVICE}/ModelStreamInfer", self._inferences.open_stream)
         site = oip.Site(
             version=self.metrics.version,
-            metrics=self.metrics,
             is_ready=lambda: self._is(READINESS),
             idle_seconds=config.idle_seconds,
             control=self.rollout if config.model_control else None,

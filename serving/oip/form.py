@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
@@ -24,12 +23,11 @@ from .question import Question, Wanted, place_of
 from .refusal import Refusal
 from .shared_memory import Memory
 
-Tensors = tuple[
-    tuple[tuple[int, ...], bytes], ...
-]  # per output its shape without the batch axis, and its bytes
+# Per output its shape without the batch axis, and its bytes.
+Tensors = tuple[tuple[tuple[int, ...], bytes], ...]
 _MOST_HEADS = 256  # combinations of shapes that are remembered
 # Fields of the wire, each as its tag, which is its number << 3 | its kind.
-_ID, _PARAMETER, _OUTPUT, _RAW = b"\x1a", b"\x22", b"\x2a", b"\x32"  # of a ModelInferResponse
+_ID, _RAW = b"\x1a", b"\x32"  # of a ModelInferResponse
 _RESPONSE = b"\x12"  # of a ModelStreamInferResponse
 _PNG = b"\x89PNG"
 _MOST_CLASSES = 1 << 16  # of one answer: they are written one by one
@@ -314,10 +312,7 @@ class _InputForm:
         self._expected = shape_of(spec, manifest.stateful)
         self._fixed = [(axis, d) for axis, d in enumerate(self._expected) if d != -1]
         self._row_axis = spec.batch_axis if manifest.stateful else None
-
-    @cached_property
-    def _takes_bytes(self) -> bool:
-        return bool(self.spec.wire_encodings or self.spec.text)
+        self._takes_bytes = bool(spec.wire_encodings or spec.text)
 
     def dtype(self, datatype: str) -> str:
         """The same in our words, empty for BYTES. Raises: Refusal."""

@@ -54,7 +54,7 @@ class Shared:
 
     catalogue: Catalogue
     sequences: Sequences
-    predicts: Predicts
+    predicts: Predicts  # has the threads that read what takes long to read
     regions: Regions
     pending: PendingBytes
     refused: Callable[[str], None]  # counts, by reason
@@ -254,11 +254,9 @@ class _Asked:
 class Inferences:
     """All calls of this protocol that infer. Any thread."""
 
-    def __init__(self, shared: Shared, callers: Callers, readers: Predicts) -> None:
-        """`readers` has the threads that read requests which take long to read."""
+    def __init__(self, shared: Shared, callers: Callers) -> None:
         self.shared = shared
         self._callers = callers
-        self._readers = readers
         self._pacer = Pacer()
         self._lock = threading.Lock()
         self._streams: set[StreamInfer] = set()
@@ -272,7 +270,7 @@ class Inferences:
             self.shared.refused(error.reason)
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
-        return UnaryInfer(call, self.shared, caller, self._readers)
+        return UnaryInfer(call, self.shared, caller)
 
     def open_stream(self, call: Call) -> Listener:
         try:
@@ -281,7 +279,7 @@ class Inferences:
         except TenutoError as error:
             call.finish(code_of(error), str(error), metadata_of(error))
             return GONE
-        stream = StreamInfer(call, self.shared, caller, self._pacer, self._readers, self._gone)
+        stream = StreamInfer(call, self.shared, caller, self._pacer, self._gone)
         with self._lock:
             self._streams.add(stream)
         stream.drop_if_unknown()
@@ -311,10 +309,9 @@ class Inferences:
 class UnaryInfer:
     """One ModelInfer. A Listener, and an Asker."""
 
-    def __init__(self, call: Call, shared: Shared, caller: Caller, readers: Predicts) -> None:
+    def __init__(self, call: Call, shared: Shared, caller: Caller) -> None:
         self._call = call
         self._shared = shared
-        self._readers = readers
         self._asked = _Asked(shared, caller, call.peer(), None)
         self._prediction: Prediction | None = None
         self._came = self._gone = False
@@ -327,7 +324,7 @@ class UnaryInfer:
             self._take(message)
             return
         try:
-            self._readers.read_later(lambda: self._take(message), len(message))
+            self._shared.predicts.read_later(lambda: self._take(message), len(message))
         except TenutoError as error:
             self.refuse(Refusal.of(error))
 
@@ -368,7 +365,7 @@ class UnaryInfer:
     def wait(self, resume: Callable[[], None]) -> bool:
         return False
 
-    # sequences.Asker
+    # session.Asker
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
         try:
@@ -392,13 +389,13 @@ class UnaryInfer:
 class _Slot:
     """One request of a stream, in the order of their coming. An Asker."""
 
-    __slots__ = ("_message", "_request_id", "_stream", "nbytes", "status")
+    __slots__ = ("_request_id", "_stream", "message", "nbytes", "status")
 
     def __init__(self, stream: StreamInfer, request_id: str, nbytes: int) -> None:
         self._stream = stream
         self._request_id = request_id
         self.nbytes = nbytes  # owed until it is sent
-        self._message: bytes | None = None
+        self.message: bytes | None = None  # once it is answered
         self.status: Refusal | None = None  # ends the stream instead
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
@@ -418,13 +415,6 @@ class _Slot:
         self._stream.refused(refusal)
         self._stream.answered(self, _in_band(refusal, self._request_id))
 
-    @property
-    def message(self) -> bytes | None:
-        return self._message
-
-    def fill(self, message: bytes) -> None:
-        self._message = message
-
 
 class StreamInfer:
     """One ModelStreamInfer: answers go out in the order of their requests. A Listener."""
@@ -435,14 +425,12 @@ class StreamInfer:
         shared: Shared,
         caller: Caller,
         pacer: Pacer,
-        readers: Predicts,
         gone: Callable[[StreamInfer], None],
     ) -> None:
         self._call = call
         self._shared = shared
         self._caller = caller
         self._pacer = pacer
-        self._readers = readers
         self._gone = gone
         self._asked = _Asked(shared, caller, call.peer(), self)
         self.memory = self._asked.memory
@@ -479,7 +467,7 @@ class StreamInfer:
                     resume()
 
         try:
-            self._readers.read_later(read, len(message))
+            self._shared.predicts.read_later(read, len(message))
         except TenutoError as error:
             self._reading = False
             slot = _Slot(self, "", _REQUEST_BYTES)
@@ -496,7 +484,7 @@ class StreamInfer:
             self._slots.append(slot)
             if self._guarded(slot, lambda: self._asked.step(*found, slot)):
                 return
-            self._slots.remove(slot)
+            self._slots.pop()  # it is the last: nobody else puts one
         try:
             request = pb.ModelInferRequest.FromString(message)
         except DecodeError:
@@ -536,7 +524,7 @@ class StreamInfer:
         self.owed.add(len(message))
         sent = 0
         with self._lock:
-            slot.fill(message)
+            slot.message = message
             slots = self._slots
             while slots and (due := slots[0].message) is not None:
                 first = slots.popleft()

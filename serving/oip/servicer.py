@@ -13,7 +13,6 @@ from google.protobuf.message import DecodeError, Message
 from tenuto.oip import inference_pb2 as pb
 from tenuto.serving.callers import Caller, Callers
 from tenuto.serving.errors import TenutoError
-from tenuto.serving.metrics import ServerMetrics
 
 from .description import configuration, metadata, statistics, versions_of
 from .form import Form, form_of
@@ -52,7 +51,6 @@ class Site:
     """The server as the protocol's clients see it."""
 
     version: str
-    metrics: ServerMetrics
     is_ready: Callable[[], bool]
     idle_seconds: float
     control: Control | None  # None: models are loaded by nobody's call

@@ -118,7 +118,9 @@ class Habit:
         if self.form is not None and self.form.step > self._learnt_step:  # it was of use
             self._tries = _TRIES
         before, self._nbytes = self._nbytes, -1
-        if len(chunk.inputs) != 1 or chunk.generate or chunk.step >= _MOST_STEPS or self._tries <= 0:
+        if len(chunk.inputs) != 1 or chunk.generate or chunk.last:
+            return False
+        if chunk.step >= _MOST_STEPS or self._tries <= 0:
             return False
         tensor = chunk.inputs[0]
         if takes_as_it_is(tensor):

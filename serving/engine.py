@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from .controls import Controls
 from .delivery import Delivery
 from .errors import (
     RunFailed,
@@ -42,7 +43,7 @@ NO_SLOTS: Slots = np.array([], np.intp)
 
 
 class Runner(Protocol):
-    """Runs the graph. `run` returns the manifest's outputs, then its states' outputs, each in order."""
+    """Runs the graph. `run` returns what the manifest has `fetched`, then its states' outputs, in order."""
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """Raises: RunFailed."""
@@ -93,6 +94,7 @@ class Engine:
         self._inbox = Inbox(defer)
         self._scheduler = Scheduler(manifest)
         self._layout = Layout(manifest)
+        self._controls = Controls(manifest) if manifest.controls else None
         self._delivery = Delivery(pending, flush, self.where)
         slots = max_sequences if manifest.stateful else 0
         self._pool = pool or HostPool(manifest.states, slots, max_state_bytes)
@@ -310,6 +312,8 @@ class Engine:
                 self._pool.reset(self._pool.dump)
             slots = np.array(held + [self._pool.dump] * (size - len(held)), np.intp)
             feeds.update(self._pool.gather(slots))
+        if self._controls:
+            feeds.update(self._controls.feeds(batch, size))
         if self.manifest.constants:
             feeds.update(self._layout.constants(batch[0].sequence.constants))
         return batch, feeds, slots
@@ -355,7 +359,7 @@ class Engine:
     def _scatter(self, batch: Batch, slots: Slots, results: list[Array]) -> None:
         """Writes the new states back. A sequence whose state is not finite ends; its slot is reset when it
         is handed on."""
-        states = results[len(self.manifest.outputs) :]
+        states = results[len(self.manifest.fetched) :]
         if not states:
             return
         for row in self._pool.not_finite(states, len(batch)):
@@ -366,7 +370,18 @@ class Engine:
 
     def _reply(self, batch: Batch, results: list[Array], started: float, compute: float) -> None:
         """Cuts the outputs into rows, and answers each chunk that is done."""
-        parts = self._layout.cut(results, [t.frames for t in batch])
+        frames = [t.frames for t in batch]
+        unfit = self._layout.unfit(results, frames, self._layout.batch_size(frames))
+        if unfit:
+            for row, error in unfit.items():
+                turn = batch[row]
+                text = f"{error}, in step {turn.chunk.step}"
+                self._population.close(turn.sequence, Ending.FAILED, type(error)(text))
+            if len(unfit) == len(batch):
+                return
+        parts = self._layout.cut(results, frames)
+        if self._controls:
+            self._controls.ran(batch)
         rows, now = len(batch), self._clock()
         if self._pool.reads_together:
             self._population.expect_tokens(t.sequence for t in batch if t.frames == t.chunk.frames)

@@ -53,7 +53,7 @@ def extend(model: bytes, manifest: Manifest) -> bytes:
     if reason:
         raise NotSupported(f"the states of {manifest.name!r} stay outside of its graph: {reason}")
     graph, states = proto.graph, manifest.states
-    own, wanted = {s.input for s in states}, [o.name for o in manifest.outputs]
+    own, wanted = {s.input for s in states}, list(manifest.fetched)
     inputs = [tensor for tensor in graph.input if tensor.name not in own]
     inputs += [_info(SLOTS, TensorProto.INT64, ["rows"]), *(_pool(s, pool_input(s)) for s in states)]
     outputs = [tensor for tensor in graph.output if tensor.name in wanted]

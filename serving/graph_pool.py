@@ -135,13 +135,13 @@ class GraphRunner:
         except ModelInvalid as error:  # which loads as it is
             raise NotSupported(f"its extended graph is refused: {error}") from error
         self.placement = Placement.of(self._session)
-        self._names = [*(o.name for o in plain.manifest.outputs), FINITE]
+        self._names = [*plain.manifest.fetched, FINITE]
         own = {s.input for s in states}
         self._zeros = {name: value for name, value in plain.zero_feeds().items() if name not in own}
         self.enter_thread = ModelRunner.enter_thread  # not the plain one's: it would be kept, weights and all
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
-        """The manifest's outputs, then the flags of the rows' states.
+        """What the manifest has `fetched`, then the flags of the rows' states.
 
         Raises: RunFailed, with ONNX Runtime's text; then no state is another one.
         """

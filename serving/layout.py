@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import NotFinite, OutOfRangeValue, TenutoError
-from .manifest import Input, Manifest, Output
+from .errors import NotFinite, OutOfRangeValue, RunFailed, TenutoError
+from .manifest import Control, Input, Manifest, Output
 
 Array = NDArray[Any]
 
@@ -67,9 +67,26 @@ class Layout:
         return feeds
 
     def cut(self, results: list[Array], frames: list[int]) -> list[tuple[bytes, ...]]:
-        """Per turn, its part of each output of a run."""
-        columns = [o.cut(r, frames) for o, r in zip(self._outputs, results, strict=False)]
+        """Per turn, its part of each output of a run, whose results stand in the order of `fetched`."""
+        columns = [
+            o.cut(r, frames)
+            if o.counted_by is None
+            else o.cut_counted(r, results[o.counted_by].ravel().tolist(), len(frames))
+            for o, r in zip(self._outputs, results, strict=False)
+        ]
         return list(zip(*columns, strict=True))
+
+    def unfit(self, results: list[Array], frames: list[int], size: int) -> dict[int, TenutoError]:
+        """The turns of a run of `size` rows of which an output is not what the manifest says, each with what
+        is wrong. A shape that is wrong is so for all of them."""
+        longest, unfit = max(frames), dict[int, TenutoError]()
+        for layout, result in zip(self._outputs, results, strict=False):
+            text = layout.misshapen(result, longest, size)
+            if not text and layout.counted_by is not None:
+                unfit.update(layout.miscounted(result, results[layout.counted_by], len(frames)))
+            elif text:
+                return dict.fromkeys(range(len(frames)), RunFailed(text))
+        return unfit
 
     def join(self, parts: tuple[tuple[bytes, ...], ...]) -> Tensors:
         """One chunk's outputs from the parts of its turns."""
@@ -172,9 +189,16 @@ class OutputLayout:
         self.frame_shape = spec.frame_shape
         self.timed = spec.time_axis is not None
         self._frame_bytes = spec.frame_bytes
-        self._stateless = not manifest.stateful and not manifest.alone
+        self._alone = manifest.alone or spec.batch_axis is None
+        self._stateless = not manifest.stateful and not self._alone
         self.joins = self.timed or self._stateless  # whether the parts of a chunk's turns are put together
-        self._alone = manifest.alone
+        # Which of the run's results holds the frames of each row; None: they follow from those that went in.
+        counts = spec.lengths_output
+        self.counted_by = manifest.fetched.index(counts) if counts else None
+        # What a run's result has along each axis: a number, None for time, and the rows' place.
+        self._axes = [None if a == spec.time_axis else d for a, d in enumerate(spec.shape)]
+        self._rows_axis = spec.batch_axis
+        self._checked: tuple[int, int, tuple[int, ...]] = (-1, 0, ())  # the last that was found right
         axes = [a for a in (spec.batch_axis, spec.time_axis) if a is not None]
         self._move = (tuple(axes), tuple(range(len(axes)))) if axes != list(range(len(axes))) else None
         # Where a client's tensor has its free axis: time for a sequence, else the batch.
@@ -186,6 +210,41 @@ class OutputLayout:
         self._per_frame = first // spec.stride if self.timed else 0
         self._dtype = spec.numpy_dtype
         self._last_bytes, self._last_shape = -1, self.frame_shape  # of the tensor before: the next is like it
+
+    def misshapen(self, tensor: Array, longest: int, size: int) -> str:
+        """What is wrong with the shape of so many rows, the longest of so many frames; empty: nothing."""
+        if self._checked == (size, longest, tensor.shape):
+            return ""
+        expected = [size if a == self._rows_axis else d for a, d in enumerate(self._axes)]
+        agrees = tensor.ndim == len(expected)
+        agrees = agrees and all(d in (None, n) for d, n in zip(expected, tensor.shape, strict=True))
+        least = 0 if self._alone or self.counted_by is not None else longest * self._per_frame
+        if agrees and None in expected:
+            agrees = tensor.shape[expected.index(None)] >= least
+        if not agrees:
+            told = ", ".join(f"{least} or more" if d is None else str(d) for d in expected)
+            return (
+                f"output {self.name!r} came as {list(tensor.shape)} from a run of {size} rows, expected "
+                f"[{told}]; mend the manifest, or the model"
+            )
+        self._checked = size, longest, tensor.shape
+        return ""
+
+    def miscounted(self, tensor: Array, counts: Array, rows: int) -> dict[int, TenutoError]:
+        """The rows of which the graph counts frames that the tensor does not hold."""
+        held, told = tensor.shape[self._axes.index(None)], counts.ravel().tolist()
+        told += [-1] * (rows - len(told))
+        text = f"output {self.name!r} has {held} frames, and the graph counts "
+        return {i: RunFailed(f"{text}{told[i]}") for i in range(rows) if not 0 <= told[i] <= held}
+
+    def cut_counted(self, tensor: Array, counts: list[int], rows: int) -> list[bytes]:
+        """Each row's part, whose frames the graph counts itself."""
+        whole = tensor.astype(self._dtype, copy=False)
+        if self._move is not None:
+            whole = np.moveaxis(whole, *self._move)
+        if self._alone:
+            whole = whole[np.newaxis]
+        return [whole[i, : max(n, 0)].tobytes() for i, n in enumerate(counts[:rows])]
 
     def cut(self, tensor: Array, frames: list[int]) -> list[bytes]:
         """Each row's part: `frames[i]` frames of a timed output, else the row's value."""
@@ -217,3 +276,10 @@ class OutputLayout:
         array = np.frombuffer(data, self._dtype).reshape(count, *self.frame_shape)
         array = np.moveaxis(array, 0, self._free)
         return array.shape, array.tobytes()
+
+
+def one_a_row(control: Control, values: list[float], size: int) -> Array:
+    """A control's values, and no for each row of padding up to `size`, as the graph's input."""
+    nothing = 0 if control.kind == "sequence_id" else control.values[0]
+    rows = np.array([*values, *[nothing] * (size - len(values))], control.numpy_dtype)
+    return rows.reshape([size if a == control.batch_axis else 1 for a in range(len(control.shape))])

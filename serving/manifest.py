@@ -6,6 +6,7 @@ with the graph. docs/manifest.md is the reference for people.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -29,6 +30,8 @@ Dtype = Literal[
 ]  # fmt: skip
 Encoding = Literal["png", "jpeg"]
 Precision = Literal["float32", "tf32", "float16"]
+# What a sequence's number takes of an integer: no sign.
+_ID_BITS = {"int32": 31, "uint32": 32, "int64": 63, "uint64": 63}
 Dim = int | str  # a fixed length, or the name of an axis that may vary
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -234,7 +237,7 @@ class State(_Frozen):
     dtype: Dtype
     shape: tuple[Dim, ...]
     batch_axis: int | None = 0
-    init: Literal["zeros"] | Value | tuple[float, ...] = "zeros"
+    init: Literal["zeros", "given"] | Value | tuple[float, ...] = "zeros"  # "given": by the client, at Open
     finite: bool = True
 
     @model_validator(mode="after")
@@ -266,11 +269,45 @@ class State(_Frozen):
 
 
 class Control(_Frozen):
-    """A graph input for models that reset themselves."""
+    """A graph input that tells the model where each row's sequence stands, for models that reset themselves.
+
+    `start` is yes in a sequence's first run, `end` in that of its last samples if its client said that they
+    are the last ones (`Chunk.last`, or what is padded at End), `ready` for every row that is no padding;
+    `values` are what stands for no and yes. `sequence_id` is a number that a sequence keeps, on other servers
+    too: 63 bits, or as many as the dtype holds without a sign.
+    """
 
     name: Name
     kind: Literal["start", "end", "ready", "sequence_id"]
     dtype: Dtype
+    shape: tuple[Dim, ...] = ("batch",)
+    batch_axis: int | None = 0
+    values: tuple[float, float] = (0.0, 1.0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Control:
+        others = [d for a, d in enumerate(self.shape) if a != self.batch_axis]
+        if self.batch_axis is not None and not 0 <= self.batch_axis < len(self.shape):
+            raise ValueError(f"{self.name}: batch_axis {self.batch_axis} is no axis of {list(self.shape)}")
+        if any(d != 1 for d in others):
+            raise ValueError(
+                f"{self.name}: a control is one number a row, so every axis but batch has length 1, got "
+                f"{list(self.shape)}"
+            )
+        if self.kind == "sequence_id" and self.dtype not in _ID_BITS:
+            raise ValueError(
+                f"{self.name}: a sequence_id is one of {', '.join(_ID_BITS)}, this one is {self.dtype}"
+            )
+        return self
+
+    @property
+    def numpy_dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype)
+
+    @property
+    def id_bits(self) -> int:
+        """Of a sequence_id."""
+        return _ID_BITS[self.dtype]
 
 
 class Output(_Tensor):
@@ -363,7 +400,7 @@ class Manifest(_Frozen):
             return cls.model_validate(json.loads(text))
         except ValidationError as error:
             faults = "\n".join(
-                f"  {'.'.join(str(p) for p in e['loc']) or 'manifest'}: {e['msg']}" for e in error.errors()
+                f"  {'.'.join(str(p) for p in e['loc']) or 'manifest'}: {_told(e)}" for e in error.errors()
             )
             raise ManifestInvalid(f"{where}: the manifest is not valid:\n{faults}") from error
         except ValueError as error:
@@ -384,8 +421,9 @@ class Manifest(_Frozen):
             if twice:
                 raise ValueError(f"{kind} named twice: {', '.join(twice)}")
         axes = [i.batch_axis for i in self.inputs] + [s.batch_axis for s in self.states]
-        if len({axis is None for axis in axes}) > 1:
-            raise ValueError("batch_axis must be null everywhere, or nowhere")
+        axes += [c.batch_axis for c in self.controls]
+        if len({axis is None for axis in axes}) > 1 and self.fixed_batch != 1:
+            raise ValueError("batch_axis must be null everywhere, or nowhere, unless fixed_batch is 1")
         if any(o.time_axis is not None for o in self.outputs) and not self.timed:
             raise ValueError("an output has a time_axis, but no input has one")
         if self.timed and len(self.timed) != len(self.inputs):
@@ -394,7 +432,9 @@ class Manifest(_Frozen):
                 f"{untimed}: with a timed input, every input needs a time_axis (or is a constant)"
             )
         for o in self.outputs:
-            if o.time_axis is not None and self.timed[0].multiple % o.stride:
+            if o.lengths_output and o.time_axis is None:
+                raise ValueError(f"{o.name}: lengths_output needs a time_axis, along which it counts")
+            if o.time_axis is not None and not o.lengths_output and self.timed[0].multiple % o.stride:
                 raise ValueError(
                     f"{o.name}: stride {o.stride} does not divide the {self.timed[0].multiple} samples "
                     f"that {self.timed[0].name} takes at once"
@@ -465,6 +505,17 @@ class Manifest(_Frozen):
         return self.inputs[0].batch_axis is None
 
     @cached_property
+    def fetched(self) -> tuple[str, ...]:
+        """What a run gives before the states: the outputs, and the numbers of frames in them."""
+        lengths = [o.lengths_output for o in self.outputs if o.lengths_output]
+        return tuple(dict.fromkeys([*(o.name for o in self.outputs), *lengths]))
+
+    @cached_property
+    def given(self) -> tuple[State, ...]:
+        """The states whose first values a client gives at Open."""
+        return tuple(s for s in self.states if s.init == "given")
+
+    @cached_property
     def timed(self) -> tuple[Input, ...]:
         return tuple(i for i in self.inputs if i.time_axis is not None)
 
@@ -492,7 +543,8 @@ class Manifest(_Frozen):
         return sum(s.slot_bytes for s in self.states)
 
     def check_graph(self, inputs: Sequence[GraphTensor], outputs: Sequence[GraphTensor], where: str) -> None:
-        """Compares every statement with the graph.
+        """Compares every statement with the graph. What comes out has the shapes that a run gives it: those
+        that exporters declare are unknown or wrong in many files.
 
         Raises: ManifestInvalid, with every disagreement on a line of its own.
         """
@@ -505,13 +557,17 @@ class Manifest(_Frozen):
                 _compare(faults, "input", have_in, i.lengths, "int32", (rows,))
         for s in self.states:
             _compare(faults, "state input", have_in, s.input, s.dtype, s.shape)
-            _compare(faults, "state output", have_out, s.output, s.dtype, s.shape)
+            _compare(faults, "state output", have_out, s.output, s.dtype, None)
         for c in self.constants:
             _compare(faults, "constant", have_in, c.name, c.dtype, c.shape)
         for k in self.controls:
-            _compare(faults, "control", have_in, k.name, k.dtype, None)
+            _compare(faults, "control", have_in, k.name, k.dtype, k.shape)
         for o in self.outputs:
-            _compare(faults, "output", have_out, o.name, o.dtype, o.shape)
+            _compare(faults, "output", have_out, o.name, o.dtype, None)
+            lengths = have_out.get(o.lengths_output or "")
+            if o.lengths_output and (lengths is None or lengths.dtype not in ("int32", "int64")):
+                got = f"is {lengths.dtype}" if lengths else "is not in the graph"
+                faults.append(f"lengths_output {o.lengths_output!r} {got}; it is int32 or int64, a row each")
         faults += [f"the graph's input {n!r} is not in the manifest" for n in have_in if n not in self._fed]
         if faults:
             lines = "\n  ".join(faults)
@@ -522,6 +578,33 @@ class Manifest(_Frozen):
         names = {i.name for i in self.inputs} | {i.lengths for i in self.inputs if i.lengths}
         names |= {s.input for s in self.states} | {c.name for c in self.constants}
         return frozenset(names | {k.name for k in self.controls})
+
+
+def initial(state: State) -> np.ndarray[Any, np.dtype[Any]]:
+    """What a slot of it begins with, unless a client says so."""
+    if isinstance(state.init, tuple):
+        return np.array(state.init, state.dtype).reshape(state.slot_shape)
+    value = state.init.value if isinstance(state.init, Value) else 0
+    return np.full(state.slot_shape, value, state.dtype)
+
+
+# What may stand in the manifest's own parts.
+_PARTS: dict[str, tuple[type[_Frozen], ...]] = {
+    "inputs": (Input, Multiple, Exact, WireDtype, WireEncoding, WireWords, WireCharacters),
+    "outputs": (Output,), "states": (State, Value), "constants": (Constant,), "controls": (Control,),
+    "generate": (Generate,),
+}  # fmt: skip
+
+
+def _told(fault: Any) -> str:
+    """One of pydantic's faults. Of a key that is unknown, the nearest known one."""
+    if fault["type"] != "extra_forbidden":
+        return str(fault["msg"])
+    where, key = fault["loc"][:-1], str(fault["loc"][-1])
+    models = _PARTS.get(str(where[0]), (Manifest,)) if where else (Manifest,)
+    known = [name for model in models for name in model.model_fields]
+    near = difflib.get_close_matches(key, known, 1)
+    return f"no such key; did you mean {near[0]!r}?" if near else f"no such key; there are {', '.join(known)}"
 
 
 def state_schema(manifest: Manifest) -> str:

@@ -237,7 +237,7 @@ class Population:
             self._metrics.chunk_latency.add_all(latencies)
 
     def open(self, sequence: Sequence, snapshot: Snapshot | None) -> None:
-        self._delivery.settle(sequence, COMMAND_BYTES)
+        self._delivery.settle(sequence, COMMAND_BYTES + sum(map(len, sequence.given)))
         if sequence.ended:  # its call was over before it got here
             return
         try:
@@ -292,8 +292,10 @@ class Population:
         spare = 0 if snapshot else self._reserved
         if self._manifest.stateful:
             sequence.slot = self._pool.allocate(sequence.id, spare)
-            if snapshot is not None:
-                self._pool.write(sequence.slot, snapshot.states)
+            states = snapshot.states if snapshot is not None else sequence.given
+            if states:
+                self._pool.write(sequence.slot, states)
+            sequence.given = ()
         elif len(self.live) >= self._max_sequences - spare:
             raise PoolFull(f"{self._max_sequences} sequences are open; retry, or raise --max-sequences")
 
@@ -402,6 +404,7 @@ class Population:
             states,
             sequence.feeds[0].waiting,
             replace(sequence.generation) if sequence.generation else None,
+            sequence.ran or not self._manifest.controls,
         )
         token = sealing.seal(snapshot, sequence.caller)
         self._sealed.add(sequence.number)
@@ -491,7 +494,7 @@ class Population:
             return True
         if not any(padding) and not sequence.feeds[0].waiting:
             return False
-        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1)
+        tail = Chunk(sequence.accepted, padding, self._clock(), 0, part=1, last=True)
         self._metrics.pending_chunks += 1
         sequence.pending.insert(0, tail)
         return True

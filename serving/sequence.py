@@ -84,6 +84,7 @@ class Chunk:
     nbytes: int  # as counted against the pending limit
     part: int = 0  # that is run next
     generate: int = 0  # the last part that is drawn from the one before
+    last: bool = False  # its client says that no other comes; for models that are told
     frames: int = -1  # frames still to run; -1: not begun
     compute: float = 0.0  # seconds inside the model
     parts: tuple[tuple[bytes, ...], ...] = ()  # per turn, per output
@@ -267,9 +268,9 @@ class Sequence:
 
     __slots__ = (
         "accepted", "answered", "begun", "caller", "checkpoint_every", "constants", "ended", "expected",
-        "feeds", "generation", "heard", "id", "idle_seconds", "key", "label", "last_outputs", "movable",
-        "number", "patience_seconds", "pending", "period_seconds", "scheduled", "sealed", "sink", "slot",
-        "window",
+        "feeds", "generation", "given", "heard", "id", "idle_seconds", "key", "label", "last_outputs",
+        "movable", "number", "patience_seconds", "pending", "period_seconds", "ran", "scheduled", "sealed",
+        "sink", "slot", "window",
     )  # fmt: skip
 
     def __init__(
@@ -288,6 +289,7 @@ class Sequence:
         movable: bool = True,
         sampling: Sampling | None = None,
         caller: str = "",
+        given: tuple[bytes, ...] = (),
     ) -> None:
         self.sink = sink
         self.caller = caller  # whose it is; empty where nobody is asked
@@ -302,6 +304,8 @@ class Sequence:
         self.window = window
         self.constants = tuple(sorted((constants or {}).items()))
         self.slot = -1
+        self.given = given  # where its states begin, if its client said so, until it is open
+        self.ran = False  # whether a run had samples of it; kept for models that are told
         self.begun = now
         self.expected = -math.inf  # when the last chunk was due to come, by the declared period
         self.heard = now  # when the last chunk was accepted, monotonic seconds
@@ -391,6 +395,7 @@ class Sequence:
         """Goes on where another sequence stood: all but the states, which are in the pool."""
         self.id, self.constants = snapshot.sequence_id, snapshot.constants
         self.accepted = self.answered = self.sealed = snapshot.step
+        self.ran = snapshot.ran
         for feed, rest in zip(self.feeds, snapshot.feeds, strict=True):
             feed.restore(rest)
         if isinstance(self.feeds[0], TextFeed):

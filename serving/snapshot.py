@@ -36,6 +36,7 @@ class Snapshot:
     states: tuple[bytes, ...]
     text: bytes = b""
     generation: Generation | None = None
+    ran: bool = True  # whether a run had samples of it
 
     def to_bytes(self) -> bytes:
         g = self.generation
@@ -45,6 +46,8 @@ class Snapshot:
             self.model, self.version, self.fingerprint, self.schema, self.sequence_id, self.step,
             self.constants, position, len(self.feeds), [len(blob) for blob in blobs],
         ]  # fmt: skip
+        if not self.ran:  # left out where it need not be said: servers that do not know of it read it as well
+            header.append(False)
         text = json.dumps(header, separators=(",", ":")).encode()
         return b"".join((_LENGTH.pack(len(text)), text, *blobs))
 
@@ -78,7 +81,7 @@ class Snapshot:
             at = _LENGTH.size + length
             header = json.loads(data[_LENGTH.size : at])
             model, version, fingerprint, schema, sequence_id, step = header[:6]
-            constants, position, feeds, lengths = header[6:]
+            constants, position, feeds, lengths, *ran = header[6:]
             blobs = []
             for size in lengths:
                 blobs.append(data[at : at + size])
@@ -96,7 +99,7 @@ class Snapshot:
         chosen = tuple((str(name), float(value)) for name, value in constants)
         return cls(
             model, version, fingerprint, schema, sequence_id, step,
-            chosen, tuple(blobs[:feeds]), tuple(states), waiting, generation,
+            chosen, tuple(blobs[:feeds]), tuple(states), waiting, generation, not ran,
         )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import ModelInvalid, PoolFull, TenutoError
 from .layout import is_finite
-from .manifest import State, Value
+from .manifest import State, initial
 
 Array = NDArray[np.generic]
 
@@ -175,11 +175,3 @@ def layout(state: State, slots: int) -> tuple[int, ...]:
     shape = list(state.slot_shape)
     shape.insert(state.batch_axis, slots)
     return tuple(shape)
-
-
-def initial(state: State) -> Array:
-    """What a slot of it begins with."""
-    if isinstance(state.init, tuple):
-        return np.array(state.init, state.dtype).reshape(state.slot_shape)
-    value = state.init.value if isinstance(state.init, Value) else 0
-    return np.full(state.slot_shape, value, state.dtype)

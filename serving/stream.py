@@ -55,6 +55,7 @@ from .sequence import (
 )
 from .snapshot import Snapshot
 from .status import code_of, metadata_of
+from .tensor import read_given
 from .text import Text
 from .tracing import StreamTrace, Traces
 
@@ -428,7 +429,8 @@ class Stream:
                 _same_sampling(wish, snapshot)
             else:
                 served = self._catalogue.find(wish.model, wish.version)
-            sequence = self._sequence(key, wish, served.manifest, now)
+            given = () if snapshot else read_given(wish.initial, served.manifest)
+            sequence = self._sequence(key, wish, served.manifest, now, given)
             # The sequence of that token may still live here, on a connection that is lost unnoticed.
             instead = snapshot is not None and self._is_own(snapshot.sequence_id)
             self._caller.take_place(instead)
@@ -447,7 +449,7 @@ class Stream:
         if over:
             self._caller.leave_places(1)
             return
-        self.share.add(COMMAND_BYTES)
+        self.share.add(COMMAND_BYTES + sum(map(len, given)))
         if snapshot is not None:
             for other in self._catalogue.engines:
                 if other is not served.engine:
@@ -470,7 +472,9 @@ class Stream:
             raise WrongSetting("a sequence that resumes keeps its constants; leave them out of Open")
         return snapshot
 
-    def _sequence(self, key: int, wish: pb.Open, manifest: Manifest, now: float) -> Sequence:
+    def _sequence(
+        self, key: int, wish: pb.Open, manifest: Manifest, now: float, given: tuple[bytes, ...]
+    ) -> Sequence:
         if len(wish.label.encode()) > _MAX_LABEL_BYTES:
             raise WrongSetting(f"label has {len(wish.label.encode())} bytes, the limit is {_MAX_LABEL_BYTES}")
         if wish.period_ms > _MAX_PERIOD_MS:
@@ -489,6 +493,7 @@ class Stream:
             checkpoint_every=wish.checkpoint_every,
             sampling=_sampling(wish, manifest),
             caller=self._caller.name,
+            given=given,
         )
 
     def _chunk(self, held: _Held, chunk: pb.Chunk, now: float) -> bool:
@@ -508,7 +513,8 @@ class Stream:
         if isinstance(data[0], Text):
             nbytes += _ID_BYTES * len(data[0])  # what it may be cut into
         self.share.add_to_both(nbytes)
-        engine.accept(held.sequence, Chunk(chunk.step, data, now, nbytes, generate=chunk.generate))
+        read = Chunk(chunk.step, data, now, nbytes, generate=chunk.generate, last=chunk.last)
+        engine.accept(held.sequence, read)
         return held.habit.is_kept(chunk, held.served.reader.takes_as_it_is)
 
     def _check_generate(self, parts: int, manifest: Manifest) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .errors import TooLarge, WrongDtype, WrongEncoding, WrongInput, WrongShape
-from .manifest import Dim, Input, Manifest, WireDtype
+from .errors import NotFinite, TooLarge, WrongDtype, WrongEncoding, WrongInput, WrongShape
+from .manifest import Dim, Input, Manifest, State, WireDtype, initial
 from .text import Text
 
 Array = NDArray[Any]
@@ -84,6 +84,40 @@ class Reader:
 
     def _expected(self) -> str:
         return f"the model's inputs are {', '.join(self._index)}"
+
+
+def read_given(tensors: Sequence[WireTensor], manifest: Manifest) -> tuple[bytes, ...]:
+    """The values of all states where a sequence begins whose client gives those that the manifest asks for;
+    nothing of a model that asks for none.
+
+    Raises: WrongInput, WrongDtype, WrongShape, NotFinite.
+    """
+    given = {tensor.name: tensor for tensor in tensors}
+    asked = {s.input: s for s in manifest.given}
+    if given.keys() != asked.keys() or len(given) != len(tensors):
+        raise WrongInput(
+            f"Open gives {', '.join(t.name for t in tensors) or 'no state'} initial values, model "
+            f"{manifest.name!r} asks for {', '.join(asked) or 'none'}"
+        )
+    if not asked:
+        return ()
+    return tuple(
+        _given(given[s.input], s) if s.input in asked else initial(s).tobytes() for s in manifest.states
+    )
+
+
+def _given(tensor: WireTensor, state: State) -> bytes:
+    dtype, shape = np.dtype(state.dtype), list(state.slot_shape)
+    if tensor.dtype != state.dtype:
+        raise WrongDtype(f"initial {state.input!r} is {tensor.dtype or 'without a dtype'}, expected {dtype}")
+    if list(tensor.shape) != shape or len(tensor.data) != state.slot_bytes:
+        raise WrongShape(
+            f"initial {state.input!r} has shape {list(tensor.shape)} and {len(tensor.data)} bytes, expected "
+            f"{shape} and {state.slot_bytes}"
+        )
+    if state.finite and dtype.kind == "f" and not np.isfinite(np.frombuffer(tensor.data, dtype)).all():
+        raise NotFinite(f"initial {state.input!r} holds NaN or Inf")
+    return tensor.data
 
 
 class _InputReader:

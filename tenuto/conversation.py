@@ -90,14 +90,16 @@ class Conversation:
 
     # -- what the caller says ----------------------------------------------------------------------
 
-    def chunk(self, inputs: Inputs | None, generate: int, began: float, now: float) -> int:
+    def chunk(
+        self, inputs: Inputs | None, generate: int, began: float, now: float, *, last: bool = False
+    ) -> int:
         """Take in the next chunk and return its step. The caller asked to send it when it `began`.
 
         Call it only when `room()` is true. Raises InvalidInput; then the step is not used up.
         """
         step = self._next_step
         try:
-            chunk = pb.Chunk(step=step, inputs=pack(inputs), generate=generate)
+            chunk = pb.Chunk(step=step, inputs=pack(inputs), generate=generate, last=last)
         except (TypeError, ValueError) as error:
             if isinstance(error, errors.TenutoError):
                 raise
@@ -172,6 +174,8 @@ class Conversation:
         event = pb.Open()
         event.CopyFrom(self._event)
         event.resume_token = self.resume_token
+        if self.resume_token:
+            event.ClearField("initial")  # the token has the states
         if self.opened is not None and not self.resume_token and self._had > (0, 0):
             # The caller has outputs of this version: another one's would be those of another sequence.
             event.version = self.opened.version

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from . import errors
-from .reply import Model, Prediction, Sequence, Timing
+from .reply import Loaded, Model, Prediction, Sequence, Timing, Unloaded
 from .sampling import Sampling
-from .tensor import Inputs, pack, unpack
+from .tensor import Inputs, Value, pack, unpack
 from .v1 import tenuto_pb2 as pb
 
 
@@ -50,6 +50,17 @@ def end_sequence_request(sequence_id: str) -> pb.EndSequenceRequest:
         raise _wrong_field("end_sequence", error) from error
 
 
+Command = TypeVar("Command", pb.LoadModelRequest, pb.UnloadModelRequest, pb.ReloadModelRequest)
+
+
+def command(kind: type[Command], model: str) -> Command:
+    """Return an operator's request about one model; raises InvalidInput."""
+    try:
+        return kind(model=model)
+    except (TypeError, ValueError) as error:
+        raise _wrong_field("model", error) from error
+
+
 def open_event(
     model: str,
     *,
@@ -60,6 +71,7 @@ def open_event(
     label: str,
     resume_token: bytes,
     sampling: Sampling | None,
+    initial: Mapping[str, Value] | None,
 ) -> pb.Open:
     """Return the event that begins a sequence; raises InvalidInput."""
     try:
@@ -72,6 +84,7 @@ def open_event(
             label=label,
             resume_token=resume_token,
             sampling=sampling.message() if sampling is not None else None,
+            initial=pack(initial),
         )
     except (TypeError, ValueError) as error:
         raise _wrong_field("stream", error) from error
@@ -106,8 +119,22 @@ def model(message: pb.Model, manifest_json: str = "") -> Model:
         description=message.description,
         sequences=message.sequences,
         slots=message.slots,
+        state_bytes=message.state_bytes,
+        state_bytes_used=message.state_bytes_used,
+        file_bytes=message.file_bytes,
         manifest=manifest,
     )
+
+
+def loaded(response: pb.LoadModelResponse | pb.ReloadModelResponse) -> Loaded:
+    """Return what serves now."""
+    ended = response.sequences if isinstance(response, pb.ReloadModelResponse) else 0
+    return Loaded(model(response.model), response.changed, ended)
+
+
+def unloaded(response: pb.UnloadModelResponse) -> Unloaded:
+    """Return what was taken away."""
+    return Unloaded(tuple(response.versions), response.sequences)
 
 
 def sequence(message: pb.Sequence) -> Sequence:

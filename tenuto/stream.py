@@ -91,14 +91,15 @@ class Stream:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    def send(self, inputs: Inputs | None, *, generate: int = 0) -> int:
+    def send(self, inputs: Inputs | None, *, generate: int = 0, last: bool = False) -> int:
         """Send one chunk, any number of samples, and return its step (1, 2, 3 …).
 
         `inputs` is one array, or name -> array, without the batch axis: [160] for 20 ms of 8 kHz
         PCM, [3, 7] for three hours of seven sensors; a `str` for models whose manifest says how text
         becomes ids, in pieces cut anywhere. `generate` draws a sample from the output and feeds it
         to the model that many times, for models whose manifest says how; None as `inputs` then goes
-        on from the last output.
+        on from the last output. `last` tells a model that has a control for it that no other samples come;
+        `end` is to be called all the same.
 
         Blocks while `window` chunks are unanswered, or `replay_bytes` are kept until the server sends
         a resume token. Raises InvalidInput for what cannot travel, ReplyTimeout where no server
@@ -109,7 +110,7 @@ class Stream:
         with self._changed:
             self._wait(self._conversation.room)
             now = monotonic()
-            step = self._conversation.chunk(inputs, generate, began, now)
+            step = self._conversation.chunk(inputs, generate, began, now, last=last)
             self._write(now)
         return step
 

@@ -334,3 +334,99 @@ def heavy(weights_bytes: int, state_bytes: int) -> tuple[bytes, Manifest]:
         "max_batch": 8,
     }
     return model(nodes, inputs, outputs, {"table": table, **cuts}), manifest
+
+
+def teller(**changes: Any) -> tuple[bytes, Manifest]:
+    """x [batch] -> y [batch, 5]: the sum since `start`, whatever the state was before, and what the controls
+    said: start, end, ready, and the sequence's number modulo a million."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "column"], ["new"]),
+        helper.make_node("Add", ["total", "new"], ["more"]),
+        helper.make_node("Cast", ["start"], ["begins"], to=TensorProto.BOOL),
+        helper.make_node("Where", ["begins", "new", "more"], ["total_next"]),
+        helper.make_node("Cast", ["start"], ["start_as"], to=FLOAT),
+        helper.make_node("Cast", ["end"], ["end_as"], to=FLOAT),
+        helper.make_node("Reshape", ["ready", "column"], ["ready_as"]),
+        helper.make_node("Mod", ["id", "million"], ["id_rest"]),
+        helper.make_node("Cast", ["id_rest"], ["id_float"], to=FLOAT),
+        helper.make_node("Reshape", ["id_float", "column"], ["id_as"]),
+        helper.make_node("Concat", ["total_next", "start_as", "end_as", "ready_as", "id_as"], ["y"], axis=1),
+    ]
+    inputs = [
+        value("x", FLOAT, "batch"),
+        value("total", FLOAT, "batch", 1),
+        value("start", INT32, "batch", 1),
+        value("end", TensorProto.BOOL, "batch", 1),
+        value("ready", FLOAT, "batch"),
+        value("id", INT64, "batch"),
+    ]
+    outputs = [value("y", FLOAT, "batch", 5), value("total_next", FLOAT, "batch", 1)]
+    constants = {"column": np.array([-1, 1], np.int64), "million": np.int64(1_000_000)}
+    column = {"shape": ["batch", 1]}
+    manifest = {
+        "format": 1,
+        "name": "teller",
+        "inputs": [{"name": "x", "dtype": "float32", "shape": ["batch"]}],
+        "states": [
+            {"input": "total", "output": "total_next", "dtype": "float32", "init": {"value": 7.0}} | column
+        ],
+        "controls": [
+            {"name": "start", "kind": "start", "dtype": "int32"} | column,
+            {"name": "end", "kind": "end", "dtype": "bool"} | column,
+            {"name": "ready", "kind": "ready", "dtype": "float32", "values": [-1.0, 1.0]},
+            {"name": "id", "kind": "sequence_id", "dtype": "int64"},
+        ],
+        "outputs": [{"name": "y", "dtype": "float32", "shape": ["batch", 5]}],
+    }
+    return model(nodes, inputs, outputs, constants), manifest | changes
+
+
+def counter(**changes: Any) -> tuple[bytes, Manifest]:
+    """x [batch, time] -> y [batch, time]: of each run's samples as many as the first of them says; so long as
+    that is a number that the run has."""
+    made, manifest = accumulator(ragged=False, name="counter")
+    proto = onnx.load_from_string(made)
+    proto.graph.node.extend(
+        [
+            helper.make_node("Slice", ["x", "zero", "from", "axes"], ["first"]),
+            helper.make_node("Cast", ["first"], ["count"], to=INT64),
+        ]
+    )
+    proto.graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "zero"))
+    proto.graph.output.append(value("count", INT64, "batch", 1))
+    y = {
+        "name": "y",
+        "dtype": "float32",
+        "shape": ["batch", "time"],
+        "time_axis": 1,
+        "lengths_output": "count",
+    }
+    return bytes(proto.SerializeToString()), manifest | {"outputs": [y]} | changes
+
+
+def single(**changes: Any) -> tuple[bytes, Manifest]:
+    """The accumulator as a graph of one row whose state has no batch axis: x [1, time], total [1]."""
+    nodes = [
+        helper.make_node("Unsqueeze", ["total", "zero"], ["before"]),
+        helper.make_node("Concat", ["before", "x"], ["all"], axis=1),
+        helper.make_node("CumSum", ["all", "one"], ["sums"]),
+        helper.make_node("Slice", ["sums", "from", "to", "axes"], ["y"]),
+        helper.make_node("Slice", ["sums", "last", "to", "axes"], ["after"]),
+        helper.make_node("Squeeze", ["after", "zero"], ["total_next"]),
+    ]
+    inputs = [value("x", FLOAT, 1, "time"), value("total", FLOAT, 1)]
+    outputs = [value("y", FLOAT, 1, "time"), value("total_next", FLOAT, 1)]
+    constants = {"one": np.int64(1), "zero": np.array([0], np.int64), **_CUTS}
+    series = {"dtype": "float32", "shape": [1, "time"], "time_axis": 1}
+    manifest = {
+        "format": 1,
+        "name": "single",
+        "inputs": [{"name": "x"} | series],
+        "states": [
+            {"input": "total", "output": "total_next", "dtype": "float32", "shape": [1], "batch_axis": None}
+        ],
+        "outputs": [{"name": "y"} | series],
+        "fixed_batch": 1,
+        "max_frames": 8,
+    }
+    return model(nodes, inputs, outputs, constants), manifest | changes

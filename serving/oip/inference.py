@@ -73,7 +73,7 @@ def served_of(catalogue: Catalogue, model: str, version: str) -> Served:
         raise Refusal(text, Code.UNAVAILABLE, error.reason) from error
     except UnknownModel as error:
         known = {one.manifest.name for one in (*catalogue.served, *catalogue.retiring)}
-        if model not in known | catalogue.withdrawn:
+        if model not in known and model not in catalogue.withdrawn:
             text = f"Request for unknown model: '{model}' is not found"
         elif number:
             text = f"Request for unknown model: '{model}' version {number} is not found"
@@ -189,6 +189,13 @@ class _Asked:
             raise Refusal(
                 f"inference request to model '{form.name}' must specify a non-zero or non-empty "
                 "correlation ID"
+            )
+        if form.manifest.given:
+            raise Refusal(
+                f"sequences of model '{form.name}' begin with states that their clients give; this protocol "
+                "has no word for it, tenuto.v1.Open has",
+                Code.UNIMPLEMENTED,
+                "NOT_SUPPORTED",
             )
         if self._stream is None and shared.pending.full:  # on a stream, it is not read
             raise PoolFull(f"more than {shared.pending.limit_bytes} bytes are pending; retry")

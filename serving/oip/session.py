@@ -126,7 +126,8 @@ class Session:
             self._steps.append(_Step(number, question.end, [(asker, question)]))
             nbytes = sum(map(len, data)) + CHUNK_BYTES
             pending.add(nbytes)
-            engine.accept(self.sequence, Chunk(number, data, time.monotonic(), nbytes))
+            chunk = Chunk(number, data, time.monotonic(), nbytes, last=question.end)
+            engine.accept(self.sequence, chunk)
             if question.end:
                 self._ending = no_start(self.form.name, self.key[2])
                 engine.finish(self.sequence, Ending.END)

@@ -29,10 +29,16 @@ class Talk:
     """A conversation at a clock that the test moves, and the server's side of it by hand."""
 
     def __init__(
-        self, targets: int = 1, version: int = 0, resume_token: bytes = b"", **settings: Any
+        self,
+        targets: int = 1,
+        version: int = 0,
+        resume_token: bytes = b"",
+        initial: Any = (),
+        **settings: Any,
     ) -> None:
         names = ",".join(f"host-{n}:1" for n in range(targets))
         event = pb.Open(model="accumulator", version=version, label="kitchen", resume_token=resume_token)
+        event.initial.extend(initial)
         self.one = Conversation(event, Settings(names, **settings), lambda: 1.0)
         self.now = 100.0
 
@@ -226,6 +232,32 @@ def test_with_a_token_the_chunks_after_it_are_sent_again() -> None:
     talk.answer(2, 3)
     assert talk.taken() == [(1, 0), (2, 0), (3, 0)]
     assert talk.send() == ["4"]
+
+
+def test_where_the_states_begin_is_said_until_there_is_a_token() -> None:
+    """Which has them; and which is smaller with the next Open."""
+    state = pb.Tensor(name="h", dtype="float32", shape=[1], data=bytes(4))
+    talk = Talk(initial=[state]).start()
+    talk.send()
+    talk.lose()
+    assert list(talk.call().initial) == [state]
+    talk.opened()
+    talk.answer(1)
+    talk.token(1)
+    talk.send()
+    talk.lose()
+    assert list(talk.call().initial) == []
+
+
+def test_the_last_samples_are_said_to_be_so_again_after_a_resume() -> None:
+    talk = Talk().start()
+    talk.one.chunk(np.ones(1, np.float32), 0, talk.now, talk.now, last=True)
+    assert [request.events[0].chunk.last for request in talk.one.outgoing(talk.now)] == [True]
+    talk.lose()
+    talk.call()
+    opened = pb.Opened(sequence_id="s", version=3, next_step=1, window=4)
+    talk.one.receive(pb.StreamResponse(replies=[pb.Reply(opened=opened)]), talk.now)
+    assert [request.events[0].chunk.last for request in talk.one.outgoing(talk.now)] == [True]
 
 
 def test_a_replay_keeps_to_the_window_of_the_new_call() -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tenuto.serving.errors import NotFinite, OutOfRangeValue
-from tenuto.serving.layout import Layout
-from tenuto.serving.manifest import Manifest
+from tenuto.serving.layout import Layout, one_a_row
+from tenuto.serving.manifest import Control, Manifest
 
 from .fakes import accumulator, doubler, f32
 
@@ -254,3 +254,73 @@ def test_padding_is_a_value_that_the_model_may_see() -> None:
     feeds, refused = layout.stack([rows], 4)
     assert feeds["x"].tolist() == [[5, 6, 7], [8, 3, 3], [3, 3, 3], [3, 3, 3]]
     assert refused == {}
+
+
+# What a run gives is looked at before it is cut: a wrong shape would be another row's numbers.
+
+WRONG_SHAPES = {
+    "rank": (3, 4),
+    "rows": (2, 4, 2),
+    "a fixed axis": (3, 4, 5),
+    "too few frames": (3, 3, 2),
+}
+
+
+@pytest.mark.parametrize("shape", WRONG_SHAPES.values(), ids=WRONG_SHAPES.keys())
+def test_a_run_of_another_shape_fails(shape: tuple[int, ...]) -> None:
+    layout = Layout(create_manifest(["batch", "time", "a"]))
+    unfit = layout.unfit([np.zeros(shape, np.float32)], [4, 2, 1], 3)
+    assert list(unfit) == [0, 1, 2]
+    assert f"'y' came as {list(shape)} from a run of 3 rows, expected [3, 4 or more, 2]" in str(unfit[0])
+
+
+def test_a_run_of_the_right_shape_passes_again_and_again() -> None:
+    layout = Layout(create_manifest(["batch", "time", "a"]))
+    good, bad = np.zeros((3, 4, 2), np.float32), np.zeros((3, 4, 3), np.float32)
+    for _ in range(2):
+        assert not layout.unfit([good], [4, 2, 1], 3)
+        assert not layout.unfit([good], [2, 2, 1], 3)  # more frames than are asked for
+        assert layout.unfit([good], [5, 2, 1], 3)
+        assert layout.unfit([bad], [4, 2, 1], 3)
+
+
+COUNTED = {"name": "y", "dtype": "float32", "lengths_output": "n"}
+
+
+def counted(axes: list[str], **more: Any) -> Layout:
+    shape = [SIZES[axis] for axis in axes]
+    places: dict[str, Any] = {"time_axis": axes.index("time")}
+    places["batch_axis"] = axes.index("batch") if "batch" in axes else None
+    return Layout(create_manifest(axes, outputs=[COUNTED | {"shape": shape} | places], **more))
+
+
+@pytest.mark.parametrize("axes", [["batch", "time", "a"], ["time", "a", "batch"], ["a", "batch", "time"]])
+def test_the_graph_counts_each_rows_frames(axes: list[str]) -> None:
+    """In any order of the axes; of padding rows nothing is cut."""
+    whole = ramp(4, 5, 2)  # rows, time, a
+    order = [["batch", "time", "a"].index(axis) for axis in axes]
+    counts = np.array([[2], [0], [5], [9]], np.int64)
+    layout = counted(axes, fixed_batch=4)
+    assert not layout.unfit([whole.transpose(order), counts], [5, 5, 5], 4)
+    cut = layout.cut([whole.transpose(order), counts], [5, 5, 5])
+    assert [floats(row[0]) for row in cut] == [whole[i, :n].ravel().tolist() for i, n in enumerate((2, 0, 5))]
+
+
+def test_the_frames_of_a_graph_without_rows_are_counted_too() -> None:
+    layout = counted(["time", "a"])
+    assert floats(layout.cut([ramp(3, 2), np.array([2], np.int32)], [3])[0][0]) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("counts", [[6, 0], [-1, 0], [7]], ids=["too many", "negative", "too few rows"])
+def test_a_count_that_is_none_is_its_rows_own_fault(counts: list[int]) -> None:
+    layout = counted(["batch", "time", "a"])
+    unfit = layout.unfit([ramp(2, 5, 2), np.array(counts, np.int32)], [5, 5], 2)
+    assert list(unfit) == ([0] if len(counts) == 2 else [0, 1])
+    assert str(unfit[0]) == f"output 'y' has 5 frames, and the graph counts {counts[0]}"
+
+
+def test_a_control_has_one_number_a_row_and_no_for_padding() -> None:
+    control = Control(name="start", kind="start", dtype="int32", shape=("batch", 1), values=(-1, 1))
+    assert one_a_row(control, [1, -1], 4).tolist() == [[1], [-1], [-1], [-1]]
+    number = Control(name="id", kind="sequence_id", dtype="uint64", values=(5, 6))
+    assert one_a_row(number, [2**64 - 1], 2).tolist() == [2**64 - 1, 0]

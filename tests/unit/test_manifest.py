@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,21 @@ def stateless(**x: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "fields",
+    "fields, told",
     [
-        create_fields() | {"max_bach": 3},
-        create_fields(x={"timeaxis": 1}),
-        create_fields(states=[H | {"initial": 0}]),
-        create_fields(x={"chunk": {"multiple": 3, "exact": 3}}),
-        create_fields(outputs=[Y | {"softmax": True}]),
+        (create_fields() | {"max_bach": 3}, "max_bach: no such key; did you mean 'max_batch'?"),
+        (create_fields(x={"timeaxis": 1}), "inputs.0.timeaxis: no such key; did you mean 'time_axis'?"),
+        (create_fields(states=[H | {"initial": 0}]), "initial: no such key; did you mean 'init'?"),
+        (create_fields(x={"chunk": {"multiple": 3, "exact": 3}}), "no such key"),
+        (
+            create_fields(outputs=[Y | {"softmax": True}]),
+            "softmax: no such key; there are name, dtype, shape,",
+        ),
     ],
     ids=["manifest", "input", "state", "chunk", "output"],
 )
-def test_unknown_keys_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ManifestInvalid, match="Extra inputs are not permitted"):
+def test_unknown_keys_are_refused_with_the_nearest_known_one(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(ManifestInvalid, match=re.escape(told)):
         parse(fields)
 
 
@@ -416,3 +420,57 @@ def test_two_states_in_another_order_are_another_schema() -> None:
     h = STATEFUL["states"][0]
     c = h | {"input": "c", "output": "c_next"}
     assert schema(states=[h, c]) != schema(states=[c, h])
+
+
+# Controls, counted frames, states that are given.
+
+START: dict[str, Any] = {"name": "start", "kind": "start", "dtype": "bool"}
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a control of two numbers a row": (
+        {"controls": [START | {"shape": ["batch", 2]}]}, "a control is one number a row"),
+    "a control's batch axis": ({"controls": [START | {"batch_axis": 1}]}, "batch_axis 1 is no axis of"),
+    "a number of a sequence in float": (
+        {"controls": [START | {"kind": "sequence_id"}]}, "a sequence_id is one of int32, uint32, int64,"),
+    "another kind": ({"controls": [START | {"kind": "begin"}]}, "controls.0.kind"),
+    "counted without time": (
+        {"outputs": [{"name": "y", "dtype": "float32", "shape": ["batch"], "lengths_output": "n"}]},
+        "lengths_output needs a time_axis"),
+    "a state without rows beside many": (
+        {"states": [H | {"batch_axis": None, "shape": [4]}]}, "or nowhere, unless fixed_batch is 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ManifestInvalid, match=message):
+        parse(create_fields(**changes))
+
+
+def test_a_graph_of_one_row_may_have_states_without_rows() -> None:
+    fields = create_fields(states=[H | {"batch_axis": None, "shape": [4]}], fixed_batch=1)
+    assert parse(fields).states[0].slot_shape == (4,)
+
+
+def test_a_run_gives_each_count_once() -> None:
+    """Two outputs may be counted by one, which may be an output of its own."""
+    counted = Y | {"lengths_output": "n"}
+    n = {"name": "n", "dtype": "int32", "shape": ["batch"]}
+    assert parse(create_fields(outputs=[counted, counted | {"name": "z"}])).fetched == ("y", "z", "n")
+    assert parse(create_fields(outputs=[counted, n])).fetched == ("y", "n")
+
+
+def test_a_count_is_no_fraction() -> None:
+    manifest = create_manifest(outputs=[Y | {"lengths_output": "n"}])
+    for dtype, fault in (("float32", "lengths_output 'n' is float32"), ("int64", "")):
+        outputs = [graph_tensor("y", "N", "T"), graph_tensor("n", "N", dtype=dtype), OUTPUTS[1]]
+        found = disagreements(manifest, outputs=outputs)
+        assert any(f.startswith(fault) for f in found) if fault else found == []
+
+
+def test_what_exporters_declare_of_outputs_may_be_wrong() -> None:
+    """Their shapes are looked at when they come."""
+    declared = [graph_tensor("y", "N", 1), graph_tensor("h_next")]
+    assert disagreements(create_manifest(), outputs=declared) == []
+    declared = [graph_tensor("y", "N", "T", dtype="float16"), OUTPUTS[1]]
+    found = disagreements(create_manifest(), outputs=declared)
+    assert found == ["output 'y' is float16 in the graph, float32 in the manifest"]

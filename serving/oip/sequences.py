@@ -89,6 +89,8 @@ class Sequences:
         if live is not None and not live.is_over:  # in front of the new one, which may need its slot
             text = f"sequence {key[2]} to model '{form.name}' began anew, and this step was dropped"
             live.leave(Ending.SUPERSEDED, Refusal(text, reason=Ending.SUPERSEDED.name))
+        elif live is not None:
+            session.follow(live)
         return session
 
     def _begun(self, key: Key, form: Form, caller: Caller) -> Session:

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from tenuto.serving.callers import Caller
@@ -71,7 +72,9 @@ class Session:
         self._lock = threading.RLock()
         self._steps: deque[_Step] = deque()
         self._next = 1
-        self._begun = False  # the engine has it
+        self._begun = False  # the engine has it, or will
+        self._held: list[Callable[[], None]] | None = None  # what it is told when the one before has ended
+        self._next_one: Session | None = None  # waits for that
         self._first = b""  # the digest of step 1, where steps are numbered
         self._last: tuple[int, Tensors | None] | None = None  # answered, where steps are numbered
         self._ending: Refusal | None = None  # what later requests hear
@@ -117,7 +120,7 @@ class Session:
             engine = self._engine
             if not self._begun:
                 self._begun = True
-                engine.open(self.sequence)
+                self._tell(partial(engine.open, self.sequence))
                 if self._engine is None:  # it had ended, and said so meanwhile
                     raise self.ending
             number, self._next = self._next, self._next + 1
@@ -127,10 +130,29 @@ class Session:
             nbytes = sum(map(len, data)) + CHUNK_BYTES
             pending.add(nbytes)
             chunk = Chunk(number, data, time.monotonic(), nbytes, last=question.end)
-            engine.accept(self.sequence, chunk)
+            self._tell(partial(engine.accept, self.sequence, chunk))
             if question.end:
                 self._ending = no_start(self.form.name, self.key[2])
-                engine.finish(self.sequence, Ending.END)
+                self._tell(partial(engine.finish, self.sequence, Ending.END))
+
+    def _tell(self, command: Callable[[], None]) -> None:
+        """Under the lock, which keeps the order."""
+        if self._held is None:
+            command()
+        else:
+            self._held.append(command)
+
+    def follow(self, before: Session) -> None:
+        """Begins when that one, which has its END, is answered: it may need its slot. For one that is new."""
+        with before._lock:
+            if before._engine is not None:
+                before._next_one, self._held = self, []
+
+    def _release(self) -> None:
+        with self._lock:
+            held, self._held = self._held or [], None
+            for command in held:
+                command()
 
     def _again(self, question: Question, asker: Asker) -> None:
         """A step that was taken: it is answered once more, and not run again. Raises: Refusal."""
@@ -214,6 +236,8 @@ class Session:
                 self._keep(answered.number, tensors)
             self.ended_well = isinstance(reply, Closed) and reply.reason is Ending.END
         self._over_now(self)
+        if self._next_one is not None:
+            self._next_one._release()
         for step in steps:
             for asker, question in step.askers:
                 if step is answered:

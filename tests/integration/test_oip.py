@@ -557,6 +557,36 @@ def test_a_full_pool_refuses_at_once(toy_repository: Path, transport: str) -> No
         assert total(oip, step(2, 1, start=True, end=True)) == [1]
 
 
+def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, transport: str) -> None:
+    """The same id again at once, where all slots are taken: the one that ends has to be answered first."""
+    settings: dict[str, Any] = {"max_sequences": 1, "resume_reserve": 0.0}
+    with (
+        serving(toy_repository, transport=transport, **settings) as server,
+        connect(server.port) as channel,
+        Gate(engine_of(server, "accumulator")) as gate,
+        InferStream(channel) as stream,
+    ):
+        stream.send(step(7, 1, start=True, end=True))
+        stream.send(step(7, 10, start=True), step(7, 5), step(7, 5, end=True))
+        stream.send(step(7, 100, start=True, end=True))
+        gate.wait_for_arrival()
+        gate.open()
+        assert stream.totals(5) == [[1], [10], [15], [20], [100]]
+
+
+def test_a_text_of_which_nothing_is_left_at_its_end_is_answered_empty(oip: Any) -> None:
+    """Neither the last step nor what follows END completes a word."""
+
+    def words(text: bytes, **flags: object) -> Any:
+        request = ask("reader", name="id", shape=[1, 1], sequence_id=4, **flags)
+        request.inputs[0].datatype, request.raw_input_contents[0] = "BYTES", packed(text)
+        return oip.ModelInfer(request)
+
+    shapes = [list(words(b"ab ", sequence_start=True).outputs[0].shape)]
+    shapes += [list(words(b"", sequence_end=True).outputs[0].shape)]
+    assert shapes == [[1, 1, 8], [1, 0, 8]]
+
+
 def test_a_draining_server_takes_no_more_and_loses_nothing(toy_repository: Path, transport: str) -> None:
     leaving = "GRPC server is shutting down and has stopped accepting new requests."
     with serving(toy_repository, transport=transport) as server, connect(server.port) as channel:

@@ -93,7 +93,8 @@ def test_a_count_that_the_output_does_not_hold_ends_its_sequence_alone(client: C
     with client.stream("counter") as guilty, client.stream("counter") as other:
         other.send(f32([1, 1, 1]))
         guilty.send(f32([9, 5, 5]))
-        with pytest.raises(SequenceFailed, match="output 'y' has 3 frames, and the graph counts 9, in step 1"):
+        told = "output 'y' has 3 frames, and the graph counts 9, in step 1"
+        with pytest.raises(SequenceFailed, match=told):
             next(guilty)
         assert next(other)["y"].tolist() == [1]
 

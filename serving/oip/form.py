@@ -191,16 +191,18 @@ class Form:
             joined.append((whole.shape, whole.tobytes()))
         return tuple(joined)
 
-    def write(self, tensors: Tensors, question: Question, memory: Memory, *, streamed: bool) -> bytes:
+    def write(
+        self, tensors: Tensors, question: Question, request_id: str, memory: Memory, *, streamed: bool
+    ) -> bytes:
         """A ModelInferResponse; `streamed`: one inside a ModelStreamInferResponse.
 
         Raises: Refusal where an output does not fit into its place.
         """
         tensors = tensors or self._nothing  # no frame was completed
         if question.wanted:
-            message = self._write_wanted(tensors, question, memory)
+            message = self._write_wanted(tensors, question, request_id, memory)
         else:
-            message = self._write_all(tensors, question.id)
+            message = self._write_all(tensors, request_id)
         if not streamed:
             return message
         message += _IS_FINAL
@@ -239,8 +241,8 @@ class Form:
             whole.insert(spec.batch_axis, int(bool(data) or spec.time_axis is not None))
         return whole
 
-    def _write_wanted(self, tensors: Tensors, question: Question, memory: Memory) -> bytes:
-        response = pb.ModelInferResponse(model_name=self.name, model_version=self.version, id=question.id)
+    def _write_wanted(self, tensors: Tensors, question: Question, request_id: str, memory: Memory) -> bytes:
+        response = pb.ModelInferResponse(model_name=self.name, model_version=self.version, id=request_id)
         for wanted in question.wanted:
             index = self._outputs[wanted.name]
             spec, (shape, data) = self.manifest.outputs[index], tensors[index]

@@ -10,7 +10,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ParamSpec
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -35,6 +36,7 @@ from .session import Asker, Key
 from .shared_memory import Regions
 
 log = logging.getLogger("tenuto.oip")
+P = ParamSpec("P")
 
 # What takes longer to read than that would hold up all others who are read by the same thread.
 _MOST_AT_ONCE = 64 << 10
@@ -212,7 +214,7 @@ class _Asked:
     def form_of(self, key: Key) -> Form | None:
         return self._shared.sequences.form_of(key)
 
-    def step(self, known: Known, request_id: str, data: bytes, asker: Asker) -> bool:
+    def step(self, known: Known, data: bytes, asker: Asker) -> bool:
         """Hands on one more step like that one. Whether it could; else the request is to be read.
 
         Raises: Refusal.
@@ -220,10 +222,7 @@ class _Asked:
         shared = self._shared
         if shared.is_draining() or shared.sequences.form_of(known.key) is not known.form:
             return False
-        question = known.question
-        if request_id != question.id:
-            question = replace(question, id=request_id)
-        shared.sequences.ask(known.key, known.form, question, (data,), self._caller, asker)
+        shared.sequences.ask(known.key, known.form, known.question, (data,), self._caller, asker)
         return True
 
     def _read(self, request: pb.ModelInferRequest, form: Form, question: Question) -> tuple[bytes, ...]:
@@ -232,7 +231,7 @@ class _Asked:
                 form.check_wanted(question, self.memory)
             return form.read(request, self.memory)
         except Refusal as refusal:
-            raise refusal.about(question.id) from refusal
+            raise refusal.about(request.id) from refusal
 
     def _predict(
         self, request: pb.ModelInferRequest, form: Form, question: Question, asker: Asker
@@ -322,6 +321,7 @@ class UnaryInfer:
         self._asked = _Asked(shared, caller, call.peer(), None)
         self._prediction: Prediction | None = None
         self._came = self._gone = False
+        self._request_id = ""
 
     def received(self, message: bytes) -> None:
         if self._came:
@@ -340,6 +340,7 @@ class UnaryInfer:
             return
         try:
             request = pb.ModelInferRequest.FromString(message)
+            self._request_id = request.id
             self._prediction = self._asked.take(request, self)
             if self._left() and self._prediction is not None:  # meanwhile, and did not see it
                 self._prediction.leave()
@@ -376,7 +377,7 @@ class UnaryInfer:
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
         try:
-            message = form.write(tensors, question, self._asked.memory, streamed=False)
+            message = form.write(tensors, question, self._request_id, self._asked.memory, streamed=False)
         except Refusal as refusal:
             self.refuse(refusal)
             return
@@ -407,7 +408,7 @@ class _Slot:
 
     def answer(self, form: Form, tensors: Tensors, question: Question) -> None:
         try:
-            message = form.write(tensors, question, self._stream.memory, streamed=True)
+            message = form.write(tensors, question, self._request_id, self._stream.memory, streamed=True)
         except Refusal as refusal:
             self.refuse(refusal)
         except Exception:
@@ -487,9 +488,10 @@ class StreamInfer:
         self.owed.add(nbytes)
         found = self._known.find(message) if len(message) <= _MOST_AT_ONCE else None
         if found is not None:
-            slot = _Slot(self, found[1], nbytes)
+            known, request_id, data = found
+            slot = _Slot(self, request_id, nbytes)
             self._slots.append(slot)
-            if self._guarded(slot, lambda: self._asked.step(*found, slot)):
+            if self._guarded(slot, self._asked.step, known, data, slot):
                 return
             self._slots.pop()  # it is the last: nobody else puts one
         try:
@@ -503,17 +505,17 @@ class StreamInfer:
         slot = _Slot(self, request.id, nbytes)
         self._slots.append(slot)
 
-        def take() -> bool:
-            if self._asked.take(request, slot) is None:
-                self._known.learn(message, request, self._asked)
-            return True
+        self._guarded(slot, self._take_parsed, message, request, slot)
 
-        self._guarded(slot, take)
+    def _take_parsed(self, message: bytes, request: pb.ModelInferRequest, slot: _Slot) -> bool:
+        if self._asked.take(request, slot) is None:
+            self._known.learn(message, request, self._asked)
+        return True
 
-    def _guarded(self, slot: _Slot, take: Callable[[], bool]) -> bool:
+    def _guarded(self, slot: _Slot, take: Callable[P, bool], *args: P.args, **kwargs: P.kwargs) -> bool:
         """Whether the request was dealt with: what it raises is its answer."""
         try:
-            return take()
+            return take(*args, **kwargs)
         except Refusal as refusal:
             slot.refuse(refusal)
         except TenutoError as error:
@@ -528,20 +530,19 @@ class StreamInfer:
 
     def answered(self, slot: _Slot, message: bytes) -> None:
         """Sends what is due. On any thread."""
-        self.owed.add(len(message))
-        sent = 0
+        paid = -len(message)  # nothing but its request's bytes where it goes out now
         with self._lock:
             slot.message = message
             slots = self._slots
             while slots and (due := slots[0].message) is not None:
                 first = slots.popleft()
-                sent += first.nbytes + len(due)
+                paid += first.nbytes + len(due)
                 if first.status is not None:
                     self._call.finish(first.status.code, str(first.status), first.status.metadata)
                 else:
                     self._call.send(due)
             done = self._half_closed and not slots
-        self.owed.remove(sent)
+        self.owed.remove(paid)
         if done:
             self._finish()
 

@@ -35,9 +35,8 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What the request says beside its tensors."""
+    """What the request says beside its tensors and its id."""
 
-    id: str
     sequence: int | str  # 0 or "": in none that has a name
     start: bool
     end: bool
@@ -53,7 +52,7 @@ class Question:
         wanted = tuple(map(_wanted, request.outputs))
         if len({one.name for one in wanted}) < len(wanted):
             raise Refusal("an output is requested twice; once is enough for each")
-        return cls(request.id, sequence, start, end, step, wanted)
+        return cls(sequence, start, end, step, wanted)
 
 
 def version_of(text: str) -> int:

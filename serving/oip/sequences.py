@@ -56,7 +56,9 @@ class Sequences:
 
         Raises: Refusal, PoolFull for a caller at the limit.
         """
-        session = self._session(key, form, question, data, caller)
+        session = self._live.get(key)
+        if session is None or question.start or question.step or session.is_over:
+            session = self._session(key, form, question, data, caller)
         session.ask(question, data, caller, self._pending, asker)
 
     def _session(

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ParamSpec, Protocol
 
 from tenuto.serving.callers import Caller
 from tenuto.serving.engine import Engine
@@ -23,6 +23,7 @@ from .question import Question
 from .refusal import Code, Refusal
 
 log = logging.getLogger("tenuto.oip")
+P = ParamSpec("P")
 
 # A larger answer is not kept for whoever asks again.
 _KEPT_BYTES = 64 << 10
@@ -120,7 +121,7 @@ class Session:
             engine = self._engine
             if not self._begun:
                 self._begun = True
-                self._tell(partial(engine.open, self.sequence))
+                self._tell(engine.open, self.sequence)
                 if self._engine is None:  # it had ended, and said so meanwhile
                     raise self.ending
             number, self._next = self._next, self._next + 1
@@ -130,17 +131,17 @@ class Session:
             nbytes = sum(map(len, data)) + CHUNK_BYTES
             pending.add(nbytes)
             chunk = Chunk(number, data, time.monotonic(), nbytes, last=question.end)
-            self._tell(partial(engine.accept, self.sequence, chunk))
+            self._tell(engine.accept, self.sequence, chunk)
             if question.end:
                 self._ending = no_start(self.form.name, self.key[2])
-                self._tell(partial(engine.finish, self.sequence, Ending.END))
+                self._tell(engine.finish, self.sequence, Ending.END)
 
-    def _tell(self, command: Callable[[], None]) -> None:
+    def _tell(self, command: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Under the lock, which keeps the order."""
         if self._held is None:
-            command()
+            command(*args, **kwargs)
         else:
-            self._held.append(command)
+            self._held.append(partial(command, *args, **kwargs))
 
     def follow(self, before: Session) -> None:
         """Begins when that one, which has its END, is answered: it may need its slot. For one that is new."""

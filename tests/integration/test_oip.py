@@ -577,7 +577,7 @@ def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, tran
 def test_a_text_of_which_nothing_is_left_at_its_end_is_answered_empty(oip: Any) -> None:
     """Neither the last step nor what follows END completes a word."""
 
-    def words(text: bytes, **flags: object) -> Any:
+    def words(text: bytes, **flags: Any) -> Any:
         request = ask("reader", name="id", shape=[1, 1], sequence_id=4, **flags)
         request.inputs[0].datatype, request.raw_input_contents[0] = "BYTES", packed(text)
         return oip.ModelInfer(request)

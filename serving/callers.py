@@ -4,7 +4,7 @@
     tokens = ["3f9c…"]          # `openssl rand -hex 32`; two while one replaces the other
     max_sequences = 100         # live at once on this server; 0, the default: no limit of its own
     chunks_per_second = 500     # on average over a second; above it her streams are read later. 0: any
-    operator = false            # may list and end what others have, too
+    operator = false            # may list and end what others have, too, and load and unload models
 
 Without a file everybody may call, and sees everything.
 """
@@ -22,7 +22,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
-from .errors import ConfigInvalid, PoolFull, RateExceeded, Unauthenticated
+from .errors import ConfigInvalid, NotAnOperator, PoolFull, RateExceeded, Unauthenticated
 
 log = logging.getLogger("tenuto.callers")
 
@@ -93,6 +93,11 @@ class Caller:
     def may_see(self, owner: str) -> bool:
         """Whether sequences of that caller are its business."""
         return self.operator or owner == self.name
+
+    def check_operator(self) -> None:
+        """For what loads and unloads models. Raises: NotAnOperator."""
+        if not self.operator:
+            raise NotAnOperator("only operators load and unload models; see --callers")
 
     def take_place(self, instead: bool = False) -> None:
         """For one more sequence; or `instead` of one that ends by that. Raises: PoolFull."""

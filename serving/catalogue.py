@@ -7,7 +7,7 @@ models puts a new snapshot in its place.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from .engine import Engine
@@ -25,8 +25,9 @@ class Served:
     reader: Reader
     writer: OutputWriter  # its engine thread's
     provider: str
-    sha256: str  # of model.onnx
+    sha256: str  # of model.onnx and its external data
     fingerprint: str  # of model.onnx and manifest.json
+    file_bytes: int = 0  # of the graph, with its external data
     memo: dict[type, object] = field(default_factory=dict, compare=False, repr=False)  # others' notes of it
 
     @property
@@ -44,12 +45,31 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What serves after an operator asked for a model."""
+
+    served: Served
+    changed: bool  # False: it served before
+    ended: int = 0  # sequences of what was there under its version, from other files
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """What an operator took away."""
+
+    versions: tuple[int, ...]
+    ended: int  # sequences
+
+
+@dataclass(frozen=True)
 class _Snapshot:
     served: tuple[Served, ...]  # take new sequences
     retiring: tuple[Served, ...]  # keep those they have
     refused: tuple[Refused, ...]
     newest: dict[str, Served]  # of those that serve
-    withdrawn: frozenset[str] = frozenset()  # models that were unloaded by hand
+    # Models that were unloaded by hand, and the newest version that served.
+    withdrawn: Mapping[str, int] = field(default_factory=dict)
+    loading: frozenset[tuple[str, int]] = frozenset()  # models and versions
 
 
 def _newest(served: tuple[Served, ...]) -> dict[str, Served]:
@@ -61,7 +81,8 @@ def _version(one: Served) -> int:
 
 
 class Catalogue:
-    """Models by name. Any thread may read it; `add`, `remove`, `refuse` and `forget` are the rollout's."""
+    """Models by name. Any thread may read it; `announce`, `add`, `withdraw`, `remove`, `refuse` and `forget`
+    are the rollout's."""
 
     def __init__(self, served: list[Served], refused: list[Refused]) -> None:
         self._now = _Snapshot(tuple(served), (), tuple(refused), _newest(tuple(served)))
@@ -79,9 +100,11 @@ class Catalogue:
         for one in now.served:
             if (one.manifest.name, one.engine.version) == (model, version):
                 return one
-        refused = _refusal(now, model, version)
-        if refused is not None:
+        refused, unloaded = _refusal(now, model, version), model in now.withdrawn
+        if refused is not None and (version or not unloaded):
             raise ModelNotReady(f"model {model}/{refused.version} failed its checks: {refused.why}")
+        if unloaded:
+            raise UnknownModel(f"model {model!r} was unloaded by an operator, who may load it again")
         if newest is None:
             names = ", ".join(sorted(now.newest)) or "none"
             raise UnknownModel(f"no model {model!r} here; there is {names}")
@@ -131,9 +154,14 @@ class Catalogue:
         return self._now.retiring
 
     @property
-    def withdrawn(self) -> frozenset[str]:
-        """Models of which nothing serves, since somebody unloaded them."""
+    def withdrawn(self) -> Mapping[str, int]:
+        """Models of which nothing serves, since somebody unloaded them, and the newest version of each."""
         return self._now.withdrawn
+
+    @property
+    def loading(self) -> frozenset[tuple[str, int]]:
+        """Models and versions that are being checked and loaded."""
+        return self._now.loading
 
     @property
     def refused(self) -> tuple[Refused, ...]:
@@ -162,18 +190,25 @@ class Catalogue:
 
     # The thread that loads.
 
+    def announce(self, loading: list[tuple[str, int]]) -> None:
+        """These are being checked and loaded now, and no others."""
+        with self._lock:
+            self._now = replace(self._now, loading=frozenset(loading))
+
     def add(self, new: Served) -> tuple[Served, ...]:
         """The version takes the new sequences of its model from now on. Those that it replaces."""
+        model = new.manifest.name
         with self._lock:
             now = self._now
-            replaced = tuple(o for o in now.served if o.manifest.name == new.manifest.name)
+            replaced = tuple(o for o in now.served if o.manifest.name == model)
             served = (*(o for o in now.served if o not in replaced), new)
-            self._now = _Snapshot(
-                served,
-                (*now.retiring, *replaced),
-                tuple(_others(now.refused, new.manifest.name, _version(new))),
-                _newest(served),
-                now.withdrawn - {new.manifest.name},
+            self._now = replace(
+                now,
+                served=served,
+                retiring=(*now.retiring, *replaced),
+                refused=tuple(_others(now.refused, model, _version(new))),
+                newest=_newest(served),
+                withdrawn={m: v for m, v in now.withdrawn.items() if m != model},
             )
         return replaced
 
@@ -184,9 +219,13 @@ class Catalogue:
             withdrawn = tuple(o for o in now.served if o.manifest.name == model)
             served = tuple(o for o in now.served if o not in withdrawn)
             gone = tuple(o for o in (*now.retiring, *withdrawn) if o.manifest.name == model)
-            retiring = (*now.retiring, *withdrawn)
-            hidden = now.withdrawn | {model} if gone else now.withdrawn
-            self._now = _Snapshot(served, retiring, now.refused, _newest(served), hidden)
+            self._now = replace(
+                now,
+                served=served,
+                retiring=(*now.retiring, *withdrawn),
+                newest=_newest(served),
+                withdrawn={**now.withdrawn, **({model: max(map(_version, gone))} if gone else {})},
+            )
             return gone
 
     def remove(self, gone: Served) -> None:

@@ -139,7 +139,7 @@ class ServerConfig(BaseModel):
         8 << 30
     )
     model_control: Annotated[
-        bool, Field(description="operators may load and unload models by RepositoryModelLoad and ...Unload")
+        bool, Field(description="operators may load, unload and reload models by call (`tenuto load MODEL`)")
     ] = False
     shared_memory: Annotated[
         str,

@@ -115,6 +115,7 @@ class ModelMetrics:
     busy_ratio: Callable[[], float] = lambda: 0.0
     load_seconds: float = 0.0
     nodes: dict[str, int] = field(default_factory=dict)  # of the graph, by the provider that runs them
+    sha256: str = ""  # of its files
     stages: dict[str, Distribution] = field(default_factory=lambda: {s: _seconds() for s in STAGES})
     chunk_latency: Distribution = field(default_factory=_seconds)
     first_output: Distribution = field(default_factory=_seconds)
@@ -348,10 +349,10 @@ class TenutoCollector(Collector):
         info = GaugeMetricFamily(
             "tenuto_model_info",
             "A model version that serves or retires.",
-            labels=["model", "version", "provider"],
+            labels=["model", "version", "provider", "sha256"],
         )
         for m in list(s.models):
-            info.add_metric([m.model, str(m.version), m.provider], 1)
+            info.add_metric([m.model, str(m.version), m.provider, m.sha256], 1)
         yield info
         nodes = GaugeMetricFamily(
             "tenuto_model_nodes",

@@ -17,13 +17,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .catalogue import Catalogue, Refused, Served
+from .catalogue import Catalogue, Loaded, Refused, Served, Unloaded
 from .engine import Engine
 from .errors import ModelInvalid, ModelNotReady, TenutoError, UnknownModel
 from .loader import Loader
 from .metrics import ServerMetrics
 from .repository import ModelFolder, ModelRepository, Signature
 from .sequence import Ending
+from .vetting import Verdict
 
 log = logging.getLogger("tenuto.rollout")
 
@@ -31,8 +32,9 @@ log = logging.getLogger("tenuto.rollout")
 _RESUME_SECONDS = 30.0
 # So many times the memory of a version that was unloaded is given back, until it is gone.
 _LOOKS = 5
-# What an operator unloads has that long to answer what it has accepted.
+# What an operator unloads or replaces has that long to answer what it has accepted.
 _UNLOAD_SECONDS = 5.0
+_STOPPING = "the server stops"
 
 
 class Rollout:
@@ -64,6 +66,8 @@ class Rollout:
         self._trouble = ""  # the last one that was logged
         self._held: set[str] = set()  # models that an operator unloaded: nobody but an operator loads them
         self._turn = threading.Lock()  # one who changes what is loaded at a time
+        self._command = threading.Lock()  # of the operator whose turn it is, or is next
+        self._commanded = ""  # what he wants
         self._running = False
         self._stopping = threading.Event()
         self._lock = threading.Lock()  # nothing begins to serve once `stop` has returned
@@ -127,59 +131,85 @@ class Rollout:
         with self._turn:
             self._poll()
 
-    def load(self, model: str) -> None:
+    def load(self, model: str) -> Loaded:
         """Has the newest version of the model serve that passes its checks, now; none if the newest serves.
 
         Raises: UnknownModel, ModelNotReady, OSError.
         """
-        with self._alone():
-            folders = self._repository.folders().get(model, [])
-            if not folders:
-                raise UnknownModel(f"failed to load '{model}', failed to poll from model repository")
-            self._held.discard(model)
-            for folder in folders:
-                if folder.version <= self.catalogue.newest_version(model):
-                    break
-                self._try([folder])
-            if folders[0].version > self.catalogue.newest_version(model):
-                refused = self.catalogue.refusal(model, folders[0].version)
-                raise ModelNotReady(f"failed to load '{model}': {refused.why if refused else 'stopped'}")
+        with self._alone(f"load of {model!r}"):
+            return self._bring(model, lambda folder, serving: folder.version <= serving.engine.version)
 
-    def unload(self, model: str) -> None:
-        """Lets go of all versions of the model, until it is loaded by `load`. Its sequences end, with tokens,
+    def reload(self, model: str) -> Loaded:
+        """As `load`, and looks at what the version that serves was loaded from: other files are loaded in its
+        place, and its sequences end as in `unload`; where it is gone, the newest that is there takes over.
+
+        Raises: UnknownModel, ModelNotReady, OSError.
+        """
+        with self._alone(f"reload of {model!r}"):
+            return self._bring(model, _is_of)
+
+    def unload(self, model: str) -> Unloaded:
+        """Lets go of all versions of the model, until an operator loads it. Its sequences end, with tokens,
         once their accepted chunks are answered; those that take too long for that, at once.
 
-        Raises: UnknownModel.
+        Raises: UnknownModel, ModelNotReady.
         """
-        with self._alone():
+        with self._alone(f"unload of {model!r}"):
             gone = self.catalogue.withdraw(model)
             if not gone:
                 raise UnknownModel(f"failed to unload '{model}': it is not loaded")
             self._held.add(model)
-            for one in gone:
-                one.engine.metrics.retiring = True
-                one.engine.drain()
-            for one in gone:
-                one.engine.emptied.wait(_UNLOAD_SECONDS)
-                self._let_go(one)
+            return Unloaded(tuple(sorted(one.engine.version for one in gone)), self._send_away(gone))
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Whoever calls does not wait: few threads serve such calls, and a check may take minutes.
+    def _alone(self, what: str) -> Iterator[None]:
+        """One operator waits until the look in progress is over; another one does not: few threads serve such
+        calls, and a check may take minutes.
 
         Raises: ModelNotReady.
         """
-        if not self._turn.acquire(blocking=False):
-            raise ModelNotReady("another model is being loaded or unloaded; try again")
+        if not self._command.acquire(blocking=False):
+            raise ModelNotReady(f"another operator's {self._commanded} is not finished; try again")
         try:
-            yield
+            self._commanded = what
+            with self._turn:
+                yield
         finally:
-            self._turn.release()
+            self._command.release()
+
+    def _bring(self, model: str, suffices: Callable[[ModelFolder, Served], bool]) -> Loaded:
+        """Tries the model's versions, newest first, until what serves `suffices` for one."""
+        folders = self._repository.folders().get(model, [])
+        if not folders:
+            raise UnknownModel(f"failed to load '{model}': the model repository has no version of it")
+        before, refusals, ended = self._serving(model), list[str](), 0
+        for folder in folders:
+            serving = self._serving(model)
+            if serving is not None and suffices(folder, serving):
+                break
+            refusal, away = self._try([folder])[folder]
+            if refusal:
+                refusals.append(refusal if folder.where in refusal else f"{folder.where}: {refusal}")
+            ended += away
+            if not refusal or (serving is not None and folder.version == serving.engine.version):
+                break  # it serves now, or the version that it would replace goes on
+        serving = self._serving(model)
+        if serving is not None:
+            self._held.discard(model)
+        if refusals or serving is None:
+            left = f", {serving.engine.where} serves" if serving else ""
+            raise ModelNotReady(f"failed to load '{model}'{left}: {'; '.join(refusals)}")
+        return Loaded(serving, serving is not before, ended)
+
+    def _serving(self, model: str) -> Served | None:
+        """The version that takes the new sequences."""
+        return next((one for one in self.catalogue.served if one.manifest.name == model), None)
 
     def _poll(self) -> None:
         self._unload()
-        folders = {m: v for m, v in self._repository.folders().items() if m not in self._held}
-        self._forget_deleted(folders)
+        there = self._repository.folders()
+        self._forget_deleted(there)
+        folders = {model: versions for model, versions in there.items() if model not in self._held}
         before, self._seen = self._seen, {}
         candidates = []
         for model, versions in folders.items():
@@ -201,31 +231,46 @@ class Rollout:
             if (refused.model, refused.version) not in there:
                 self.catalogue.forget(refused.model, refused.version)
 
-    def _try(self, folders: list[ModelFolder]) -> None:
-        """One folder a model: each takes over, or is refused."""
+    def _try(self, folders: list[ModelFolder]) -> dict[ModelFolder, tuple[str, int]]:
+        """One folder a model: each takes over, or is refused. Why it was; how many sequences ended by it."""
         self._tried.update({folder: folder.signature() for folder in folders})
-        verdicts = self._loader.check(folders, self._stopping)
-        for folder in folders:
-            if self._stopping.is_set():
-                return
-            try:
-                served = self._loader.load(folder, verdicts[folder])
-            except (TenutoError, MemoryError) as error:
-                log.error("%s is not served: %s", folder.where, error)
-                self._metrics.loads[folder.model, "failed"] += 1
-                self.catalogue.refuse(Refused(folder.model, folder.version, str(error)))
-            else:
-                self._take_over(served)
+        self.catalogue.announce([(folder.model, folder.version) for folder in folders])
+        try:
+            verdicts = self._loader.check(folders, self._stopping)
+            return {folder: self._load(folder, verdicts[folder]) for folder in folders}
+        finally:
+            self.catalogue.announce([])
 
-    def _take_over(self, new: Served) -> None:
+    def _load(self, folder: ModelFolder, verdict: Verdict) -> tuple[str, int]:
+        if self._stopping.is_set():
+            return _STOPPING, 0
+        try:
+            served = self._loader.load(folder, verdict)
+        except (TenutoError, MemoryError) as error:
+            log.error("%s is not served: %s", folder.where, error)
+            self._metrics.loads[folder.model, "failed"] += 1
+            serving = self._serving(folder.model)
+            if serving is None or serving.engine.version != folder.version:  # else it serves as it was
+                self.catalogue.refuse(Refused(folder.model, folder.version, str(error)))
+            return str(error), 0
+        return self._take_over(served)
+
+    def _take_over(self, new: Served) -> tuple[str, int]:
         with self._lock:
             if self._stopping.is_set():
-                return
+                return _STOPPING, 0
             if self._running:
                 new.engine.start()
-            self._metrics.models.append(new.engine.metrics)
             self._metrics.loads[new.manifest.name, "loaded"] += 1
             replaced = self.catalogue.add(new)
+        # Two of one name and number would be one line in metrics: the older one goes first.
+        same = tuple(one for one in self.catalogue.retiring if one.engine.where == new.engine.where)
+        self._retire(new, [old for old in replaced if old not in same])
+        ended = self._send_away(same)
+        self._metrics.models.append(new.engine.metrics)
+        return "", ended
+
+    def _retire(self, new: Served, replaced: list[Served]) -> None:
         for old in replaced:
             old.engine.metrics.retiring = True
             old.engine.retire(self._max_age_seconds)
@@ -236,6 +281,20 @@ class Rollout:
                 old.engine.metrics.active_sequences,
                 self._max_age_seconds,
             )
+
+    def _send_away(self, gone: tuple[Served, ...]) -> int:
+        """Lets go of them once they have answered what they have accepted, or after a while. How many
+        sequences ended by it."""
+        ended = 0
+        for one in gone:
+            one.engine.metrics.retiring = True
+            ended -= _sent_away(one.engine)
+            one.engine.drain()
+        for one in gone:
+            one.engine.emptied.wait(_UNLOAD_SECONDS)
+            self._unloaded.append((self._let_go(one), _LOOKS))
+            ended += _sent_away(one.engine) + len(one.engine.sequences())  # whose run goes on even now
+        return ended
 
     def _unload(self) -> None:
         """Lets go of the versions that retired and to which nobody comes back."""
@@ -251,7 +310,7 @@ class Rollout:
         self._empty.pop(old.engine.where, None)
         old.engine.stop(Ending.MAX_AGE)
         self._metrics.forget(old.engine.metrics)
-        log.info("%s is unloaded", old.engine.where)
+        log.info("%s is unloaded, SHA-256 %s", old.engine.where, old.sha256)
         return weakref.ref(old.engine)
 
     def _is_deserted(self, engine: Engine) -> bool:
@@ -266,6 +325,21 @@ class Rollout:
             self._empty[engine.where] = (lost, self._clock())
             return False
         return not lost or engine.past_max_age or self._clock() - since >= _RESUME_SECONDS
+
+
+def _is_of(folder: ModelFolder, serving: Served) -> bool:
+    """Whether the version that serves is what the folder holds."""
+    if folder.version != serving.engine.version:
+        return False
+    try:
+        return folder.read().fingerprint == serving.fingerprint
+    except TenutoError:  # its check will tell
+        return False
+
+
+def _sent_away(engine: Engine) -> int:
+    ended = engine.metrics.ended
+    return ended[Ending.DRAINING.name] + ended[Ending.MAX_AGE.name]
 
 
 def _give_back_memory() -> None:

@@ -160,7 +160,9 @@ class Server:
         self.metrics.paced_streams = lambda: self._conversations.paced
         self._transport.listen(f"/{SERVICE}/Predict", predicts.open)
         self._transport.listen_to_streams(f"/{SERVICE}/Stream", self._open_stream)
-        servicer = Servicer(self.catalogue, self._callers)
+        servicer = Servicer(
+            self.catalogue, self._callers, self.rollout if self.config.model_control else None
+        )
         server: Any = self._transport  # takes handlers as a grpc.Server does, and is none
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, servicer.handlers()),))
         self._register_oip(server)

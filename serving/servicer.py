@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError, Message
 from tenuto.v1 import tenuto_pb2 as pb
 
 from .callers import Callers
-from .catalogue import Catalogue, Refused, Served
-from .errors import ModelNotReady, TenutoError, UnknownModel, UnknownSequence, WrongMessage
+from .catalogue import Catalogue, Loaded, Refused, Served, Unloaded
+from .errors import ModelNotReady, NotSupported, TenutoError, UnknownModel, UnknownSequence, WrongMessage
 from .sequence import Ending
 from .status import code_of, metadata_of
 
@@ -31,12 +31,25 @@ class _Parser(Protocol[Parsed]):
     def FromString(self, data: bytes, /) -> Parsed: ...
 
 
-class Servicer:
-    """The models, and the operators' calls."""
+class Control(Protocol):
+    """Loads and unloads models. Raises: TenutoError."""
 
-    def __init__(self, catalogue: Catalogue, callers: Callers | None = None) -> None:
+    def load(self, model: str) -> Loaded: ...
+
+    def unload(self, model: str) -> Unloaded: ...
+
+    def reload(self, model: str) -> Loaded: ...
+
+
+class Servicer:
+    """The models, and the operators' calls. Without `control` models are loaded by nobody's call."""
+
+    def __init__(
+        self, catalogue: Catalogue, callers: Callers | None = None, control: Control | None = None
+    ) -> None:
         self._catalogue = catalogue
         self._callers = callers or Callers()
+        self._control = control
 
     def handlers(self) -> dict[str, Any]:
         return {
@@ -44,15 +57,29 @@ class Servicer:
             "GetModel": _unary(pb.GetModelRequest, self.get_model),
             "ListSequences": _unary(pb.ListSequencesRequest, self.list_sequences),
             "EndSequence": _unary(pb.EndSequenceRequest, self.end_sequence),
+            "LoadModel": _unary(pb.LoadModelRequest, self.load_model),
+            "UnloadModel": _unary(pb.UnloadModelRequest, self.unload_model),
+            "ReloadModel": _unary(pb.ReloadModelRequest, self.reload_model),
         }
 
     def list_models(
         self, _request: pb.ListModelsRequest, context: grpc.ServicerContext
     ) -> pb.ListModelsResponse:
         self._callers.identify(context.invocation_metadata)
-        models = [_model(one, pb.Model.READY) for one in self._catalogue.served]
-        models += [_model(one, pb.Model.RETIRING) for one in self._catalogue.retiring]
-        models += [_failed(refused) for refused in self._catalogue.refused]
+        catalogue, loading = self._catalogue, self._catalogue.loading
+        models = [_model(one, pb.Model.READY) for one in catalogue.served]
+        models += [_model(one, pb.Model.RETIRING) for one in catalogue.retiring]
+        loaded = {(m.name, m.version) for m in models}
+        models += [
+            pb.Model(name=name, version=version, state=pb.Model.LOADING) for name, version in loading - loaded
+        ]
+        models += [_failed(one) for one in catalogue.refused if (one.model, one.version) not in loading]
+        told = {(m.name, m.version) for m in models}
+        models += [
+            pb.Model(name=name, version=version, state=pb.Model.UNLOADED)
+            for name, version in catalogue.withdrawn.items()
+            if (name, version) not in told
+        ]
         models.sort(key=lambda m: (m.name, m.version))
         return pb.ListModelsResponse(models=models)
 
@@ -103,6 +130,31 @@ class Servicer:
             raise UnknownSequence(f"no live sequence {request.sequence_id!r} here; see ListSequences")
         return pb.EndSequenceResponse()
 
+    def load_model(self, request: pb.LoadModelRequest, context: grpc.ServicerContext) -> pb.LoadModelResponse:
+        loaded = self._controlled(context).load(request.model)
+        return pb.LoadModelResponse(model=_model(loaded.served, pb.Model.READY), changed=loaded.changed)
+
+    def unload_model(
+        self, request: pb.UnloadModelRequest, context: grpc.ServicerContext
+    ) -> pb.UnloadModelResponse:
+        unloaded = self._controlled(context).unload(request.model)
+        return pb.UnloadModelResponse(versions=unloaded.versions, sequences=unloaded.ended)
+
+    def reload_model(
+        self, request: pb.ReloadModelRequest, context: grpc.ServicerContext
+    ) -> pb.ReloadModelResponse:
+        loaded = self._controlled(context).reload(request.model)
+        return pb.ReloadModelResponse(
+            model=_model(loaded.served, pb.Model.READY), changed=loaded.changed, sequences=loaded.ended
+        )
+
+    def _controlled(self, context: grpc.ServicerContext) -> Control:
+        """Raises: Unauthenticated, NotAnOperator, NotSupported."""
+        self._callers.identify(context.invocation_metadata).check_operator()
+        if self._control is None:
+            raise NotSupported("no call loads or unloads models here; start the server with --model-control")
+        return self._control
+
 
 def _described(served: Served, state: pb.Model.State) -> pb.GetModelResponse:
     return pb.GetModelResponse(model=_model(served, state), manifest_json=served.manifest.to_json())
@@ -125,6 +177,9 @@ def _model(served: Served, state: pb.Model.State) -> pb.Model:
         description=engine.manifest.description,
         sequences=engine.metrics.active_sequences,
         slots=engine.max_sequences,
+        state_bytes=engine.state_bytes,
+        state_bytes_used=engine.metrics.slots_used * sum(s.slot_bytes for s in engine.manifest.states),
+        file_bytes=served.file_bytes,
     )
 
 

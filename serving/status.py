@@ -33,6 +33,7 @@ STATUS: dict[type[TenutoError], grpc.StatusCode] = {
     errors.NotSupported: _C.UNIMPLEMENTED,
     errors.TokenInvalid: _C.FAILED_PRECONDITION,
     errors.Unauthenticated: _C.UNAUTHENTICATED,
+    errors.NotAnOperator: _C.PERMISSION_DENIED,
     errors.RateExceeded: _C.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: _C.DEADLINE_EXCEEDED,
     errors.StateNotFinite: _C.INTERNAL,

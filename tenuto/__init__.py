@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         TenutoError,
         Unavailable,
     )
-    from .reply import Model, Output, Prediction, Sequence, Timing
+    from .reply import Loaded, Model, Output, Prediction, Sequence, Timing, Unloaded
     from .sampling import Sampling
     from .stream import Stream
 
@@ -43,12 +43,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Client": "client",
     "Stream": "stream",
+    "Loaded": "reply",
     "Model": "reply",
     "Output": "reply",
     "Prediction": "reply",
     "Sampling": "sampling",
     "Sequence": "reply",
     "Timing": "reply",
+    "Unloaded": "reply",
     "InvalidInput": "errors",
     "NotFound": "errors",
     "OutputsUnread": "errors",
@@ -67,6 +69,7 @@ _HOME = {
 __all__ = [
     "Client",
     "InvalidInput",
+    "Loaded",
     "Model",
     "NotFound",
     "Output",
@@ -86,6 +89,7 @@ __all__ = [
     "TenutoError",
     "Timing",
     "Unavailable",
+    "Unloaded",
     "__version__",
 ]
 

@@ -14,11 +14,11 @@ import grpc.aio
 from . import errors, message
 from .backoff import jitter
 from .conversation import Conversation
-from .reply import Model, Output, Prediction, Sequence
+from .reply import Loaded, Model, Output, Prediction, Sequence, Unloaded
 from .sampling import Sampling, sampling_of
 from .servers import Options, Servers
-from .settings import Settings
-from .tensor import Inputs
+from .settings import Settings, check_seconds
+from .tensor import Array, Inputs
 from .v1 import tenuto_pb2 as pb
 
 
@@ -112,6 +112,20 @@ class Client:
         """End a live sequence; see `tenuto.Client.end_sequence`."""
         await self._unary("EndSequence", message.end_sequence_request(sequence_id))
 
+    async def load(self, model: str, *, timeout_seconds: float = 600.0) -> Loaded:
+        """Have a model serve now, for operators; see `tenuto.Client.load`."""
+        return message.loaded(await self._command("LoadModel", pb.LoadModelRequest, model, timeout_seconds))
+
+    async def unload(self, model: str, *, timeout_seconds: float = 600.0) -> Unloaded:
+        """Let go of a model, for operators; see `tenuto.Client.unload`."""
+        response = await self._command("UnloadModel", pb.UnloadModelRequest, model, timeout_seconds)
+        return message.unloaded(response)
+
+    async def reload(self, model: str, *, timeout_seconds: float = 600.0) -> Loaded:
+        """Load a model as its folder is now, for operators; see `tenuto.Client.reload`."""
+        response = await self._command("ReloadModel", pb.ReloadModelRequest, model, timeout_seconds)
+        return message.loaded(response)
+
     def stream(
         self,
         model: str,
@@ -123,6 +137,7 @@ class Client:
         label: str = "",
         resume_token: bytes = b"",
         sampling: Sampling | None = None,
+        initial: Mapping[str, Array] | None = None,
     ) -> "Stream":
         """Return a sequence to be entered by `async with`; see `tenuto.Client.stream`."""
         event = message.open_event(
@@ -134,25 +149,30 @@ class Client:
             label=label,
             resume_token=resume_token,
             sampling=sampling,
+            initial=initial,
         )
         return Stream(self._servers, event, self._settings)
 
     async def _unary(self, method: str, request: Any) -> Any:
         """Call the next server, and those behind it while they are unavailable, once round."""
         for target in self._servers.tries():
-            stub = self._servers.stub(target)
             try:
-                return await self._call(getattr(stub, method), request, target)
+                return await self._call(method, request, target, self._settings.timeout_seconds)
             except errors.ServerError as refused:
                 error = refused
             if not self._servers.may_try_on(error):
                 break
         raise error
 
-    async def _call(self, method: Callable[..., Any], request: Any, target: str) -> Any:
-        seconds = self._settings.timeout_seconds
+    async def _command(self, method: str, kind: type[message.Command], model: str, seconds: float) -> Any:
+        """Call the only server, once."""
+        check_seconds("timeout_seconds", seconds)
+        return await self._call(method, message.command(kind, model), self._servers.only(), seconds)
+
+    async def _call(self, method: str, request: Any, target: str, seconds: float) -> Any:
+        stub = self._servers.stub(target)
         try:
-            return await method(request, timeout=seconds, metadata=self._servers.metadata())
+            return await getattr(stub, method)(request, timeout=seconds, metadata=self._servers.metadata())
         except grpc.aio.UsageError as error:
             raise message.client_closed(self._settings.target) from error
         except asyncio.CancelledError:
@@ -226,12 +246,12 @@ class Stream:
 
     # -- sending -----------------------------------------------------------------------------------
 
-    async def send(self, inputs: Inputs | None, *, generate: int = 0) -> int:
+    async def send(self, inputs: Inputs | None, *, generate: int = 0, last: bool = False) -> int:
         """Send one chunk and return its step; see `tenuto.Stream.send`."""
         began = monotonic()
         async with self._sending:
             await self._wait(self._conversation.room)
-            step = self._conversation.chunk(inputs, generate, began, monotonic())
+            step = self._conversation.chunk(inputs, generate, began, monotonic(), last=last)
             await self._write_out()
         return step
 

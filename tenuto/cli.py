@@ -1,4 +1,4 @@
-"""The command `tenuto`: what a client does is here, `serve`, `train` and `evaluate` in their extras.
+"""The command `tenuto`: what a client does is here, `serve`, `adopt`, `train` and others in their extras.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage or a missing extra, 130 Ctrl-C.
 The client commands read TENUTO_SERVER, TENUTO_TIMEOUT_SECONDS and TENUTO_REPLY_SECONDS; an option
@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -19,13 +20,16 @@ from typing import TYPE_CHECKING, Any
 from .errors import TenutoError, invalid
 
 if TYPE_CHECKING:
-    from . import Client, Output, Stream
+    from . import Client, Loaded, Model, Output, Stream
     from .recording import Recording
     from .tensor import Array, Inputs
 
 # Subcommand -> its module, the extra it needs, and whether the module wants the subcommand's name.
 _ELSEWHERE = {
     "serve": ("tenuto.serving.cli", "serving", False),
+    "inspect": ("tenuto.serving.adoption.cli", "serving", True),
+    "check": ("tenuto.serving.adoption.cli", "serving", True),
+    "adopt": ("tenuto.serving.adoption.cli", "serving", True),
     "train": ("tenuto.training.cli", "training", True),
     "export": ("tenuto.training.cli", "training", True),
     "evaluate": ("tenuto.training.cli", "training", True),
@@ -90,6 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("serve", help="serve the models of a repository (extra: serving)")
+    commands.add_parser("inspect", help="say what an ONNX file is (extra: serving)")
+    commands.add_parser("check", help="check that a model keeps what it is served for (extra: serving)")
+    commands.add_parser("adopt", help="put an ONNX file into a repository (extra: serving)")
     commands.add_parser("train", help="train and export a model (extra: training)")
     commands.add_parser("export", help="export a trained model anew (extra: training)")
     commands.add_parser("evaluate", help="score an exported model (extra: training)")
@@ -97,6 +104,22 @@ def _parser() -> argparse.ArgumentParser:
 
     models = _client_command(commands, "models", _models, "list the models of a server")
     models.add_argument("--json", action="store_true", help="print a JSON list")
+
+    for name, run, text in (
+        ("load", _load_model, "have the newest version of a model serve, now"),
+        ("unload", _unload_model, "let go of a model until it is loaded; its sequences end with tokens"),
+        ("reload", _reload_model, "load a model as its folder is now, other files in a version's place too"),
+    ):
+        command = _client_command(commands, name, run, f"{text} (of operators; serve --model-control)")
+        command.add_argument("model", metavar="MODEL")
+        command.add_argument(
+            "--wait-seconds",
+            type=_seconds,
+            default=600.0,
+            metavar="SECONDS",
+            help="for the outcome (default 600)",
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON object")
 
     sequences = _client_command(commands, "sequences", _sequences, "list the live sequences of a server")
     sequences.add_argument("--model", default="", metavar="MODEL", help="of this model alone")
@@ -272,14 +295,93 @@ def _models(arguments: argparse.Namespace) -> None:
     with _client(arguments) as client:
         models = client.models()
     if arguments.json:
-        listed = [{k: v for k, v in asdict(model).items() if k != "manifest"} for model in models]
-        print(json.dumps(listed))
+        print(json.dumps([_unfolded(asdict(model)) for model in models]))
         return
-    for model in models:
-        state = f"{model.state}: {model.why}" if model.why else model.state
-        live = f"{model.sequences}/{model.slots} sequences" if model.stateful else "stateless"
-        first = model.description.partition(". ")[0]
-        print(f"{model.name}/{model.version}  {state}  {live}  {model.provider}  {first}")
+    # A line of a terminal is cut at its end; what is piped elsewhere is whole.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    rows = [_HEADINGS, *map(_row, models)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row, model in zip(rows, (None, *models), strict=True):
+        line = "  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip()
+        print(line[:width])
+        if model is not None and model.why:
+            print(f"  {' '.join(model.why.split())}")
+
+
+_HEADINGS = ("MODEL", "STATE", "LIVE/SLOTS", "STATES/MOST", "FILES", "PROVIDER", "SHA256", "DESCRIPTION")
+
+
+def _row(model: "Model") -> tuple[str, ...]:
+    """Return a model's cells under _HEADINGS; "-" where there is nothing to tell."""
+    states = f"{_size(model.state_bytes_used)}/{_size(model.state_bytes)}"
+    return (
+        f"{model.name}/{model.version}",
+        model.state,
+        f"{model.sequences}/{model.slots}" if model.stateful else "-",
+        states if model.stateful else "-",
+        _size(model.file_bytes) if model.file_bytes else "-",
+        model.provider.removesuffix("ExecutionProvider") or "-",
+        model.sha256[:12] or "-",
+        model.description.partition(". ")[0],
+    )
+
+
+def _size(count: int) -> str:
+    """Return that many bytes for people: 0, 512 B, 1.5 MiB."""
+    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1024
+        del units[0]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.3g} {units[0]}"
+
+
+def _unfolded(listed: dict[str, Any]) -> dict[str, Any]:
+    """Return a model without its manifest, which no list has."""
+    return {name: value for name, value in listed.items() if name != "manifest"}
+
+
+# -- tenuto load, tenuto unload, tenuto reload -----------------------------------------------------
+
+
+def _load_model(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        loaded = client.load(arguments.model, timeout_seconds=arguments.wait_seconds)
+    _tell_loaded(arguments, loaded)
+
+
+def _reload_model(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        loaded = client.reload(arguments.model, timeout_seconds=arguments.wait_seconds)
+    _tell_loaded(arguments, loaded)
+
+
+def _tell_loaded(arguments: argparse.Namespace, loaded: "Loaded") -> None:
+    from dataclasses import asdict
+
+    model = loaded.model
+    if arguments.json:
+        told = {"changed": loaded.changed, "sequences": loaded.sequences}
+        print(json.dumps({"model": _unfolded(asdict(model)), **told}))
+        return
+    how = "serves now" if loaded.changed else "served already"
+    print(f"{model.name}/{model.version} {how}, SHA-256 {model.sha256[:12]}")
+    if loaded.sequences:
+        print(f"{_count_of(loaded.sequences)} of the files before ended")
+
+
+def _unload_model(arguments: argparse.Namespace) -> None:
+    with _client(arguments) as client:
+        unloaded = client.unload(arguments.model, timeout_seconds=arguments.wait_seconds)
+    if arguments.json:
+        told = {"versions": list(unloaded.versions), "sequences": unloaded.sequences}
+        print(json.dumps({"model": arguments.model, **told}))
+        return
+    versions = ", ".join(f"{arguments.model}/{version}" for version in unloaded.versions)
+    print(f"unloaded {versions}; {_count_of(unloaded.sequences)} ended")
+
+
+def _count_of(sequences: int) -> str:
+    return "1 live sequence" if sequences == 1 else f"{sequences or 'no'} live sequences"
 
 
 # -- tenuto sequences, tenuto end ------------------------------------------------------------------

@@ -6,13 +6,13 @@ from typing import Any
 
 import grpc
 
-from . import message
-from .reply import Model, Prediction, Sequence
+from . import errors, message
+from .reply import Loaded, Model, Prediction, Sequence, Unloaded
 from .sampling import Sampling
 from .servers import Options, Servers
-from .settings import Settings
+from .settings import Settings, check_seconds
 from .stream import Stream, rpc_error
-from .tensor import Inputs
+from .tensor import Array, Inputs
 from .v1 import tenuto_pb2 as pb
 
 
@@ -135,6 +135,33 @@ class Client:
         """
         self._unary("EndSequence", message.end_sequence_request(sequence_id))
 
+    def load(self, model: str, *, timeout_seconds: float = 600.0) -> Loaded:
+        """Have the newest version of a model that passes its checks serve, now; return what serves.
+
+        For operators, at a client of one server that runs with `--model-control`. A server does one such
+        thing at a time, and finishes it even if this call does not wait for it.
+
+        Raises NotFound (the repository has no such model), Unavailable (the newest version was refused: the
+        text says why, and what serves; or another operator's call is not finished), Refused
+        (NOT_AN_OPERATOR, NOT_SUPPORTED), InvalidInput, ReplyTimeout after `timeout_seconds`.
+        """
+        return message.loaded(self._command("LoadModel", pb.LoadModelRequest, model, timeout_seconds))
+
+    def unload(self, model: str, *, timeout_seconds: float = 600.0) -> Unloaded:
+        """Let go of all versions of a model until `load` or `reload`; return what was taken away.
+
+        Its sequences end with resume tokens. Raises NotFound (it is not loaded), and what `load` raises.
+        """
+        return message.unloaded(self._command("UnloadModel", pb.UnloadModelRequest, model, timeout_seconds))
+
+    def reload(self, model: str, *, timeout_seconds: float = 600.0) -> Loaded:
+        """Load a model as its folder is now; return what serves.
+
+        As `load`; and files that changed under the version that serves are loaded in its place, which ends
+        its sequences with resume tokens. What is refused changes nothing. Raises what `load` raises.
+        """
+        return message.loaded(self._command("ReloadModel", pb.ReloadModelRequest, model, timeout_seconds))
+
     def stream(
         self,
         model: str,
@@ -146,6 +173,7 @@ class Client:
         label: str = "",
         resume_token: bytes = b"",
         sampling: Sampling | None = None,
+        initial: Mapping[str, Array] | None = None,
     ) -> Stream:
         """Return a sequence to be entered by `with`; see Stream.
 
@@ -153,7 +181,8 @@ class Client:
         `idle_seconds` is how long it may say nothing (0: the server's limit). `constants` are
         values that the manifest lets a client choose, by input name. `label`, at most 128 bytes, is
         shown to operators. With the `resume_token` of an earlier sequence, that one goes on. `sampling` is
-        for models that generate.
+        for models that generate, `initial` for those whose manifest has clients say where the states begin:
+        by the states' input names, without the batch axis.
         """
         event = message.open_event(
             model,
@@ -164,21 +193,33 @@ class Client:
             label=label,
             resume_token=resume_token,
             sampling=sampling,
+            initial=initial,
         )
         return Stream(self._servers, event, self._settings)
 
     def _unary(self, method: str, request: Any) -> Any:
         """Call the next server, and those behind it while they are unavailable, once round."""
-        seconds = self._settings.timeout_seconds
         for target in self._servers.tries():
-            stub = self._servers.stub(target)
-            metadata = self._servers.metadata()
             try:
-                return getattr(stub, method)(request, timeout=seconds, metadata=metadata)
-            except ValueError as closed:  # what gRPC raises on a closed channel
-                raise message.client_closed(self._settings.target) from closed
-            except grpc.RpcError as status:
-                error = rpc_error(status, target, seconds)
+                return self._call(method, request, target, self._settings.timeout_seconds)
+            except errors.ServerError as refused:
+                error = refused
             if not self._servers.may_try_on(error):
                 break
+        raise error
+
+    def _command(self, method: str, kind: type[message.Command], model: str, seconds: float) -> Any:
+        """Call the only server, once."""
+        check_seconds("timeout_seconds", seconds)
+        return self._call(method, message.command(kind, model), self._servers.only(), seconds)
+
+    def _call(self, method: str, request: Any, target: str, seconds: float) -> Any:
+        stub = self._servers.stub(target)
+        metadata = self._servers.metadata()
+        try:
+            return getattr(stub, method)(request, timeout=seconds, metadata=metadata)
+        except ValueError as closed:  # what gRPC raises on a closed channel
+            raise message.client_closed(self._settings.target) from closed
+        except grpc.RpcError as status:
+            error = rpc_error(status, target, seconds)
         raise error

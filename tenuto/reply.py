@@ -58,9 +58,11 @@ class Output:
 class Model:
     """One version of a model, as the server knows it.
 
-    `state` is "READY", "RETIRING" (replaced, and still with sequences) or "FAILED", and then `why` says
-    so. `sequences` of `slots` are live. `sha256` is of model.onnx, `fingerprint` of it and manifest.json:
-    what a newer version's `resumes_from` names.
+    `state` is "READY", "RETIRING" (replaced, and still with sequences), "LOADING", "UNLOADED" (by an
+    operator) or "FAILED", and then `why` says so. `sequences` of `slots` are live. `sha256` is of
+    model.onnx, `fingerprint` of it and manifest.json: what a newer version's `resumes_from` names.
+    `state_bytes` is what the states of all slots take once each was used, `state_bytes_used` those of the
+    live sequences; `file_bytes` is the graph with its external data, which take more once they are loaded.
     `manifest` is the model's own description (docs/manifest.md); empty in a listing.
     """
 
@@ -76,6 +78,30 @@ class Model:
     slots: int
     manifest: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
+    state_bytes: int = 0
+    state_bytes_used: int = 0
+    file_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What serves after `Client.load` or `Client.reload`.
+
+    `changed` is False where it served before. `sequences` ended because their version's files were
+    exchanged.
+    """
+
+    model: Model
+    changed: bool
+    sequences: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """What `Client.unload` took away: the versions that were loaded, and how many sequences ended by it."""
+
+    versions: tuple[int, ...]
+    sequences: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,15 @@ class Servers:
             return False
         return error.code == "UNAVAILABLE" or error.reason == "UNKNOWN_SEQUENCE"
 
+    def only(self) -> str:
+        """Return the only target, for what must not end up at any of several; raises InvalidInput."""
+        if self.count > 1:
+            raise errors.invalid(
+                f"models are loaded and unloaded at one server, got {self.count} ({self.target}); name one",
+                "WRONG_SETTING",
+            )
+        return self._settings.targets[0]
+
     def stub(self, target: str) -> Any:
         """Return the target's stub; raises Unavailable on a closed client."""
         with self._lock:

@@ -37,8 +37,7 @@ class Settings:
             value = getattr(self, name)
             if name == "reply_seconds" and value is None:
                 continue
-            if not _is_seconds(value) or value == 0:
-                raise _wrong(name, "a number of seconds above 0", value)
+            check_seconds(name, value)
         if not _is_seconds(self.resume_seconds):
             raise _wrong("resume_seconds", "a number of seconds, or 0 for never", self.resume_seconds)
         if not callable(self.token):
@@ -105,6 +104,12 @@ def _check_target(target: str) -> None:
     if port is None or not 1 <= int(port[1]) <= 65535:
         expected = "'host:port', e.g. '127.0.0.1:8001' or '[::1]:8001', or several behind commas"
         raise _wrong("target", expected, target)
+
+
+def check_seconds(name: str, value: object) -> None:
+    """Raise InvalidInput(reason="WRONG_SETTING") unless that is a time to wait."""
+    if not _is_seconds(value) or value == 0:
+        raise _wrong(name, "a number of seconds above 0", value)
 
 
 def _is_seconds(value: object) -> bool:

@@ -455,11 +455,13 @@ RUNS = Row(
         ),
         Panel(
             "Models",
-            "A version that is missing on some servers was refused there; a provider that is not yours has "
-            "lost the GPU.",
+            "A version that is missing on some servers was refused there; one with two checksums has other "
+            "files on some; a provider that is not yours has lost the GPU.",
             "none",
             (
-                Query(f"count by (model, version, provider) (tenuto_model_info{{{MODELS}}})", "servers"),
+                Query(
+                    f"count by (model, version, provider, sha256) (tenuto_model_info{{{MODELS}}})", "servers"
+                ),
                 Query(f"sum by (model, version) (tenuto_model_retiring{{{MODELS}}})", "retiring on"),
                 Query(f"sum by (model, version) (tenuto_active_sequences{{{MODELS}}})", "live sequences"),
                 Query(f"max by (model, version) (tenuto_model_load_seconds{{{MODELS}}})", "seconds to load"),

@@ -13,6 +13,7 @@ _CODES = {
     Code.RESOURCE_EXHAUSTED: Code.UNAVAILABLE,
     Code.FAILED_PRECONDITION: Code.INVALID_ARGUMENT,
     Code.OUT_OF_RANGE: Code.INVALID_ARGUMENT,
+    Code.PERMISSION_DENIED: Code.UNAVAILABLE,
 }
 _LONGEST_TEXT = 1000  # a text may quote what a client sent, and has to fit into gRPC's 8 KiB of metadata
 LEAVING = "GRPC server is shutting down and has stopped accepting new requests."

@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError, Message
 
 from tenuto.oip import inference_pb2 as pb
 from tenuto.serving.callers import Caller, Callers
-from tenuto.serving.errors import TenutoError
+from tenuto.serving.errors import TenutoError, UnknownModel
 
 from .description import configuration, metadata, statistics, versions_of
 from .form import Form, form_of
@@ -41,9 +41,9 @@ class _Parser(Protocol[Parsed]):
 class Control(Protocol):
     """Loads and unloads models. Raises: TenutoError."""
 
-    def load(self, model: str) -> None: ...
+    def load(self, model: str) -> object: ...
 
-    def unload(self, model: str) -> None: ...
+    def unload(self, model: str) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -190,21 +190,25 @@ class OipServicer:
     def _load(
         self, request: pb.RepositoryModelLoadRequest, caller: Caller, _peer: str
     ) -> pb.RepositoryModelLoadResponse:
-        _check_operator(caller)
+        caller.check_operator()
         if request.parameters:
             names = ", ".join(sorted(request.parameters))
             raise Refusal(
                 f"failed to load '{request.model_name}': a model is what its folder says; no parameters are "
                 f"taken, got {names}"
             )
-        self._control.load(request.model_name)
+        try:
+            self._control.load(request.model_name)
+        except UnknownModel as error:
+            text = f"failed to load '{request.model_name}', failed to poll from model repository"
+            raise Refusal(text, Code.NOT_FOUND, error.reason) from error
         return pb.RepositoryModelLoadResponse()
 
     def _unload(
         self, request: pb.RepositoryModelUnloadRequest, caller: Caller, _peer: str
     ) -> pb.RepositoryModelUnloadResponse:
         """(There are no dependents that `unload_dependents` could mean.)"""
-        _check_operator(caller)
+        caller.check_operator()
         self._control.unload(request.model_name)
         return pb.RepositoryModelUnloadResponse()
 
@@ -245,11 +249,3 @@ class OipServicer:
             text = "regions of CUDA shared memory cannot be registered here"
             raise Refusal(text, Code.UNIMPLEMENTED, "NOT_SUPPORTED")
         return pb.CudaSharedMemoryUnregisterResponse()
-
-
-def _check_operator(caller: Caller) -> None:
-    """Raises: Refusal."""
-    if not caller.operator:
-        raise Refusal(
-            "only operators load and unload models; see --callers", Code.UNAVAILABLE, "UNAUTHENTICATED"
-        )

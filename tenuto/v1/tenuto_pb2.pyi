@@ -99,7 +99,7 @@ class Event(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., checkpoint: _Optional[_Union[CheckpointNow, _Mapping]] = ..., end: _Optional[_Union[End, _Mapping]] = ...) -> None: ...
 
 class Open(_message.Message):
-    __slots__ = ("model", "version", "resume_token", "checkpoint_every", "period_ms", "idle_seconds", "constants", "label", "sampling")
+    __slots__ = ("model", "version", "resume_token", "checkpoint_every", "period_ms", "idle_seconds", "constants", "label", "sampling", "initial")
     class ConstantsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Open(_message.Message):
     CONSTANTS_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    INITIAL_FIELD_NUMBER: _ClassVar[int]
     model: str
     version: int
     resume_token: bytes
@@ -125,7 +126,8 @@ class Open(_message.Message):
     constants: _containers.ScalarMap[str, float]
     label: str
     sampling: Sampling
-    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., resume_token: _Optional[bytes] = ..., checkpoint_every: _Optional[int] = ..., period_ms: _Optional[int] = ..., idle_seconds: _Optional[int] = ..., constants: _Optional[_Mapping[str, float]] = ..., label: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ...) -> None: ...
+    initial: _containers.RepeatedCompositeFieldContainer[Tensor]
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., resume_token: _Optional[bytes] = ..., checkpoint_every: _Optional[int] = ..., period_ms: _Optional[int] = ..., idle_seconds: _Optional[int] = ..., constants: _Optional[_Mapping[str, float]] = ..., label: _Optional[str] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., initial: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("seed", "temperature", "top_k")
@@ -138,14 +140,16 @@ class Sampling(_message.Message):
     def __init__(self, seed: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("step", "inputs", "generate")
+    __slots__ = ("step", "inputs", "generate", "last")
     STEP_FIELD_NUMBER: _ClassVar[int]
     INPUTS_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     step: int
     inputs: _containers.RepeatedCompositeFieldContainer[Tensor]
     generate: int
-    def __init__(self, step: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., generate: _Optional[int] = ...) -> None: ...
+    last: bool
+    def __init__(self, step: _Optional[int] = ..., inputs: _Optional[_Iterable[_Union[Tensor, _Mapping]]] = ..., generate: _Optional[int] = ..., last: bool = ...) -> None: ...
 
 class CheckpointNow(_message.Message):
     __slots__ = ()
@@ -264,17 +268,21 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., manifest_json: _Optional[str] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "why", "stateful", "provider", "sha256", "description", "sequences", "slots", "fingerprint")
+    __slots__ = ("name", "version", "state", "why", "stateful", "provider", "sha256", "description", "sequences", "slots", "fingerprint", "state_bytes", "state_bytes_used", "file_bytes")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[Model.State]
         READY: _ClassVar[Model.State]
         FAILED: _ClassVar[Model.State]
         RETIRING: _ClassVar[Model.State]
+        UNLOADED: _ClassVar[Model.State]
+        LOADING: _ClassVar[Model.State]
     STATE_UNSPECIFIED: Model.State
     READY: Model.State
     FAILED: Model.State
     RETIRING: Model.State
+    UNLOADED: Model.State
+    LOADING: Model.State
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -286,6 +294,9 @@ class Model(_message.Message):
     SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_BYTES_USED_FIELD_NUMBER: _ClassVar[int]
+    FILE_BYTES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: Model.State
@@ -297,7 +308,10 @@ class Model(_message.Message):
     sequences: int
     slots: int
     fingerprint: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[Model.State, str]] = ..., why: _Optional[str] = ..., stateful: bool = ..., provider: _Optional[str] = ..., sha256: _Optional[str] = ..., description: _Optional[str] = ..., sequences: _Optional[int] = ..., slots: _Optional[int] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    state_bytes: int
+    state_bytes_used: int
+    file_bytes: int
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[Model.State, str]] = ..., why: _Optional[str] = ..., stateful: bool = ..., provider: _Optional[str] = ..., sha256: _Optional[str] = ..., description: _Optional[str] = ..., sequences: _Optional[int] = ..., slots: _Optional[int] = ..., fingerprint: _Optional[str] = ..., state_bytes: _Optional[int] = ..., state_bytes_used: _Optional[int] = ..., file_bytes: _Optional[int] = ...) -> None: ...
 
 class ListSequencesRequest(_message.Message):
     __slots__ = ("model",)
@@ -338,3 +352,47 @@ class EndSequenceRequest(_message.Message):
 class EndSequenceResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class LoadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class LoadModelResponse(_message.Message):
+    __slots__ = ("model", "changed")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    changed: bool
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., changed: bool = ...) -> None: ...
+
+class UnloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class UnloadModelResponse(_message.Message):
+    __slots__ = ("versions", "sequences")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    versions: _containers.RepeatedScalarFieldContainer[int]
+    sequences: int
+    def __init__(self, versions: _Optional[_Iterable[int]] = ..., sequences: _Optional[int] = ...) -> None: ...
+
+class ReloadModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    def __init__(self, model: _Optional[str] = ...) -> None: ...
+
+class ReloadModelResponse(_message.Message):
+    __slots__ = ("model", "changed", "sequences")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    changed: bool
+    sequences: int
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., changed: bool = ..., sequences: _Optional[int] = ...) -> None: ...

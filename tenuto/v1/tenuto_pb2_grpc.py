@@ -64,6 +64,21 @@ class TenutoStub(object):
                 request_serializer=tenuto_dot_v1_dot_tenuto__pb2.EndSequenceRequest.SerializeToString,
                 response_deserializer=tenuto_dot_v1_dot_tenuto__pb2.EndSequenceResponse.FromString,
                 _registered_method=True)
+        self.LoadModel = channel.unary_unary(
+                '/tenuto.v1.Tenuto/LoadModel',
+                request_serializer=tenuto_dot_v1_dot_tenuto__pb2.LoadModelRequest.SerializeToString,
+                response_deserializer=tenuto_dot_v1_dot_tenuto__pb2.LoadModelResponse.FromString,
+                _registered_method=True)
+        self.UnloadModel = channel.unary_unary(
+                '/tenuto.v1.Tenuto/UnloadModel',
+                request_serializer=tenuto_dot_v1_dot_tenuto__pb2.UnloadModelRequest.SerializeToString,
+                response_deserializer=tenuto_dot_v1_dot_tenuto__pb2.UnloadModelResponse.FromString,
+                _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/tenuto.v1.Tenuto/ReloadModel',
+                request_serializer=tenuto_dot_v1_dot_tenuto__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=tenuto_dot_v1_dot_tenuto__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class TenutoServicer(object):
@@ -115,6 +130,36 @@ class TenutoServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadModel(self, request, context):
+        """These three are for operators, and NOT_SUPPORTED unless the server runs with --model-control. Each answers when
+        its outcome is known, which may take minutes: give it a long deadline. One is carried out at a time, and goes on
+        if its caller leaves.
+
+        Has the newest version that passes its checks serve, now. A model whose newest version serves is left as it
+        is. Where the newest is refused, the error says why, and what serves nevertheless.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadModel(self, request, context):
+        """Lets go of all versions of a model until LoadModel or ReloadModel brings it back, whatever its folder holds. Its
+        sequences end DRAINING with a token once their accepted chunks are answered, those that need more than 5
+        seconds for that MAX_AGE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadModel(self, request, context):
+        """LoadModel, and the folder is read anew: files that changed under the version that serves are loaded in its place,
+        and its sequences end as in UnloadModel; where the version that serves is gone, the newest that is there takes
+        over. What is refused changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenutoServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -147,6 +192,21 @@ def add_TenutoServicer_to_server(servicer, server):
                     servicer.EndSequence,
                     request_deserializer=tenuto_dot_v1_dot_tenuto__pb2.EndSequenceRequest.FromString,
                     response_serializer=tenuto_dot_v1_dot_tenuto__pb2.EndSequenceResponse.SerializeToString,
+            ),
+            'LoadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadModel,
+                    request_deserializer=tenuto_dot_v1_dot_tenuto__pb2.LoadModelRequest.FromString,
+                    response_serializer=tenuto_dot_v1_dot_tenuto__pb2.LoadModelResponse.SerializeToString,
+            ),
+            'UnloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadModel,
+                    request_deserializer=tenuto_dot_v1_dot_tenuto__pb2.UnloadModelRequest.FromString,
+                    response_serializer=tenuto_dot_v1_dot_tenuto__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=tenuto_dot_v1_dot_tenuto__pb2.ReloadModelRequest.FromString,
+                    response_serializer=tenuto_dot_v1_dot_tenuto__pb2.ReloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -311,6 +371,87 @@ class Tenuto(object):
             '/tenuto.v1.Tenuto/EndSequence',
             tenuto_dot_v1_dot_tenuto__pb2.EndSequenceRequest.SerializeToString,
             tenuto_dot_v1_dot_tenuto__pb2.EndSequenceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenuto.v1.Tenuto/LoadModel',
+            tenuto_dot_v1_dot_tenuto__pb2.LoadModelRequest.SerializeToString,
+            tenuto_dot_v1_dot_tenuto__pb2.LoadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenuto.v1.Tenuto/UnloadModel',
+            tenuto_dot_v1_dot_tenuto__pb2.UnloadModelRequest.SerializeToString,
+            tenuto_dot_v1_dot_tenuto__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tenuto.v1.Tenuto/ReloadModel',
+            tenuto_dot_v1_dot_tenuto__pb2.ReloadModelRequest.SerializeToString,
+            tenuto_dot_v1_dot_tenuto__pb2.ReloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -124,6 +124,8 @@ class FakeServer(TenutoServicer):
         self.called = threading.Event()  # a call came in
         self.sequences: list[pb.Sequence] = []  # the live ones, as operators see them
         self.asked_model = ""  # by ListSequences
+        self.commands: list[tuple[str, str]] = []  # what operators asked for: method and model
+        self.is_new = True  # what LoadModel and ReloadModel answer
         self._release = threading.Event()
         # Pings every 10 s are welcome: gRPC's default answers them with too_many_pings.
         options = [("grpc.http2.min_ping_interval_without_data_ms", 10_000)]
@@ -170,7 +172,8 @@ class FakeServer(TenutoServicer):
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._refuse(context)
         broken = pb.Model(name="broken", version=1, state=pb.Model.FAILED, why="no such operator")
-        return pb.ListModelsResponse(models=[*(_model(name) for name in MANIFESTS), broken])
+        away = pb.Model(name="away", version=12, state=pb.Model.UNLOADED)
+        return pb.ListModelsResponse(models=[*(_model(name) for name in MANIFESTS), broken, away])
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         self._refuse(context)
@@ -194,6 +197,28 @@ class FakeServer(TenutoServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, f"no live sequence {request.sequence_id!r} here")
         self.sequences = left
         return pb.EndSequenceResponse()
+
+    def LoadModel(self, request: pb.LoadModelRequest, context: Any) -> pb.LoadModelResponse:
+        model = self._commanded("LoadModel", request.model, context)
+        return pb.LoadModelResponse(model=model, changed=self.is_new)
+
+    def UnloadModel(self, request: pb.UnloadModelRequest, context: Any) -> pb.UnloadModelResponse:
+        self._commanded("UnloadModel", request.model, context)
+        ended, self.sequences = len(self.sequences), []
+        return pb.UnloadModelResponse(versions=[2, 3], sequences=ended)
+
+    def ReloadModel(self, request: pb.ReloadModelRequest, context: Any) -> pb.ReloadModelResponse:
+        model = self._commanded("ReloadModel", request.model, context)
+        ended, self.sequences = len(self.sequences), []
+        return pb.ReloadModelResponse(model=model, changed=self.is_new, sequences=ended)
+
+    def _commanded(self, method: str, model: str, context: Any) -> pb.Model:
+        self._refuse(context)
+        self.commands.append((method, model))
+        if model not in MANIFESTS:
+            context.set_trailing_metadata((("tenuto-reason", "MODEL_NOT_READY"),))
+            context.abort(grpc.StatusCode.UNAVAILABLE, f"failed to load {model!r}: it is bad")
+        return _model(model)
 
     def _refuse(self, context: Any) -> None:
         self.called.set()
@@ -378,4 +403,7 @@ def _model(name: str) -> pb.Model:
         description=manifest["description"],
         sequences=1,
         slots=64,
+        state_bytes=65 << 19 if "states" in manifest else 0,
+        state_bytes_used=1 << 19 if "states" in manifest else 0,
+        file_bytes=1234,
     )

@@ -1,5 +1,6 @@
 """The client commands against the fake server, and what is dispatched elsewhere."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import grpc
 import numpy as np
 import pytest
 
+from tenuto import Model, cli
 from tenuto.cli import main
 from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import MANIFESTS, FakeServer
@@ -45,17 +47,100 @@ def write_wav(path: Path, *, rate: int, channels: int = 1, width: int = 2) -> st
     return str(path)
 
 
-def test_models_prints_a_line_for_each(server: FakeServer, capsys: Any) -> None:
+TABLE = """\
+MODEL          STATE     LIVE/SLOTS  STATES/MOST       FILES     PROVIDER  SHA256        DESCRIPTION
+accumulator/3  READY     1/64        512 KiB/32.5 MiB  1.21 KiB  CPU       000000000000  Sums what a sequence ever sent.
+brightness/3   READY     -           -                 1.21 KiB  CPU       000000000000  Says whether an image is dark or bright.
+broken/1       FAILED    -           -                 -         -         -
+  no such operator
+away/12        UNLOADED  -           -                 -         -         -
+"""  # noqa: E501
+
+
+def test_models_prints_a_table(server: FakeServer, capsys: Any) -> None:
     assert main(["models"]) == 0
-    accumulator, brightness, broken = capsys.readouterr().out.splitlines()
-    assert accumulator.startswith("accumulator/3  READY  1/64 sequences  CPUExecutionProvider")
-    assert "stateless" in brightness
-    assert "FAILED: no such operator" in broken
+    assert capsys.readouterr().out == TABLE
 
 
-def test_models_as_json(server: FakeServer, capsys: Any) -> None:
+def test_on_a_terminal_rows_end_where_its_lines_do(
+    server: FakeServer, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Why a version failed is told in full."""
+    monkeypatch.setenv("COLUMNS", "12")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["models"]) == 0
+    cut = [line if line == "  no such operator" else line[:12].rstrip() for line in TABLE.splitlines()]
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == cut
+
+
+def test_models_as_json_is_all_that_there_is(server: FakeServer, capsys: Any) -> None:
     assert main(["models", "--json"]) == 0
-    assert next(model["name"] for model in json.loads(capsys.readouterr().out)) == "accumulator"
+    first, *_, last = json.loads(capsys.readouterr().out)
+    assert set(first) == {field.name for field in dataclasses.fields(Model)} - {"manifest"}
+    assert (first["name"], first["sha256"]) == ("accumulator", "0" * 64)
+    assert (first["state_bytes_used"], first["state_bytes"], first["file_bytes"]) == (1 << 19, 65 << 19, 1234)
+    assert (last["name"], last["version"], last["state"]) == ("away", 12, "UNLOADED")
+
+
+@pytest.mark.parametrize(
+    "count,text",
+    [(0, "0 B"), (999, "999 B"), (1000, "0.977 KiB"), (1 << 20, "1 MiB"), (3 << 39, "1.5 TiB")],
+)
+def test_sizes_are_told_in_three_figures(count: int, text: str) -> None:
+    assert cli._size(count) == text
+
+
+@pytest.mark.parametrize(
+    "command,is_new,ended,told",
+    [
+        ("load", True, 0, "accumulator/3 serves now, SHA-256 000000000000\n"),
+        ("load", False, 0, "accumulator/3 served already, SHA-256 000000000000\n"),
+        ("reload", False, 0, "accumulator/3 served already, SHA-256 000000000000\n"),
+        (
+            "reload",
+            True,
+            1,
+            "accumulator/3 serves now, SHA-256 000000000000\n1 live sequence of the files before ended\n",
+        ),
+        ("unload", True, 0, "unloaded accumulator/2, accumulator/3; no live sequences ended\n"),
+        ("unload", True, 2, "unloaded accumulator/2, accumulator/3; 2 live sequences ended\n"),
+    ],
+)
+def test_load_unload_and_reload_say_what_came_of_it(
+    server: FakeServer, capsys: Any, command: str, is_new: bool, ended: int, told: str
+) -> None:
+    server.is_new, server.sequences = is_new, [pb.Sequence(sequence_id=f"s-{i}") for i in range(ended)]
+    assert main([command, "accumulator"]) == 0
+    assert capsys.readouterr().out == told
+    assert server.commands == [(f"{command.title()}Model", "accumulator")]
+
+
+def test_load_unload_and_reload_as_json(server: FakeServer, capsys: Any) -> None:
+    server.sequences = [pb.Sequence(sequence_id="s-1")]
+    for command in ("reload", "load", "unload"):
+        assert main([command, "accumulator", "--json"]) == 0
+    reloaded, loaded, unloaded = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (reloaded["model"]["name"], reloaded["changed"], reloaded["sequences"]) == ("accumulator", True, 1)
+    assert loaded == reloaded | {"sequences": 0}
+    assert unloaded == {"model": "accumulator", "versions": [2, 3], "sequences": 0}
+
+
+@pytest.mark.parametrize("command", ["load", "unload", "reload"])
+def test_what_is_refused_is_one_line_and_exit_code_1(
+    server: FakeServer, capsys: Any, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([command, "none"]) == 1
+    text = f"tenuto {command}: MODEL_NOT_READY: failed to load 'none': it is bad\n"
+    assert capsys.readouterr().err == text
+    monkeypatch.setenv("TENUTO_SERVER", f"{server.target},{server.target}")
+    assert main([command, "accumulator"]) == 1
+    assert "name one" in capsys.readouterr().err
+
+
+def test_the_outcome_of_a_load_is_waited_for_as_long_as_is_said(server: FakeServer, capsys: Any) -> None:
+    server.hang = True
+    assert main(["load", "accumulator", "--wait-seconds", "0.05"]) == 1
+    assert "did not answer within 0.05 s" in capsys.readouterr().err
 
 
 def test_sequences_prints_a_line_for_each(server: FakeServer, capsys: Any) -> None:

@@ -24,6 +24,7 @@ from tenuto import (
     errors,
 )
 from tenuto.settings import Settings
+from tenuto.v1 import tenuto_pb2 as pb
 from tests.client.fake_server import FakeServer
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"image"
@@ -112,16 +113,51 @@ def test_a_version_that_is_none_is_invalid_input(client: Client, version: Any) -
 
 
 def test_models_are_listed_with_their_state(client: Client) -> None:
-    accumulator, brightness, broken = client.models()
+    accumulator, brightness, broken, away = client.models()
     assert (accumulator.name, accumulator.version, accumulator.state) == ("accumulator", 3, "READY")
     assert (accumulator.stateful, brightness.stateful) == (True, False)
     assert (broken.state, broken.why) == ("FAILED", "no such operator")
+    assert (away.state, away.version) == ("UNLOADED", 12)
     assert (accumulator.sha256, accumulator.fingerprint) == ("0" * 64, "f" * 64)
+    memory = accumulator.state_bytes_used, accumulator.state_bytes, accumulator.file_bytes
+    assert memory == (1 << 19, 65 << 19, 1234)
     assert accumulator.manifest == {}
 
 
 def test_one_model_comes_with_its_manifest(client: Client) -> None:
     assert client.model("accumulator").manifest["inputs"][0]["rate_hz"] == 8000.0
+
+
+def test_models_are_loaded_unloaded_and_reloaded(server: FakeServer, client: Client) -> None:
+    loaded = client.load("accumulator")
+    assert (loaded.model, loaded.changed, loaded.sequences) == (client.models()[0], True, 0)
+    server.is_new, server.sequences = False, [pb.Sequence(sequence_id="a")]
+    assert client.unload("accumulator") == tenuto.Unloaded(versions=(2, 3), sequences=1)
+    server.sequences = [pb.Sequence(sequence_id="a"), pb.Sequence(sequence_id="b")]
+    reloaded = client.reload("brightness")
+    assert (reloaded.model.name, reloaded.changed, reloaded.sequences) == ("brightness", False, 2)
+    with pytest.raises(Unavailable, match="MODEL_NOT_READY: failed to load 'none': it is bad"):
+        client.load("none")
+    assert [name for name, _ in server.commands] == ["LoadModel", "UnloadModel", "ReloadModel", "LoadModel"]
+
+
+def test_a_model_is_loaded_at_one_server_that_is_named(server: FakeServer) -> None:
+    with Client(f"{server.target},{server.target}") as client:
+        for call in (client.load, client.unload, client.reload):
+            with pytest.raises(InvalidInput, match="at one server, got 2 .*name one"):
+                call("accumulator")
+    server.abort = (grpc.StatusCode.UNAVAILABLE, "leaving", (("tenuto-reason", "DRAINING"),))
+    with Client(server.target) as client:  # behind the same name there may be another one: it is not asked
+        server.called.clear()
+        with pytest.raises(Unavailable, match="DRAINING"):
+            client.unload("accumulator")
+    assert server.commands == []
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), None])
+def test_a_time_to_wait_that_is_none_is_invalid_input(client: Client, seconds: Any) -> None:
+    with pytest.raises(InvalidInput, match="setting timeout_seconds: expected a number of seconds above 0"):
+        client.load("accumulator", timeout_seconds=seconds)
 
 
 def test_an_unknown_model_is_not_found(client: Client) -> None:

@@ -222,13 +222,14 @@ def test_a_setting_that_is_left_out_is_noticed(demand: Demand) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_routes_lead_to_methods_that_exist_and_to_no_operators_one(kind: Kind) -> None:
-    """ListSequences and EndSequence stay inside, as on Kubernetes."""
+    """Those that list and end sequences, and load and unload models, stay inside, as on Kubernetes."""
     methods = set(tenuto_pb2.DESCRIPTOR.services_by_name["Tenuto"].methods_by_name)
     text = kind.text.replace("\\", "")
     routed = set(re.findall(r"/tenuto\.v1\.Tenuto/(\w+)", text))
     for group in re.findall(r"/tenuto\.v1\.Tenuto/\(([\w|]+)\)", text):
         routed |= set(group.split("|"))
-    assert methods - routed == {"ListSequences", "EndSequence"}
+    inside = {"ListSequences", "EndSequence", "LoadModel", "UnloadModel", "ReloadModel"}
+    assert methods - routed == inside
     assert routed < methods
 
 
@@ -656,7 +657,7 @@ def test_errors_keep_their_reason(route: Route) -> None:
 def test_operators_methods_do_not_pass(route: Route) -> None:
     """Nobody ends other people's sequences from outside."""
     with Client(route.target) as client:
-        for call in (client.sequences, lambda: client.end_sequence("x")):
+        for call in (client.sequences, lambda: client.end_sequence("x"), lambda: client.unload("x")):
             with pytest.raises(Refused, match="UNIMPLEMENTED"):
                 call()
 

@@ -692,7 +692,7 @@ def test_an_unknown_version_is_refused_by_predict(api: Any) -> None:
 def test_bytes_that_are_no_request_are_an_invalid_argument_of_every_unary_method(
     channel: grpc.Channel,
 ) -> None:
-    for method in ("Predict", "GetModel", "ListSequences", "EndSequence"):
+    for method in ("Predict", "GetModel", "ListSequences", "EndSequence", "LoadModel", "UnloadModel"):
         call: Any = channel.unary_unary(PREDICT.replace("Predict", method))
         refusal = refused(call, NO_PROTOBUF)
         assert (refusal.code, refusal.reason) == (Code.INVALID_ARGUMENT, "WRONG_MESSAGE")

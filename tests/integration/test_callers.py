@@ -70,6 +70,9 @@ METHODS: dict[str, Any] = {
     "GetModel": pb.GetModelRequest(model="doubler"),
     "ListSequences": pb.ListSequencesRequest(),
     "EndSequence": pb.EndSequenceRequest(sequence_id="x"),
+    "LoadModel": pb.LoadModelRequest(model="doubler"),
+    "UnloadModel": pb.UnloadModelRequest(model="doubler"),
+    "ReloadModel": pb.ReloadModelRequest(model="doubler"),
 }
 
 

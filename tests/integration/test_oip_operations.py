@@ -334,7 +334,9 @@ def test_only_operators_load_and_unload(guarded: Server) -> None:
     request = pb.RepositoryModelUnloadRequest(model_name="doubler")
     with connect(guarded.port) as channel:
         oip = stub(channel)
-        assert "only operators" in refusal(lambda: oip.RepositoryModelUnload(request, **of("ann")))[1]
+        code, text, reason = refusal(lambda: oip.RepositoryModelUnload(request, **of("ann")))
+        assert (code, reason) == (Code.UNAVAILABLE, "NOT_AN_OPERATOR")
+        assert "only operators" in text
         assert oip.ModelReady(pb.ModelReadyRequest(name="doubler"), **of("ann")).ready
         oip.RepositoryModelUnload(request, **of("ops"))
         assert not oip.ModelReady(pb.ModelReadyRequest(name="doubler"), **of("ann")).ready

@@ -115,6 +115,33 @@ def test_a_refusal_is_replaced_by_the_next_one_and_goes_when_the_version_serves_
     assert list(catalogue.refused) == []
 
 
+def test_a_model_that_was_withdrawn_is_unknown_until_it_is_added_again() -> None:
+    old, new, other = served("a", 1), served("a", 2), served("b", 1)
+    catalogue = of(old, new, other)
+    catalogue.refuse(Refused("a", 3, "bad"))
+    assert catalogue.withdraw("z") == ()
+    assert catalogue.withdraw("a") == (old, new)
+    assert (catalogue.served, catalogue.retiring) == ((other,), (old, new))
+    assert catalogue.withdrawn == {"a": 2}
+    for version in (0, 1):
+        with pytest.raises(UnknownModel, match="model 'a' was unloaded by an operator, who may"):
+            catalogue.find("a", version)
+    with pytest.raises(ModelNotReady, match="a/3 failed its checks: bad"):
+        catalogue.find("a", 3)
+    catalogue.add(again := served("a", 2))
+    assert catalogue.withdrawn == {}
+    assert catalogue.find("a") is again
+
+
+def test_what_is_being_loaded_is_known_and_changes_nothing_else() -> None:
+    catalogue = of(one := served("a", 1))
+    catalogue.announce([("a", 2), ("c", 1)])
+    assert catalogue.loading == {("a", 2), ("c", 1)}
+    assert catalogue.find("a") is one
+    catalogue.announce([])
+    assert catalogue.loading == frozenset()
+
+
 SCHEMA = state_schema(accumulator())
 TWO_TOTALS = {
     "states": [{"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 2]}]

@@ -39,7 +39,7 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_engine_busy_ratio": MODEL,
     "tenuto_late_arrivals": MODEL,
     "tenuto_messages_refused": set(),
-    "tenuto_model_info": MODEL | {"provider"},
+    "tenuto_model_info": MODEL | {"provider", "sha256"},
     "tenuto_model_load_seconds": MODEL,
     "tenuto_model_loads": {"model", "result"},
     "tenuto_model_nodes": MODEL | {"provider"},
@@ -71,6 +71,7 @@ LABELS = {  # of every family; a new one is added here on purpose
 def create_metrics() -> ServerMetrics:
     server = ServerMetrics("1.2.3", pending_bytes=lambda: 12, open_streams=lambda: 3)
     model = ModelMetrics("digits", 2, "CPUExecutionProvider", slots=8, nodes={"CPUExecutionProvider": 6})
+    model.sha256 = "f" * 64
     model.chunks["answered"] += 5
     model.ended["END"] += 1
     model.rejected["POOL_FULL"] += 1
@@ -119,7 +120,7 @@ def test_values_arrive_under_their_names() -> None:
     assert value(server, "tenuto_pending_bytes") == 12
     assert value(server, "tenuto_open_streams") == 3
     assert value(server, "tenuto_build_info", version="1.2.3") == 1
-    assert value(server, "tenuto_model_info", provider="CPUExecutionProvider") == 1
+    assert value(server, "tenuto_model_info", provider="CPUExecutionProvider", sha256="f" * 64) == 1
     assert value(server, "tenuto_model_nodes", provider="CPUExecutionProvider") == 6
     assert value(server, "tenuto_batch_size_bucket", le="2.0") == 0
     assert value(server, "tenuto_batch_size_bucket", le="4.0") == 1

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tenuto.serving.catalogue import Catalogue, Served
+from tenuto.serving.catalogue import Catalogue, Loaded, Served
 from tenuto.serving.engine import Engine
-from tenuto.serving.errors import ModelInvalid
+from tenuto.serving.errors import ModelInvalid, ModelNotReady, UnknownModel
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.reply import OutputWriter
@@ -26,7 +27,7 @@ MAX_AGE_SECONDS = 600.0
 
 
 class FakeLoader:
-    """Serves what its model.onnx calls good; engines have no thread."""
+    """Serves what its model.onnx calls good; engines have no thread until they are started."""
 
     def __init__(self) -> None:
         self.checked: list[list[str]] = []
@@ -42,7 +43,7 @@ class FakeLoader:
         text = (folder.path / "model.onnx").read_text()
         if text == "large":
             raise MemoryError("Unable to allocate 9 TiB")
-        if text != "good":
+        if not text.startswith("good"):
             raise ModelInvalid(f"{folder.where} is {text}")
         manifest = accumulator(name=folder.model)
         engine = Engine(
@@ -53,7 +54,9 @@ class FakeLoader:
             pending=self.pending,
             clock=lambda: 50.0,
         )
-        return Served(engine, Reader(manifest, 1 << 20), OutputWriter(manifest), "CPU", "hash", "print")
+        files = folder.read()
+        reader, writer = Reader(manifest, 1 << 20), OutputWriter(manifest)
+        return Served(engine, reader, writer, "CPU", files.sha256, files.fingerprint)
 
 
 class Bench:
@@ -322,3 +325,248 @@ def test_without_a_pace_there_is_no_thread(bench: Bench) -> None:
     bench.rollout.start(0)
     assert not [t for t in threading.enumerate() if t.name == "rollout"]
     bench.engine(1).stop(Ending.DRAINING)
+
+
+# -- what operators ask for ------------------------------------------------------------------------
+
+
+def test_a_load_says_what_serves_and_whether_that_is_new(bench: Bench) -> None:
+    loaded = bench.rollout.load("m")
+    assert (loaded.served, loaded.changed, loaded.ended) == (bench.catalogue.find("m"), False, 0)
+    bench.write(2)
+    loaded = bench.rollout.load("m")  # no look of the thread is waited for
+    assert (loaded.served.engine.version, loaded.changed) == (2, True)
+    assert bench.states == {"ready": [2], "retiring": [1], "failed": []}
+    assert bench.loader.checked == [["m/1"], ["m/2"]]
+
+
+def test_a_load_tries_again_what_was_refused_and_says_why_it_is_and_what_serves(bench: Bench) -> None:
+    bench.write(2, "bad")
+    bench.poll()
+    with pytest.raises(ModelNotReady) as refused:
+        bench.rollout.load("m")
+    assert str(refused.value) == "failed to load 'm', m/1 serves: m/2 is bad"
+    assert bench.loader.checked == [["m/1"], ["m/2"], ["m/2"]]
+    assert bench.states == {"ready": [1], "retiring": [], "failed": [2]}
+
+
+def test_a_model_that_is_not_there_is_neither_loaded_nor_unloaded(bench: Bench) -> None:
+    for call in (bench.rollout.load, bench.rollout.reload, bench.rollout.unload):
+        with pytest.raises(UnknownModel, match="'n'"):
+            call("n")
+    assert bench.states["ready"] == [1]
+
+
+def test_what_was_unloaded_stays_away_until_an_operators_load_succeeds(bench: Bench) -> None:
+    bench.rollout.start(0)
+    unloaded = bench.rollout.unload("m")
+    assert (unloaded.versions, unloaded.ended) == ((1,), 0)
+    assert bench.catalogue.withdrawn == {"m": 1}
+    assert bench.metrics.models == []
+    with pytest.raises(UnknownModel, match="'m' was unloaded by an operator"):
+        bench.catalogue.find("m")
+    with pytest.raises(UnknownModel, match="it is not loaded"):
+        bench.rollout.unload("m")
+
+    bench.write(2, "bad").parent.joinpath("1", "model.onnx").write_text("bad")
+    with pytest.raises(ModelNotReady, match=r"^failed to load 'm': m/2 is bad; m/1 is bad$"):
+        bench.rollout.load("m")
+    bench.write(2)
+    bench.poll(4)
+    assert bench.states["ready"] == []
+    assert bench.rollout.load("m").served.engine.version == 2
+    assert bench.catalogue.withdrawn == {}
+    bench.write(3)
+    bench.poll()
+    assert bench.states["ready"] == [3]
+    for engine in bench.catalogue.engines:
+        engine.stop(Ending.DRAINING)
+
+
+def test_an_unload_counts_those_that_end_by_it_alone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose run takes even longer than that ends behind it: here nobody turns the engine."""
+    monkeypatch.setattr("tenuto.serving.rollout._UNLOAD_SECONDS", 0.0)
+    bench.open(1)
+    bench.open(1)
+    old = bench.engine(1)
+    old.metrics.ended["MAX_AGE"] += 3
+    assert bench.rollout.unload("m").ended == 2
+    old.turn()
+    assert old.metrics.ended["MAX_AGE"] == 3 + 2
+
+
+def test_refusals_of_an_unloaded_model_are_kept_while_their_folder_is_there(bench: Bench) -> None:
+    bench.rollout.start(0)
+    folder = bench.write(2, "bad")
+    bench.poll()
+    bench.rollout.unload("m")
+    bench.poll(1)
+    assert bench.states["failed"] == [2]
+    with pytest.raises(ModelNotReady, match="m/2 failed its checks"):
+        bench.catalogue.find("m", 2)
+    (folder / "model.onnx").unlink()
+    folder.rmdir()
+    bench.poll(1)
+    assert bench.states["failed"] == []
+
+
+def test_a_reload_of_the_same_files_leaves_everything_as_it_is(bench: Bench) -> None:
+    before = bench.catalogue.find("m")
+    bench.write(1)
+    loaded = bench.rollout.reload("m")
+    assert (loaded.served, loaded.changed, loaded.ended) == (before, False, 0)
+    assert bench.loader.checked == [["m/1"]]
+
+
+def test_a_reload_puts_changed_files_in_the_place_of_their_version(bench: Bench) -> None:
+    bench.rollout.start(0)
+    before = bench.catalogue.find("m")
+    live = [Sequence(FakeSink(), before.manifest) for _ in range(2)]
+    for sequence in live:
+        before.engine.open(sequence)
+    bench.write(1, "good, and better")
+    bench.poll(3)  # the thread has no eye for a version that serves
+    assert bench.catalogue.find("m") is before
+    loaded = bench.rollout.reload("m")
+    assert (loaded.served, loaded.changed, loaded.ended) == (bench.catalogue.find("m"), True, 2)
+    assert loaded.served is not before
+    assert loaded.served.fingerprint != before.fingerprint
+    assert bench.states == {"ready": [1], "retiring": [], "failed": []}
+    assert bench.metrics.models == [loaded.served.engine.metrics]  # two would be one series twice
+    assert before.engine.metrics.ended == {"DRAINING": 2}
+    loaded.served.engine.stop(Ending.DRAINING)
+
+
+def test_a_reload_that_fails_leaves_what_runs_as_it_is(bench: Bench) -> None:
+    sequence, before = bench.open(1), bench.catalogue.find("m")
+    for text, why in (("bad", "m/1 is bad"), ("large", "m/1: Unable to allocate 9 TiB")):
+        bench.write(1, text)
+        with pytest.raises(ModelNotReady, match=f"^failed to load 'm', m/1 serves: {why}$"):
+            bench.rollout.reload("m")
+        assert bench.catalogue.find("m") is before
+        assert bench.states == {"ready": [1], "retiring": [], "failed": []}
+    assert not sequence.ended
+    bench.write(1)
+    assert not bench.rollout.reload("m").changed  # mended: it is what serves
+
+
+def test_a_reload_takes_a_version_that_was_mended_at_once(bench: Bench) -> None:
+    bench.write(2, "bad")
+    bench.poll()
+    bench.write(2)
+    loaded = bench.rollout.reload("m")
+    assert (loaded.served.engine.version, loaded.changed) == (2, True)
+    assert bench.states == {"ready": [2], "retiring": [1], "failed": []}
+    assert bench.loader.checked[-1] == ["m/2"]  # and nothing older than that
+
+
+def test_a_reload_goes_back_where_the_version_that_serves_is_gone(bench: Bench) -> None:
+    sequence = bench.open(1)
+    folder = bench.write(2)
+    bench.poll()
+    assert bench.states == {"ready": [2], "retiring": [1], "failed": []}
+    bench.engine(1).finish(sequence, Ending.END)
+    bench.engine(1).turn()
+    bench.poll(2)
+    resumable = bench.open(2)
+    (folder / "model.onnx").unlink()
+    folder.rmdir()
+    loaded = bench.rollout.reload("m")
+    assert (loaded.served.engine.version, loaded.changed) == (1, True)
+    assert bench.states == {"ready": [1], "retiring": [2], "failed": []}
+    assert not resumable.ended  # it stays until it ends, or for its time
+    bench.poll(3)
+    assert bench.states["ready"] == [1]
+
+
+def test_a_version_that_comes_back_takes_the_place_of_its_own_rest(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else metrics would have two of one number."""
+    monkeypatch.setattr("tenuto.serving.rollout._UNLOAD_SECONDS", 0.0)
+    folder = bench.write(2)
+    bench.poll()
+    bench.open(2)
+    folder.rename(folder.with_name(".2"))
+    bench.rollout.reload("m")
+    bench.poll(1)
+    folder.with_name(".2").rename(folder)
+    bench.poll()
+    assert bench.states["ready"] == [2]
+    assert 2 not in bench.states["retiring"]
+    versions = [m.version for m in bench.metrics.models]
+    assert len(set(versions)) == len(versions)
+
+
+def test_a_second_operator_is_told_to_try_again(bench: Bench) -> None:
+    refused: list[str] = []
+
+    def ask() -> None:
+        for call in (bench.rollout.load, bench.rollout.unload, bench.rollout.reload):
+            with pytest.raises(ModelNotReady) as error:
+                call("m")
+            refused.append(str(error.value))
+
+    bench.write(2)
+    bench.loader.during_check = ask
+    assert bench.rollout.load("m").served.engine.version == 2
+    assert refused == ["another operator's load of 'm' is not finished; try again"] * 3
+    bench.loader.during_check = lambda: None
+    assert not bench.rollout.load("m").changed
+
+
+def test_an_operator_waits_for_the_look_that_is_going_on(bench: Bench) -> None:
+    loads: list[Loaded] = []
+    operator = threading.Thread(target=lambda: loads.append(bench.rollout.load("m")))
+    seen: list[list[Loaded]] = []
+
+    def ask() -> None:
+        operator.start()
+        while not bench.rollout._command.locked():
+            assert operator.is_alive()
+        seen.append(list(loads))
+
+    bench.write(2)
+    bench.loader.during_check = ask
+    bench.poll()
+    operator.join(30)
+    assert seen == [[]]
+    assert [(one.served.engine.version, one.changed) for one in loads] == [(2, False)]
+    assert bench.loader.checked == [["m/1"], ["m/2"]]
+
+
+def test_what_is_being_checked_is_announced(bench: Bench) -> None:
+    seen: list[frozenset[tuple[str, int]]] = []
+    bench.loader.during_check = lambda: seen.append(bench.catalogue.loading)
+    bench.write(2)
+    bench.write(7, model="n")
+    bench.poll()
+    assert seen == [{("m", 2), ("n", 7)}]
+    assert bench.catalogue.loading == frozenset()
+
+    def fail() -> None:
+        raise OSError("no more processes")
+
+    bench.loader.during_check = fail
+    bench.write(3)
+    with pytest.raises(OSError, match="no more processes"):
+        bench.rollout.load("m")
+    assert bench.catalogue.loading == frozenset()
+    assert bench.states["ready"] == [2, 7]
+
+
+def test_a_load_while_the_server_stops_says_so(bench: Bench) -> None:
+    bench.write(2)
+    bench.loader.during_check = bench.rollout.stop
+    with pytest.raises(ModelNotReady, match="m/1 serves: m/2: the server stops"):
+        bench.rollout.load("m")
+    assert bench.states == {"ready": [1], "retiring": [], "failed": []}
+
+
+def test_loads_and_unloads_are_in_the_log_with_their_checksum(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.rollout.start(0)
+    with caplog.at_level("INFO", "tenuto.rollout"):
+        bench.rollout.unload("m")
+    assert f"m/1 is unloaded, SHA-256 {hashlib.sha256(b'good').hexdigest()}" in caplog.text

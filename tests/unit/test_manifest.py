@@ -50,11 +50,16 @@ def stateless(**x: Any) -> dict[str, Any]:
         (create_fields(states=[H | {"initial": 0}]), "initial: no such key; did you mean 'init'?"),
         (create_fields(x={"chunk": {"multiple": 3, "exact": 3}}), "no such key"),
         (
+            create_fields(x={"wire": [{"dtype": "int8", "ofset": 1}]}),
+            "ofset: no such key; did you mean 'offset'?",
+        ),
+        (create_fields(generate={"temprature": 1}), "temprature: no such key; did you mean 'temperature'?"),
+        (
             create_fields(outputs=[Y | {"softmax": True}]),
             "softmax: no such key; there are name, dtype, shape,",
         ),
     ],
-    ids=["manifest", "input", "state", "chunk", "output"],
+    ids=["manifest", "input", "state", "chunk", "wire", "generate", "output"],
 )
 def test_unknown_keys_are_refused_with_the_nearest_known_one(fields: dict[str, Any], told: str) -> None:
     with pytest.raises(ManifestInvalid, match=re.escape(told)):
@@ -112,7 +117,7 @@ WRONG_GENERATE: dict[str, tuple[dict[str, Any], str]] = {
                         "activation is softmax"),
     "an index by sigmoid": (generating(outputs=[NEXT | {"activation": "sigmoid"}]), "activation is sigmoid"),
     "more than all": (generating(rule={"top_k": 5}), "top_k is 5; .* at most 4"),
-    "the best keys": (generating("bernoulli", **KEYS, rule={"top_k": 1}), "top_k is 1; .* bernoulli one 0"),
+    "the best keys": (generating("bernoulli", **KEYS, rule={"top_k": 1}), "top_k is 1; of a bernoulli"),
     "a temperature of nothing": (generating(rule={"temperature": 0}), "temperature: .*equal to 0.000001"),
 }  # fmt: skip
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -16,6 +16,7 @@ SERVING = [
     [
         "call",
         "callers",
+        "child",
         "config",
         "frame",
         "inbox",
@@ -27,18 +28,19 @@ SERVING = [
         "pending",
         "placement",
         "precision",
+        "regular_file",
         "sampling",
         "status",
         "text",
         "tls",
         "varint",
     ],
-    ["snapshot", "sequence", "chunk_form", "reply", "tensor", "tracing"],
+    ["external_data", "snapshot", "sequence", "chunk_form", "reply", "tensor", "tracing"],
     ["admission", "resume_token", "delivery", "state_pool", "scheduler", "model_runner", "repository"],
-    ["population", "extended_graph"],
+    ["population", "extended_graph", "controls"],
     ["engine", "graph_pool"],
     ["runners"],
-    ["catalogue", "golden"],
+    ["catalogue", "golden", "proof"],
     ["http_call", "predict", "vetting", "thread_call", "stream"],
     ["outflow", "pooled_method", "servicer"],
     ["oip"],
@@ -48,7 +50,7 @@ SERVING = [
     ["loader"],
     ["rollout"],
     ["server"],
-    ["cli"],
+    ["adoption", "cli"],
 ]
 ROW = {module: row for row, modules in enumerate(SERVING) for module in modules}
 # Inside serving/oip.
@@ -62,13 +64,36 @@ _OIP = [
     ["inference"],
     ["servicer"],
 ]
-OIP = {module: row for row, modules in enumerate(_OIP) for module in modules}
+# Inside serving/manifest.
+_MANIFEST = [
+    ["part"],
+    ["constant", "control", "fault", "graph", "state", "wire"],
+    ["tensors"],
+    ["generate"],
+    ["manifest"],
+    ["page", "state_schema"],
+]
+# Inside serving/adoption.
+_ADOPTION = [
+    ["dialogue", "graph_facts", "sample_input", "wishes"],
+    ["cuda_kernels", "probe", "roles", "runtime", "trials"],
+    ["axes", "checking"],
+    ["adopting", "proposal"],
+    ["report"],
+    ["cli"],
+]
+INSIDE = {
+    package: {module: row for row, modules in enumerate(rows) for module in modules}
+    for package, rows in (("oip", _OIP), ("manifest", _MANIFEST), ("adoption", _ADOPTION))
+}
 
 # Of serving: what a model says of itself, how text becomes ids, and what float16 makes of a graph.
 TRAINING_KNOWS = (["manifest"], ["text"], ["precision"])
 PACKAGES = {
     "tenuto",
     "tenuto.serving",
+    "tenuto.serving.adoption",
+    "tenuto.serving.manifest",
     "tenuto.serving.oip",
     "tenuto.training",
     "tenuto.training.datasets",
@@ -110,15 +135,19 @@ def violations(path: str, source: str) -> list[str]:
     top = Path(path).parts[0]
     found = []
     if top == "serving":
-        own = "oip" if path.startswith("serving/oip/") else Path(path).stem
+        package, own = Path(path).parent.name, Path(path).stem
+        rows = INSIDE.get(package, {})
+        if rows and own != "__init__" and own not in rows:
+            found.append(f"{path} has no place in the table INSIDE; give it one")
+        own = package if rows else own
         if own != "__init__" and own not in ROW:
             found.append(f"{path} has no place in the table SERVING; give it one")
         for name in names:
             if name.split(".")[0] == "torch" or within(name, "tenuto.training"):
                 found.append(f"{path} imports {name}: the server needs no torch and no training")
-            elif within(name, "tenuto.serving.oip") and own == "oip":
-                inner, wanted = Path(path).stem, name.split(".")[-1]
-                if inner != "__init__" and OIP.get(wanted, 0) > OIP.get(inner, -1):
+            elif rows and within(name, f"tenuto.serving.{package}"):
+                inner, wanted = Path(path).stem, name.removeprefix(f"tenuto.serving.{package}.").split(".")[0]
+                if inner != "__init__" and rows.get(wanted, 0) > rows.get(inner, -1):
                     found.append(f"{path} imports {name}, which lies above it")
             elif within(name, "tenuto.serving"):
                 other = name.removeprefix("tenuto.serving").strip(".").split(".")[0]
@@ -147,7 +176,16 @@ def violations(path: str, source: str) -> list[str]:
 
 SOURCES = sorted(
     path.relative_to(ROOT).as_posix()
-    for folder in ("serving", "training", "training/datasets", "training/tasks", "tenuto")
+    for folder in (
+        "serving",
+        "serving/adoption",
+        "serving/manifest",
+        "serving/oip",
+        "training",
+        "training/datasets",
+        "training/tasks",
+        "tenuto",
+    )
     for path in (ROOT / folder).glob("*.py")
 )
 
@@ -180,6 +218,10 @@ def test_no_two_modules_import_each_other(folder: str) -> None:
         ("serving/engine.py", "from ..training.digits import Net", "no training"),
         ("serving/engine.py", "from ..client import Client", "the stubs alone"),
         ("serving/utils.py", "import os", "no place in the table"),
+        ("serving/manifest/utils.py", "import os", "no place in the table INSIDE"),
+        ("serving/manifest/part.py", "from .manifest import Manifest", "lies above it"),
+        ("serving/manifest/part.py", "from tenuto.serving.manifest.state import State", "lies above it"),
+        ("serving/manifest/part.py", "from tenuto.serving.tensor import Reader", "lies above it"),
         (
             "training/digits.py",
             "from tenuto.serving import engine",

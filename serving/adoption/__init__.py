@@ -1,0 +1,1 @@
+"""From somebody's ONNX file to a model that is served: what it is, whether it holds, its folder."""

@@ -475,7 +475,10 @@ class Survey:
         self._plan.time[name] = axis
         if axis is None:
             return
-        length = self._plan.shapes[name][axis]
+        shape, rows = self._plan.shapes[name], self._plan.fixed_batch
+        if self._plan.batch[name] == axis:  # both had one
+            self._plan.batch[name] = next((a for a, n in enumerate(shape) if n == rows and a != axis), None)
+        length = shape[axis]
         if not length or frame % length:
             self._notes.ask(
                 f"output {name!r}",

@@ -179,6 +179,8 @@ class Output(_Tensor):
     def _check(self) -> Output:
         self._check_axis(self.batch_axis, "batch_axis")
         self._check_axis(self.time_axis, "time_axis")
+        if self.time_axis is not None and self.time_axis == self.batch_axis:
+            raise ValueError(f"{self.name}: time_axis and batch_axis are both {self.time_axis}")
         self._row_shape(self.time_axis)
         return self
 

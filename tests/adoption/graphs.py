@@ -64,15 +64,15 @@ def lstm(batch: str | None = "batch", time: str | None = "time") -> onnx.ModelPr
     return build(nodes, inputs, outputs, made)
 
 
-def gru() -> onnx.ModelProto:
+def gru(batch: int | None = None) -> onnx.ModelProto:
     """Time first, so that the batch is axis 1; nothing has a name but by number."""
     nodes = [
         node("GRU", ["1", "W", "R", "B", "", "2"], ["Y", "4"], hidden_size=4, name="layer"),
         node("Squeeze", ["Y", "one"], ["3"]),
     ]
     made = {"W": weights(1, 12, 3), "R": weights(1, 12, 4), "B": weights(1, 24), "one": np.array([1])}
-    inputs = {"1": (FLOAT, [None, None, 3]), "2": (FLOAT, [1, None, 4])}
-    return build(nodes, inputs, {"3": (FLOAT, [None, None, 4]), "4": (FLOAT, [1, None, 4])}, made)
+    inputs = {"1": (FLOAT, [None, batch, 3]), "2": (FLOAT, [1, batch, 4])}
+    return build(nodes, inputs, {"3": (FLOAT, [None, batch, 4]), "4": (FLOAT, [1, batch, 4])}, made)
 
 
 def denoiser() -> onnx.ModelProto:

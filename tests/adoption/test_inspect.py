@@ -67,6 +67,14 @@ def test_a_gru_with_time_first_and_names_that_tell_nothing(tmp_path: Path) -> No
     assert [(s["input"], s["output"], s["batch_axis"]) for s in made["states"]] == [("2", "4", 1)]
 
 
+def test_of_one_row_the_time_of_one_sample_is_not_taken_for_the_batch(tmp_path: Path) -> None:
+    """Both have the length 1 in the first run."""
+    made = manifest(tmp_path, graphs.gru(batch=1))
+    axes = {"batch_axis": 1, "time_axis": 0}
+    assert made["fixed_batch"] == 1
+    assert {key: made["outputs"][0].get(key) for key in axes} == axes
+
+
 def test_caches_of_rank_5_5_and_4_in_a_graph_for_one_row(tmp_path: Path) -> None:
     made = manifest(tmp_path, graphs.denoiser())
     assert made["fixed_batch"] == 1

@@ -127,6 +127,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "batch_axis beyond the shape": (create_fields(x={"batch_axis": 3}), "batch_axis 3 is no axis of"),
     "negative time_axis": (create_fields(x={"time_axis": -1}), "time_axis -1 is no axis of"),
     "time and batch the same": (create_fields(x={"time_axis": 0}), "time_axis and batch_axis are both 0"),
+    "time and batch of an output the same": (
+        create_fields(outputs=[Y | {"batch_axis": 1}]), "y: time_axis and batch_axis are both 1"),
     "a named axis beside batch and time": (
         create_fields(x={"shape": ["batch", "time", "width"]}),
         "every axis but batch and time needs a positive length",

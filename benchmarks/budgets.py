@@ -70,6 +70,10 @@ def p50(measurement: Measurement) -> float:
     return measurement.first.p50_ms
 
 
+def p99(measurement: Measurement) -> float:
+    return measurement.first.p99_ms
+
+
 def rows_of(taken: Taken) -> Rows:
     return {(case.table, case.row): measurement for case, measurement in taken.items()}
 

@@ -21,18 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from tenuto.oip import inference_pb2 as oip
 from tenuto.v1 import tenuto_pb2 as pb
 
-from . import recording
+from . import dialect, recording
 from .http2 import Connection
 from .scenario import Measurement, Party, Seen
 from .server_process import cpu_seconds
 from .tracks import Tracks
 
 STREAM, PREDICT = "/tenuto.v1.Tenuto/Stream", "/tenuto.v1.Tenuto/Predict"
-OIP = "/inference.GRPCInferenceService"
-OIP_STREAM, OIP_INFER = f"{OIP}/ModelStreamInfer", f"{OIP}/ModelInfer"
 SETUP_SECONDS = 60
 LONGEST_WAIT_SECONDS = 0.1
 PHASES_SEED = 0  # when in their period paced groups begin
@@ -67,9 +64,11 @@ class Sequence:
 class Group:
     """Some sequences of one stream that have one message in flight between them."""
 
-    def __init__(self, sequences: list[Sequence], chunks_per_message: int, tracks: Tracks) -> None:
+    def __init__(self, sequences: list[Sequence], chunks_per_message: int, crowd: "Crowd") -> None:
         self.sequences = sequences
-        self.tracks = tracks
+        self.tracks = crowd.tracks
+        self.dialect = dialect.of(crowd.party.dialect, crowd.tracks)
+        self.ended = False  # its last message was sent
         self.next = 0  # the sequence whose turn it is
         self.unanswered = 0  # chunks
         self.since = 0.0  # perf_counter, in seconds: sent, or due
@@ -81,8 +80,6 @@ class Group:
         # event, chunk, tensor: what every message fills in anew
         self.parts = [(e, e.chunk, e.chunk.inputs[0]) for e in self.request.events]
         self.shapes: list[tuple[int, ...]] = [()] * chunks_per_message
-        self.asked = oip.ModelInferRequest(model_name=tracks.model)
-        self.asked.inputs.add(name=tracks.input, datatype="FP32")
 
     def message(self) -> bytes:
         """A chunk of each of the sequences whose turn it is."""
@@ -99,19 +96,13 @@ class Group:
         self.unanswered = len(self.parts)
         return self.request.SerializeToString()
 
-    def inference(self) -> bytes:
-        """The same chunk as a ModelInferRequest: of a sequence, or of none."""
-        self.message()
-        request, tensor = self.asked, self.parts[0][2]
-        row = () if self.tracks.stateless else (1,)
-        if row:
-            sequence = self.sequences[0]
-            request.parameters["sequence_id"].int64_param = 1 + sequence.track
-            request.parameters["sequence_start"].bool_param = sequence.step == 1
-            request.parameters["sequence_end"].bool_param = False
-        request.inputs[0].shape[:] = (*row, *tensor.shape)
-        request.raw_input_contents[:] = [tensor.data]
-        return request.SerializeToString()
+    def question(self, spoken: dialect.Dialect, *, last: bool) -> bytes:
+        """A chunk of its only sequence, in another protocol."""
+        sequence = self.sequences[0]
+        sequence.step += 1
+        self.unanswered = 1
+        chunk = self.tracks.chunk(sequence.track, sequence.step)
+        return spoken.question(1 + sequence.track, chunk, first=sequence.step == 1, last=last)
 
     def image(self) -> bytes:
         """The same chunk as a PredictRequest."""
@@ -132,10 +123,10 @@ class Stream:
         self.sequences = [Sequence(n, index * count + n) for n in range(count)]
         size, active = party.sequences_per_group, count - party.idle_per_stream
         self.groups = [
-            Group(self.sequences[at : at + size], party.chunks_per_message, crowd.tracks)
+            Group(self.sequences[at : at + size], party.chunks_per_message, crowd)
             for at in range(0, active, size)
         ]
-        self.idle = Group(self.sequences[active:], party.idle_per_stream, crowd.tracks)
+        self.idle = Group(self.sequences[active:], party.idle_per_stream, crowd)
         self.group_of = {s.number: g for g in [*self.groups, self.idle] for s in g.sequences}
 
     def opens(self) -> list[pb.Event]:
@@ -146,18 +137,19 @@ class Stream:
 
     def open(self) -> None:
         """Sends Open for every sequence; visits and unary calls have nothing to open yet."""
-        self.number = self.connection.open(OIP_STREAM if self.crowd.party.oip else STREAM)
+        spoken = self.groups[0].dialect
+        self.number = self.connection.open(spoken.stream if spoken else STREAM)
         self.crowd.streams[self.connection.fileno(), self.number] = self
-        if self.crowd.party.oip:  # its first chunk opens the sequence
+        if spoken:  # its first chunk opens the sequence
             self.unopened = 0
             return
         self.connection.send(self.number, pb.StreamRequest(events=self.opens()).SerializeToString())
 
     def send(self, group: Group) -> None:
-        party = self.crowd.party
+        party, spoken = self.crowd.party, group.dialect
         if party.unary:
-            self.number = self.connection.open(OIP_INFER if party.oip else PREDICT)
-            message = group.inference() if party.oip else group.image()
+            self.number = self.connection.open(spoken.unary if spoken else PREDICT)
+            message = group.question(spoken, last=False) if spoken else group.image()
             self.connection.send(self.number, message, last=True)
         elif party.visits:
             group.sequences[0].step = 0
@@ -166,7 +158,9 @@ class Stream:
             events = [*self.opens(), *group.request.events]
             self.connection.send(self.number, pb.StreamRequest(events=events).SerializeToString())
         else:
-            self.connection.send(self.number, group.inference() if party.oip else group.message())
+            group.ended = self.crowd.ending
+            message = group.question(spoken, last=group.ended) if spoken else group.message()
+            self.connection.send(self.number, message)
             return
         self.crowd.streams[self.connection.fileno(), self.number] = self
 
@@ -195,6 +189,7 @@ class Crowd:
         self.streams: dict[tuple[int, int], Stream] = {}
         self.all = [Stream(self, self.connections[i % channels], i) for i in range(party.streams)]
         self.on_demand = party.visits or party.unary
+        self.ending = False
 
     def open(self) -> None:
         """Opens what is open before the run."""
@@ -227,6 +222,16 @@ class Crowd:
                 group.due = now + self.period * phases.random()
                 self._send_or_wait(stream, group, now)
 
+    def end(self) -> None:
+        """Has the next messages be the last, where a sequence outlives its stream."""
+        named = not (self.on_demand or self.tracks.stateless)
+        self.ending = named and bool(self.party.dialect)
+
+    @property
+    def ended(self) -> bool:
+        groups = [group for stream in self.all for group in stream.groups]
+        return not self.ending or all(group.ended and not group.unanswered for group in groups)
+
     def next_due(self) -> float:
         """When there is something to do without a reply, perf_counter seconds."""
         due = self.later[0][0] if self.later else float("inf")
@@ -247,8 +252,8 @@ class Crowd:
             stream = self.streams.get((file, number))
             if stream is None or not self.party.reads:  # a visit's Closed
                 continue
-            if self.party.oip:
-                self._take_inference(stream, message)
+            if stream.groups[0].dialect:
+                self._take_answer(stream, stream.groups[0].dialect, message)
             elif self.party.unary:
                 self._take_image(stream, message)
             else:
@@ -283,16 +288,9 @@ class Crowd:
         group.unanswered = 0
         self._answered(stream, group, time.perf_counter())
 
-    def _take_inference(self, stream: Stream, message: bytes) -> None:
-        if self.party.unary:
-            answer = oip.ModelInferResponse.FromString(message)
-        else:
-            told = oip.ModelStreamInferResponse.FromString(message)
-            if told.error_message:
-                raise RuntimeError(f"a request was refused: {told.error_message}")
-            answer = told.infer_response
+    def _take_answer(self, stream: Stream, spoken: dialect.Dialect, message: bytes) -> None:
         sequence, group = stream.sequences[0], stream.groups[0]
-        self._compare(sequence, sequence.step, answer.raw_output_contents[0])
+        self._compare(sequence, sequence.step, spoken.answer(message, unary=self.party.unary))
         group.unanswered = 0
         self._answered(stream, group, time.perf_counter())
 
@@ -304,7 +302,8 @@ class Crowd:
         self.chunks += len(group.parts)
         if self.on_demand:
             stream.leave()
-        self._send_or_wait(stream, group, now)
+        if not group.ended:
+            self._send_or_wait(stream, group, now)
 
     def _check(self, sequence: Sequence, output: pb.Output) -> None:
         if output.step != sequence.step or not output.last:
@@ -395,7 +394,12 @@ class Load:
         while not done():
             self.turn()
             if time.perf_counter() > limit:
-                raise TimeoutError("the server did not answer while sequences were opened")
+                raise TimeoutError("the server did not answer while sequences were opened or ended")
+
+    def end(self) -> None:
+        for crowd in self.crowds:
+            crowd.end()
+        self._turn_until(lambda: all(crowd.ended for crowd in self.crowds))
 
     def run(self, seconds: float) -> None:
         until = time.perf_counter() + seconds
@@ -431,12 +435,14 @@ def measure(job: Job) -> Measurement:
         load.run(job.seconds)
         ended = time.perf_counter()
         client, server = time.process_time() - client, cpu_seconds(job.pid) - server
+        seen = tuple(crowd.seen() for crowd in load.crowds)
+        load.end()
     return Measurement(
         seconds=ended - began,
         server_cpu_seconds=server,
         client_cpu_seconds=client,
         checked=sum(crowd.checked for crowd in load.crowds),
-        parties=tuple(crowd.seen() for crowd in load.crowds),
+        parties=seen,
     )
 
 

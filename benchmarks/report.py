@@ -148,18 +148,20 @@ def text(rounds: list[Taken], verdicts: list[Verdict], first_line: str, last: st
     return "\n\n".join(parts)
 
 
-def write(page: Path, body: str) -> None:
+def write(page: Path, body: str, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Puts `body` between the two marks of the page."""
-    check(page)
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{body}\n\n{END}{after}")
+    check(page, marks)
+    begin, end = marks
+    before, _, rest = page.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    page.write_text(f"{before}{begin}\n\n{body}\n\n{end}{after}")
 
 
-def check(page: Path) -> None:
+def check(page: Path, marks: tuple[str, str] = (BEGIN, END)) -> None:
     """Ends the program if the page is not there, or has no place for figures."""
-    if not page.exists() or END not in page.read_text().partition(BEGIN)[2]:
-        raise SystemExit(f"{page} is not there, or has no {BEGIN!r} … {END!r}")
+    begin, end = marks
+    if not page.exists() or end not in page.read_text().partition(begin)[2]:
+        raise SystemExit(f"{page} is not there, or has no {begin!r} … {end!r}")
 
 
 def as_json(rounds: list[Taken], verdicts: list[Verdict], settings: dict[str, object]) -> dict[str, object]:

@@ -28,15 +28,15 @@ class Party:
     ramp_seconds: float = 0.0  # the streams open over that time, within the run, and may be refused
     visits: bool = False  # a new stream for each message: opened, one chunk, first reply, half-closed
     unary: bool = False  # Predict, one image a call
-    oip: bool = False  # speaks the Open Inference Protocol: a sequence a stream, or ModelInfer
+    dialect: str = ""  # speaks another protocol, see dialect.py: a sequence a stream, or unary calls
     reads: bool = True  # False: never gives way for replies, and sends for as long as the server reads
     channels: int = CHANNELS
 
     def __post_init__(self) -> None:
         if self.chunks_per_message > self.sequences_per_group:
             raise ValueError("a message carries at most one chunk of each sequence of its group")
-        if self.oip and (self.sequences_per_stream > 1 or self.visits or not self.reads):
-            raise ValueError("of the Open Inference Protocol only a sequence a stream, or unary calls")
+        if self.dialect and (self.sequences_per_stream > 1 or self.visits or not self.reads):
+            raise ValueError("in another protocol than ours only a sequence a stream, or unary calls")
         if not self.reads and not self.messages_per_second:
             raise ValueError("a party that takes no replies needs a pace")
 

@@ -2,15 +2,18 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from select import select
 from types import TracebackType
 from typing import Self
 
 from .model import Repository
+from .suites import PEERS, TORCHSERVE, TORCHSERVE_IMAGES
 
 READY_SECONDS = 120
 STOP_SECONDS = 15
@@ -30,8 +33,12 @@ def command(name: str, repository: Repository) -> list[str]:
         arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE]
     elif name == "null":
         arguments = ["benchmarks.null_engine"]
-    elif name == "triton":
-        arguments = ["benchmarks.peers.triton", str(repository.lstm)]
+    elif name == TORCHSERVE:
+        arguments = ["benchmarks.peers.torchserve", "lstm", str(repository.lstm)]
+    elif name == TORCHSERVE_IMAGES:
+        arguments = ["benchmarks.peers.torchserve", "digits", str(repository.images)]
+    elif name in PEERS:
+        arguments = [f"benchmarks.peers.{name}", str(repository.lstm), str(repository.images)]
     elif name == "tuned_aio":
         arguments = ["benchmarks.naive_aio", str(repository.lstm), "--tuned"]
     else:
@@ -69,7 +76,20 @@ class ServerProcess:
             raise RuntimeError(f"{self.name} did not say where it serves; it said {line!r}")
         return int(found[1])
 
+    def pause(self) -> None:
+        """With its descendants, which run no more until `resume`."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for member in family(self.pid, dict(_stats())):
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(member, number)
+
     def stop(self) -> None:
+        self.resume()
         self.process.terminate()
         try:
             self.process.wait(STOP_SECONDS)
@@ -94,10 +114,15 @@ class ServerProcess:
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process and its descendants, the waited-for ones included."""
     stats = dict(_stats())
-    family = {pid}
-    while more := {child for child, (parent, _) in stats.items() if parent in family} - family:
-        family |= more
-    return sum(stats[member][1] for member in family if member in stats) * TICK_SECONDS
+    return sum(stats[member][1] for member in family(pid, stats) if member in stats) * TICK_SECONDS
+
+
+def family(pid: int, stats: Mapping[int, tuple[int, int]]) -> set[int]:
+    """A process and its descendants."""
+    members = {pid}
+    while more := {child for child, (parent, _) in stats.items() if parent in members} - members:
+        members |= more
+    return members
 
 
 def _stats() -> Iterable[tuple[int, tuple[int, int]]]:

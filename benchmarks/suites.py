@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from . import dialect
 from .scenario import Case, Party
 
 OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
-TRITON = "triton"  # with PYTRITON, see peers/triton.py
+TRITON, TORCHSERVE, MLSERVER = "triton", "torchserve", "mlserver"  # see the modules in peers/
 AIO, TUNED, THREADS, BATCHER = "naive_aio", "tuned_aio", "naive_threads", "micro_batcher"
 SERVERS = (OURS, NULL, LEAST, AIO, TUNED, BATCHER, THREADS)
+# One that serves sequences wakes a thousand times a second, on the account of its other models.
+TORCHSERVE_IMAGES = "torchserve_images"
+# Other people's, and what they speak.
+PEERS = {TRITON: dialect.OIP, TORCHSERVE: dialect.TORCHSERVE, MLSERVER: dialect.MLSERVER}
 
 # Of the engine without a server: the largest batch of the model, and none.
 BARE_ROWS, BARE_ROW = "64 rows", "1 row"
@@ -38,6 +43,7 @@ SLOW = "64 streams, and slow readers"
 OVERLOAD = "streams that open until twice the capacity"
 CHECKPOINTS = "a resume token every so many chunks, 64 streams"
 OIP, OIP_ROW = "the Open Inference Protocol", "tenuto, OIP"
+CALLERS = (1, 16, 64)  # of images
 DENORMALS = "denormal input, 64 streams, 10 frames a chunk"
 
 
@@ -49,6 +55,7 @@ class Settings:
     streams: tuple[int, ...]
     frames: tuple[int, ...]
     capacity: float  # messages per second of 256 streams in a closed loop, 1 frame a chunk
+    others: tuple[str, ...] = ()  # of PEERS
 
 
 def one(table: str, row: str, server: str, *parties: Party) -> Case:
@@ -208,27 +215,49 @@ def checkpoints(_: Settings) -> list[list[Case]]:
     ]
 
 
+def oip_table(streams: int, frames: int) -> str:
+    return f"{OIP}: {peers_table(streams, frames)}"
+
+
+def oip_images_table(callers: int) -> str:
+    return f"{OIP}: images, {callers} at a time"
+
+
+def unary(row: str) -> str:
+    return f"unary, {row}"
+
+
+def stream(row: str) -> str:
+    return f"stream, {row}"
+
+
 def open_inference(settings: Settings) -> list[list[Case]]:
-    """Our own protocol, and the Open Inference Protocol on the same server."""
+    """Our own protocol and the Open Inference Protocol on the same server; and other people's servers."""
     tables = []
+    others = {server: PEERS[server] for server in settings.others}
     for frames in settings.frames:
         for streams in settings.streams:
-            party, plural = Party(streams, frames), ("s" if streams > 1 else "", "s" if frames > 1 else "")
-            table = f"{OIP}: {streams} stream{plural[0]}, {frames} frame{plural[1]} a chunk"
-            asked = replace(party, oip=True)
-            cases = [one(table, OURS, OURS, party), one(table, OIP_ROW, OURS, asked)]
-            cases += [one(table, s, s, asked) for s in settings.servers if s == TRITON]
+            party, table = Party(streams, frames), oip_table(streams, frames)
+            cases = [
+                one(table, OURS, OURS, party),
+                one(table, OIP_ROW, OURS, replace(party, dialect=dialect.OIP)),
+            ]
+            cases += [one(table, s, s, replace(party, dialect=name)) for s, name in others.items()]
             cases += [one(table, s, s, party) for s in settings.servers if s == BATCHER]
             tables.append(cases)
-    for callers in (1, 64):
-        images = Party(callers, 1, tracks="images")
-        rows = {
-            "stream": images,
-            f"stream, {OIP_ROW}": replace(images, oip=True),
-            "unary": replace(images, unary=True),
-            f"unary, {OIP_ROW}": replace(images, unary=True, oip=True),
-        }
-        tables.append([one(f"{OIP}: images, {callers}", row, OURS, each) for row, each in rows.items()])
+    for callers in CALLERS:
+        images, table = Party(callers, 1, tracks="images"), oip_images_table(callers)
+        asked = replace(images, dialect=dialect.OIP)
+        cases = [
+            one(table, stream(OURS), OURS, images),
+            one(table, stream(OIP_ROW), OURS, asked),
+            one(table, unary(OURS), OURS, replace(images, unary=True)),
+            one(table, unary(OIP_ROW), OURS, replace(asked, unary=True)),
+        ]
+        for peer, name in others.items():
+            server = TORCHSERVE_IMAGES if peer == TORCHSERVE else peer
+            cases.append(one(table, unary(peer), server, replace(images, unary=True, dialect=name)))
+        tables.append(cases)
     return tables
 
 

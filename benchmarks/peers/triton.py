@@ -1,6 +1,6 @@
 """Triton, started from the binary in the wheel of nvidia-pytriton, for the benchmarks.
 
-python -m benchmarks.peers.triton LSTM.onnx
+python -m benchmarks.peers.triton LSTM.onnx IMAGES.onnx
 
 PYTRITON names a folder made so, of the only Triton (2.51) that PyPI has, and a numpy that its backend knows:
 
@@ -12,19 +12,15 @@ Only the binary is used: without its Python front, which would cost more.
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from pathlib import Path
-from urllib.error import URLError
-from urllib.request import urlopen
 
-MODEL = Path(__file__).with_name("triton_model.py")
-CONFIGURATION = """
+from . import launch
+
+HERE = Path(__file__).parent
+LSTM = """
 name: "lstm"
 backend: "python"
 max_batch_size: 64
@@ -36,16 +32,28 @@ sequence_batching {
 }
 instance_group [{ kind: KIND_CPU count: 1 }]
 """
-READY_SECONDS = 60
+IMAGES = """
+name: "digits"
+backend: "python"
+max_batch_size: 64
+input [{ name: "image" data_type: TYPE_FP32 dims: [ 28, 28 ] }]
+output [{ name: "log_probabilities" data_type: TYPE_FP32 dims: [ 10 ] }]
+dynamic_batching { }
+instance_group [{ kind: KIND_CPU count: 1 }]
+"""
 
 
-def write_repository(folder: Path, lstm: Path) -> None:
-    """Writes the model as Triton takes it."""
-    version = folder / "lstm" / "1"
-    version.mkdir(parents=True)
-    (folder / "lstm" / "config.pbtxt").write_text(CONFIGURATION)
-    shutil.copy(MODEL, version / "model.py")
-    shutil.copy(lstm, version / "lstm.onnx")
+def write_repository(folder: Path, lstm: Path, images: Path) -> None:
+    """Writes the models as Triton takes them."""
+    for name, configuration, code, file in (
+        ("lstm", LSTM, "triton_model.py", lstm),
+        ("digits", IMAGES, "triton_images.py", images),
+    ):
+        version = folder / name / "1"
+        version.mkdir(parents=True)
+        (folder / name / "config.pbtxt").write_text(configuration)
+        shutil.copy(HERE / code, version / "model.py")
+        shutil.copy(file, version / "model.onnx")
 
 
 def backends(wheel: Path, folder: Path) -> Path:
@@ -59,13 +67,13 @@ def backends(wheel: Path, folder: Path) -> Path:
     return folder / "backends"
 
 
-def command(binary: Path, models: Path, backend: Path, ports: tuple[int, int]) -> list[str]:
+def command(binary: Path, models: Path, backend: Path, grpc_port: int, http_port: int) -> list[str]:
     return [
         str(binary),
         f"--model-repository={models}",
         f"--backend-directory={backend}",
-        f"--grpc-port={ports[0]}",
-        f"--http-port={ports[1]}",
+        f"--grpc-port={grpc_port}",
+        f"--http-port={http_port}",
         "--allow-metrics=false",
         "--grpc-address=127.0.0.1",
         "--http-address=127.0.0.1",
@@ -74,30 +82,12 @@ def command(binary: Path, models: Path, backend: Path, ports: tuple[int, int]) -
     ]
 
 
-def free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as other:
-        for each in (one, other):
-            each.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
-
-
-def wait_until_ready(port: int, process: subprocess.Popen[bytes]) -> None:
-    """Raises: RuntimeError."""
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/v2/health/ready", timeout=1):
-                return
-        except (URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError("triton did not become ready; its own output says why")
-
-
 def main() -> None:
-    lstm, wheel = Path(sys.argv[1]), Path(os.environ["PYTRITON"])
+    lstm, images = map(Path, sys.argv[1:])
+    wheel = Path(os.environ["PYTRITON"])
     with tempfile.TemporaryDirectory() as name:
-        folder, ports = Path(name), free_ports()
-        write_repository(folder / "models", lstm)
+        folder = Path(name)
+        write_repository(folder / "models", lstm, images)
         binary = folder / "tritonserver"
         shutil.copy(wheel / "pytriton" / "tritonserver" / "bin" / "tritonserver", binary)
         binary.chmod(0o755)
@@ -105,16 +95,12 @@ def main() -> None:
         environment = os.environ | {
             "LD_LIBRARY_PATH": ":".join(libraries),
             "PEER_PACKAGES": str(wheel),
+            "PEER_ROOT": str(launch.ROOT),
         }
-        process = subprocess.Popen(
-            command(binary, folder / "models", backends(wheel, folder), ports),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-        )
-        signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        wait_until_ready(ports[1], process)
-        print(f"serving on 127.0.0.1:{ports[0]}", flush=True)
-        process.wait()
+        grpc_port, http_port = launch.free_ports(2)
+        words = command(binary, folder / "models", backends(wheel, folder), grpc_port, http_port)
+        ready = launch.Ready(grpc_port, f"http://127.0.0.1:{http_port}/v2/health/ready")
+        launch.serve("triton", words, environment, ready)
 
 
 if __name__ == "__main__":

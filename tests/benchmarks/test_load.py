@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from benchmarks.scenario import Measurement, Party
 from benchmarks.server_process import ServerProcess, cpu_seconds, parse_stat
 from tenuto.v1 import tenuto_pb2 as pb
 from tenuto.v1 import tenuto_pb2_grpc
+from tests.integration.running import wait_for
 
 Answer = Callable[[pb.Tensor], bytes]
 Refuse = Callable[[pb.Event], bool]
@@ -251,3 +253,17 @@ def test_cpu_time_grows() -> None:
     before = cpu_seconds(os.getpid())
     while cpu_seconds(os.getpid()) == before:
         sum(range(10_000))
+
+
+def test_a_server_that_is_paused_runs_no_more_until_it_is_resumed(tmp_path: Path) -> None:
+    repository = model.write_repository(tmp_path / "repository")
+    with ServerProcess("micro_batcher", repository) as server:
+        state = Path("/proc", str(server.pid), "stat")
+        server.pause()
+        wait_for(lambda: state.read_text().rpartition(")")[2].split()[0] == "T", "the server to stop")
+        server.resume()
+        recording.record(Party(1, 2), repository, tmp_path)
+        job = Job(server.pid, server.port, str(tmp_path), True, 0.0, 0.1, (Party(3, 2),))
+        assert measure(job).checked > 0
+        server.pause()  # and it ends nonetheless
+    assert server.process.returncode == -signal.SIGTERM

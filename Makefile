@@ -13,7 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
-.PHONY: capacity bench-gpu test-gpu test-image test-routing dashboard locks bom audit manifests
+.PHONY: capacity bench-gpu test-gpu test-image test-routing dashboard vocabulary locks bom audit manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -33,6 +33,7 @@ help:
 	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
 	@echo 'make test-routing  run the tests of deploy/routing (nginx and haproxy on the path; envoy comes along)'
 	@echo 'make dashboard     write deploy/monitoring/dashboard.json anew'
+	@echo 'make vocabulary    write docs/manifest.md and docs/manifest.schema.json anew'
 	@echo 'make locks         write deploy/image/locks anew'
 	@echo 'make bom           write build/bom-*.json: what each lock of the image holds, by CycloneDX'
 	@echo 'make audit         look for known weaknesses of what the images hold (needs pypi.org)'
@@ -128,6 +129,9 @@ test-routing: .venv/.stamp .venv-routing/.stamp
 
 dashboard: | python
 	@$(PYTHON) deploy/monitoring/dashboard.py
+
+vocabulary: .venv/.stamp
+	.venv/bin/python -m tenuto.serving.manifest.page docs
 
 locks: .venv-locks/.stamp
 	.venv-locks/bin/python deploy/image/lock.py

@@ -7,16 +7,25 @@ Nothing here knows of gRPC: `status.STATUS` is the one table that maps these cla
       UnknownModel  UnknownSequence  ModelNotReady  PoolFull  Overloaded  ServerDraining  DeadlinePassed
       StreamIdle  NotOpen  AlreadyOpen  StepGap  TooLarge
       WrongInput  WrongDtype  WrongShape  WrongEncoding  OutOfRangeValue  NotFinite
-      WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid  Unauthenticated  RateExceeded
+      WrongMessage  WrongSetting  NotStateless  NotSupported  TokenInvalid  Unauthenticated  NotAnOperator
+      RateExceeded
       StateNotFinite  RunFailed
       ManifestInvalid  ModelInvalid  ConfigInvalid  PlatformError      (at start, never sent to a client)
 """
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 _LONGEST_TEXT = 1000
+# Characters that could pass for other lines, or steer a terminal. A text may have lines of its own.
+_STRANGE = re.compile(r"[^\n\x20-\x7e]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """As Python writes it, where it cannot be printed."""
+    return found[0] if found[0].isprintable() else repr(found[0])[1:-1]
 
 
 class TenutoError(Exception):
@@ -26,7 +35,10 @@ class TenutoError(Exception):
     retry_after_ms: int = 0
 
     def __init__(self, text: str = "") -> None:
-        # A text may quote what a client sent, and has to fit into gRPC's 8 KiB of metadata, twice.
+        # A text may quote what a client sent, or a file says, and has to fit into gRPC's 8 KiB of metadata,
+        # twice.
+        if not text.isprintable():
+            text = _STRANGE.sub(_escaped, text[: 2 * _LONGEST_TEXT])
         super().__init__(text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT] + " …")
 
 
@@ -139,6 +151,12 @@ class Unauthenticated(TenutoError):
     """The call shows no token, or none that is known."""
 
     reason = "UNAUTHENTICATED"
+
+
+class NotAnOperator(TenutoError):
+    """The caller is known, and may not do that."""
+
+    reason = "NOT_AN_OPERATOR"
 
 
 class RateExceeded(TenutoError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from numpy.typing import NDArray
 
 from .engine import Engine
 from .errors import ModelInvalid
+from .regular_file import read
 from .sequence import Chunk, Failed, Output, Reply, Sequence
 from .tensor import Reader
 
-_MAX_BYTES = 64 << 20
+_MAX_BYTES = 64 << 20  # of one step
+_MOST_BYTES = 256 << 20  # of all arrays, and of the file
+_MOST_NAMES = 5  # that an error tells
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,11 @@ _Arrays = dict[str, NDArray[Any]]
 
 def _read(path: Path, where: str) -> tuple[float, list[tuple[_Arrays, _Arrays]]]:
     """The tolerance, and (inputs, outputs) of each step."""
+    packed = read(path, _MOST_BYTES, where)
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
+        _check_size(packed)
+        with np.load(io.BytesIO(packed), allow_pickle=False) as file:
+            arrays = {key: _array(key, file[key]) for key in file.files}
         tolerance = float(arrays.pop("tolerance", np.float64(1e-4)))
     except Exception as error:  # zipfile, zlib and numpy each have classes of their own
         raise ModelInvalid(f"{where}: golden.npz cannot be read: {error}") from error
@@ -97,9 +103,30 @@ def _read(path: Path, where: str) -> tuple[float, list[tuple[_Arrays, _Arrays]]]
     if not steps:
         raise ModelInvalid(f"{where}: golden.npz holds no step 1")
     if arrays:
-        names = ", ".join(sorted(arrays))
-        raise ModelInvalid(f"{where}: golden.npz holds {names}, no part of its steps 1 to {len(steps)}")
+        names = ", ".join(repr(name[:64]) for name in sorted(arrays)[:_MOST_NAMES])
+        more = f" and {len(arrays) - _MOST_NAMES} more" if len(arrays) > _MOST_NAMES else ""
+        raise ModelInvalid(f"{where}: golden.npz holds {names}{more}, no part of its steps 1 to {len(steps)}")
     return tolerance, steps
+
+
+def _check_size(packed: bytes) -> None:
+    """A few kilobytes may hold gigabytes. No more of a member is unpacked than it says here.
+
+    Raises: ValueError.
+    """
+    with zipfile.ZipFile(io.BytesIO(packed)) as file:
+        unpacked = sum(member.file_size for member in file.infolist())
+    if unpacked > _MOST_BYTES:
+        raise ValueError(
+            f"its arrays have {unpacked} bytes, at most {_MOST_BYTES} are read; keep fewer steps"
+        )
+
+
+def _array(name: str, value: object) -> NDArray[Any]:
+    """Raises: ValueError for a member that is none."""
+    if not isinstance(value, np.ndarray):
+        raise ValueError(f"{name[:64]!r} is no array (.npy)")
+    return value
 
 
 def _take(arrays: _Arrays, prefix: str) -> _Arrays:

@@ -88,15 +88,17 @@ class Loader:
                 provider,
                 load_seconds=seconds,
                 nodes=runner.placement.counts(),
+                sha256=files.sha256,
             ),
             flush=self._flush,
             defer=self._defer,
         )
-        self._tell(folder, engine, verdict, runner)
+        self._tell(files, engine, verdict, runner)
         reader = Reader(manifest, config.max_message_bytes)
-        return Served(engine, reader, OutputWriter(manifest), provider, files.sha256, files.fingerprint)
+        writer, size = OutputWriter(manifest), len(files.model)
+        return Served(engine, reader, writer, provider, files.sha256, files.fingerprint, size)
 
-    def _tell(self, folder: ModelFolder, engine: Engine, verdict: Verdict, runner: AnyRunner) -> None:
+    def _tell(self, files: ModelFiles, engine: Engine, verdict: Verdict, runner: AnyRunner) -> None:
         """How the model runs, and what of it does not run where it was to."""
         provider, precision = self._how.provider, "float32"
         if reduced(engine.manifest, self._how):
@@ -107,18 +109,19 @@ class Loader:
                 f"{verdict.golden_steps} golden steps replayed, off by at most {verdict.golden_worst:.2g}"
             )
         log.info(
-            "%s serves on %s in %s: %d sequences, %.1f MiB of state at most%s, %s",
-            folder.where,
+            "%s serves on %s in %s: %d sequences, %.1f MiB of state at most%s, %s, SHA-256 %s",
+            files.folder.where,
             provider,
             precision,
             engine.max_sequences,
             engine.state_bytes / 2**20,
             ", which its graph keeps" if runner.pool else "",
             golden,
+            files.sha256,
         )
         strays = runner.placement.elsewhere(provider)
         if strays:
-            log.warning("%s: %s", folder.where, strays)
+            log.warning("%s: %s", files.folder.where, strays)
 
     def _checkpoints(self, manifest: Manifest, files: ModelFiles) -> Checkpoints:
         """How its sequences are sealed.

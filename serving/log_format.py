@@ -34,5 +34,15 @@ class JsonFormatter(logging.Formatter):
         return _JSON.encode(line)
 
 
+class ConsoleFormatter(logging.Formatter):
+    """One line a record, whatever its message quotes; the stack of an exception stands below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Lines of a message are told apart by semicolons; what cannot be printed is written as in Python."""
+        first, *more = [line.strip() for line in super().formatMessage(record).splitlines()] or [""]
+        line = f"{first} {'; '.join(more)}" if more else first
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
 def formatter(kind: LogFormat) -> logging.Formatter:
-    return JsonFormatter() if kind == "json" else logging.Formatter(_CONSOLE)
+    return JsonFormatter() if kind == "json" else ConsoleFormatter(_CONSOLE)

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from .errors import ModelInvalid, NotSupported, PlatformError, RunFailed
-from .layout import Layout
+from .layout import Layout, one_a_row
 from .manifest import METADATA_KEY, GraphTensor, Manifest
 from .placement import RECORD, Placement
 
@@ -31,6 +32,9 @@ CUDA = "CUDAExecutionProvider"
 # What ONNX Runtime's CUDA provider loads, in the order in which people miss it.
 _CUDA_LIBRARIES = ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13",
                    "libcurand.so.10", "libcufft.so.12", "libcudnn.so.9")  # fmt: skip
+
+# How it says that it does not have an operator.
+_UNKNOWN = re.compile(r"is not a registered function/op|No opset import for domain|No Op registered for")
 
 _DTYPES = {
     "float": "float32", "double": "float64", "float16": "float16", "bool": "bool",
@@ -117,7 +121,7 @@ class ModelRunner:
         inputs = [_graph_tensor(t) for t in self._session.get_inputs()]
         outputs = [_graph_tensor(t) for t in self._session.get_outputs()]
         self.manifest.check_graph(inputs, outputs, where)
-        self._names = [o.name for o in self.manifest.outputs] + [s.output for s in self.manifest.states]
+        self._names = [*self.manifest.fetched, *(s.output for s in self.manifest.states)]
 
     def _build_again(self, model: bytes, threads: int, known: bool) -> None:
         """Where the manifest came out of the session, and says that it should be another one."""
@@ -144,7 +148,7 @@ class ModelRunner:
             log.info("denormals are not flushed to zero on %s: they may be slow", platform.machine())
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
-        """The manifest's outputs, then its states' outputs.
+        """What the manifest has `fetched`, then its states' outputs.
 
         Raises: RunFailed, with ONNX Runtime's text.
         """
@@ -175,6 +179,8 @@ class ModelRunner:
             feeds[s.input] = np.zeros(
                 [rows if a == s.batch_axis else int(d) for a, d in enumerate(s.shape)], s.dtype
             )
+        for k in m.controls:
+            feeds[k.name] = one_a_row(k, [], rows)
         return feeds | Layout(m).constants(())
 
 
@@ -213,12 +219,33 @@ def session(
         with _environment_kept():  # the first session would change this thread's for good
             made = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # a class of its own for each status
-        raise ModelInvalid(f"{where}: ONNX Runtime does not load it: {str(error).splitlines()[0]}") from error
+        words = (str(error).splitlines() or [""])[0]
+        if _UNKNOWN.search(words):
+            words += "; there are ONNX's operators and ONNX Runtime's, and no others: export it with these"
+        raise ModelInvalid(f"{where}: ONNX Runtime does not load it: {words}") from error
     # It keeps the file's bytes for a change of providers, as much again as the weights: 128 MiB of 128.
     made._model_bytes = None
     if made.get_providers()[0] != provider:
         raise PlatformError(f"{where}: {provider} was chosen, ONNX Runtime took {made.get_providers()[0]}")
+    _check_names(made, where)
     return made
+
+
+def _check_names(made: onnxruntime.InferenceSession, where: str) -> None:
+    """Names of inputs and outputs stand in errors, answers and lines of the log.
+
+    Raises: ModelInvalid.
+    """
+    try:
+        names = [tensor.name for tensor in (*made.get_inputs(), *made.get_outputs())]
+    except UnicodeDecodeError as error:
+        raise ModelInvalid(f"{where}: the name of an input or output is no UTF-8: {error}") from error
+    odd = [name[:64] for name in names if not name.isprintable()]
+    if odd:
+        raise ModelInvalid(
+            f"{where}: the name {odd[0]!r} of an input or output holds characters that cannot be printed; "
+            "rename it"
+        )
 
 
 def _tf32(manifest: Manifest | None) -> bool:
@@ -233,11 +260,8 @@ def _graph_tensor(node: Any) -> GraphTensor:
 def _check_supported(manifest: Manifest, where: str) -> None:
     """What the vocabulary can say and this version cannot do yet is refused, never ignored."""
     lacking = []
-    if manifest.controls:
-        lacking.append("controls")
-    if any(o.lengths_output for o in manifest.outputs):
-        lacking.append("lengths_output")
-    if any(o.batch_axis is None for o in manifest.outputs) and not manifest.alone:
+    single = manifest.alone or manifest.fixed_batch == 1
+    if any(o.batch_axis is None for o in manifest.outputs) and not single:
         lacking.append("outputs without a batch_axis")
     if lacking:
         raise NotSupported(

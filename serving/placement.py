@@ -8,6 +8,7 @@ from typing import Any
 
 RECORD = "session.record_ep_graph_assignment_info"  # the session option without which nothing is known
 _NAMED = 8  # of the nodes that run elsewhere, so many stand in the log
+_SHOWN = 64  # characters of a node's name
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Placement:
         """Of an onnxruntime.InferenceSession that was built with `RECORD`."""
         nodes: dict[str, list[str]] = {}
         for part in session.get_provider_graph_assignment_info():
-            named = [f"{node.op_type} {node.name!r}" for node in part.get_nodes()]
+            named = [f"{node.op_type} {node.name[:_SHOWN]!r}" for node in part.get_nodes()]
             nodes.setdefault(part.ep_name, []).extend(named)
         return cls({provider: tuple(names) for provider, names in nodes.items()})
 

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from .errors import ConfigInvalid, ModelInvalid
+from .errors import ConfigInvalid, ManifestInvalid, ModelInvalid
 from .manifest import Manifest
+from .regular_file import read
 
 log = logging.getLogger("tenuto.repository")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+# Of a model with all that belongs to it: protobuf, and so ONNX Runtime, reads no longer message.
+_MOST_BYTES = 2**31 - 1
+_MOST_MANIFEST_BYTES = 16 << 20
+_MOST_FILES = 10_000  # of a version that are looked at for changes
 
 # Per file of a version's folder: name, bytes, last change in nanoseconds, inode, device.
 Signature = tuple[tuple[str, int, int, int, int], ...]
@@ -39,7 +48,7 @@ class ModelFolder:
         """Changes when a file does; None while there is no model.onnx. Links are followed, so that a link
         turned to other files is a change."""
         try:
-            files = [(p.name, p.stat()) for p in self.path.iterdir() if p.is_file()]
+            files = list(islice(_files(self.path), _MOST_FILES))
         except OSError:  # it went, or changed, while we looked: the next look will tell
             return None
         if not any(name == "model.onnx" for name, _ in files):
@@ -51,17 +60,45 @@ class ModelFolder:
 
         Raises: ModelInvalid, ManifestInvalid.
         """
-        model = self._bytes("model.onnx")
-        text = self._bytes("manifest.json") if (self.path / "manifest.json").exists() else None
-        manifest = None if text is None else Manifest.parse(text, f"{self.where}/manifest.json")
-        fingerprint = hashlib.sha256(hashlib.sha256(text or b"").digest() + model).hexdigest()
-        return ModelFiles(self, model, hashlib.sha256(model).hexdigest(), fingerprint, manifest)
+        model = read(self.path / "model.onnx", _MOST_BYTES, self.where)
+        if not model:
+            raise ModelInvalid(f"{self.where}: model.onnx is empty: ONNX Runtime does not load it")
+        beside, text = self.path / "manifest.json", None
+        if os.path.lexists(beside):
+            text = read(beside, _MOST_MANIFEST_BYTES, self.where)
+        manifest = None if text is None else self._manifest(text)
+        whole, mark = hashlib.sha256(model), hashlib.sha256(hashlib.sha256(text or b"").digest() + model)
+        external: tuple[str, ...] = ()
+        if b"location" in model:  # the key by which a tensor names its file: others refer to none
+            from .external_data import embedded  # it takes onnx along, which few models need
 
-    def _bytes(self, name: str) -> bytes:
+            model, files = embedded(model, self.path, self.where, whole, _MOST_BYTES)
+            mark.update(b"".join(file.digest for file in files))
+            external = tuple(file.name for file in files)
+        return ModelFiles(self, model, whole.hexdigest(), mark.hexdigest(), manifest, external)
+
+    def _manifest(self, text: bytes) -> Manifest:
         try:
-            return (self.path / name).read_bytes()
-        except OSError as error:
-            raise ModelInvalid(f"{self.where}: {name} cannot be read: {error.strerror}") from error
+            return Manifest.parse(text, f"{self.where}/manifest.json")
+        except RecursionError as error:
+            raise ManifestInvalid(
+                f"{self.where}/manifest.json: it is nested too deeply to be read"
+            ) from error
+
+
+def _files(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """What lies in a folder and in those below it. A link to a folder is a file here, and so is whatever has
+    model.onnx for a name: its check says what is wrong with it."""
+    for folder, folders, names in os.walk(root, onerror=_raise):
+        folders.sort()
+        marked = [f for f in folders if f == "model.onnx" or os.path.islink(os.path.join(folder, f))]
+        for name in sorted(names + marked):
+            path = os.path.join(folder, name)
+            yield os.path.relpath(path, root), os.stat(path) if os.path.exists(path) else os.lstat(path)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 @dataclass(frozen=True)
@@ -69,10 +106,11 @@ class ModelFiles:
     """What one version's folder held when it was read. `manifest` is the sidecar's, if there is one."""
 
     folder: ModelFolder
-    model: bytes
-    sha256: str  # of model.onnx
-    fingerprint: str  # of model.onnx and manifest.json
+    model: bytes  # with its external data in it
+    sha256: str  # of model.onnx, and the bytes of `external` behind it
+    fingerprint: str  # of model.onnx, `external` and manifest.json
     manifest: Manifest | None
+    external: tuple[str, ...] = ()  # the files that hold tensors of it, by name
 
 
 class ModelRepository:

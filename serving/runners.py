@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
-from .errors import NotSupported, PlatformError
+from .errors import NotSupported
 from .manifest import Manifest
 from .model_runner import CUDA, ModelRunner
 from .repository import ModelFiles
@@ -36,8 +35,8 @@ def open_runner(
 ) -> AnyRunner:
     """A graph that cannot keep its states is fed them; the log says why.
 
-    Raises: what ModelRunner raises; PlatformError if a package is missing; NotSupported if the manifest says
-    float16 and nothing in the graph can be halved.
+    Raises: what ModelRunner raises; NotSupported if the manifest says float16 and nothing in the graph can be
+    halved.
     """
     where = files.folder.where
     model, manifest, how = files.model, files.manifest, settings
@@ -50,8 +49,7 @@ def open_runner(
         plain = ModelRunner(model, plain.manifest, where, provider=how.provider, threads=how.threads)
     if how.pool == "numpy" or not plain.manifest.states:
         return plain
-    _need_onnx("--pool graph", "use --pool numpy")
-    from .graph_pool import GraphRunner  # it takes onnx along, which nobody else needs
+    from .graph_pool import GraphRunner  # it takes onnx along, which few need
 
     try:
         return GraphRunner(model, plain, max_sequences, max_bytes)
@@ -66,13 +64,7 @@ def reduced(manifest: Manifest, settings: RunSettings) -> bool:
 
 
 def _halved(model: bytes, where: str) -> bytes:
-    """Raises: PlatformError if a package is missing; NotSupported if nothing in the graph can be halved."""
-    _need_onnx(f"{where}: precision float16", "leave precision at float32")
+    """Raises: NotSupported if nothing in the graph can be halved."""
     from .precision import halved
 
     return halved(model, where)
-
-
-def _need_onnx(what: str, instead: str) -> None:
-    if find_spec("onnx") is None:
-        raise PlatformError(f"{what} needs the package onnx; install 'tenuto[gpu]', or {instead}")

@@ -79,7 +79,7 @@ class Manifest(Part):
                 for e in error.errors()
             )
             raise ManifestInvalid(f"{where}: the manifest is not valid:\n{faults}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ManifestInvalid(f"{where}: the manifest is no JSON: {error}") from error
 
     def to_json(self) -> str:

@@ -14,6 +14,7 @@ CHECK_NOTHING = {
     "networks",
     "capacity",
     "dashboard",
+    "vocabulary",
     "locks",
     "bom",
     "manifests",

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from collections.abc import Iterator
 from urllib.request import urlopen
 
 import pytest
@@ -11,15 +12,27 @@ from tenuto.serving.config import ServerConfig, flag_of
 from tenuto.serving.sequence import Ending
 from tenuto.serving.server import BROKEN, HUNG
 
-from .test_readme import ROOT, TENUTO, problem, server
+from .test_readme import ROOT, TENUTO, problem, ready_line
 
-__all__ = ["server"]  # a fixture
 PAGE = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
     for block in re.findall(r"^```sh\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
 ]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[re.Match[str]]:
+    """A server on exported/, on free ports, whose models operators control; its ready line."""
+    command = [TENUTO, "serve", "exported", "--port", "0", "--metrics-port", "0", "--model-control"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield ready_line(process.stdout.readline())
+        finally:
+            process.terminate()
+        assert process.wait() == 0
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -67,7 +67,7 @@ def test_the_commands_for_a_running_server_run(server: re.Match[str]) -> None:
     listed = subprocess.run(
         [TENUTO, "models", "--server", server[1]], capture_output=True, text=True, check=True
     )
-    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
+    assert [line.split()[:2] for line in listed.stdout.splitlines()[1:]] == [
         [model, "READY"] for model in server[4].split()
     ]
 

@@ -66,7 +66,7 @@ WHY: dict[str, tuple[str, ...]] = {
         "input 'x' is float32 in the graph, int32 in the manifest",
     ),
     "nojson": ("nojson/1/manifest.json", "is no JSON"),
-    "unknownkey": ("unknownkey/1/manifest.json", "color", "Extra inputs are not permitted"),
+    "unknownkey": ("unknownkey/1/manifest.json", "color", "no such key"),
     "misnamed": ("misnamed/1", "the manifest is named 'other'", "must agree"),
     "generates": ("generates/1", "generate feeds output 'y' to input 'x'", "it needs a stateful model"),
     "fails": ("its run on zeros failed", "fails/1"),

@@ -116,6 +116,11 @@ def test_a_budget_of_bytes_bounds_the_sequences_and_is_told_at_start(
         f"accumulator/1 serves on {CPU} in float32: 3 sequences, 0.0 MiB of state at most, no golden.npz"
         in caplog.text
     )
+    for one in catalogue.served:
+        (line,) = [m for m in caplog.messages if m.startswith(f"{one.engine.where} serves on")]
+        assert line.endswith(f", SHA-256 {one.sha256}")
+        assert one.engine.metrics.sha256 == one.sha256
+        assert one.file_bytes == (root / one.engine.where / "model.onnx").stat().st_size
 
 
 def test_the_state_is_told_in_mib(

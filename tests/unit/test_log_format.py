@@ -74,3 +74,23 @@ def test_what_a_logger_is_given_as_extra_is_such_a_thing(caplog: pytest.LogCaptu
 def test_the_console_is_for_people() -> None:
     line = formatter("console").format(record("%d models", 2))
     assert line.endswith("WARNING tenuto.engine: 2 models")
+
+
+def test_the_console_has_one_line_for_a_text_of_several() -> None:
+    text = (
+        "toy/1 is not served: the manifest disagrees:\n  input 'x'\n  input 'y'\x1b[2J\u2028\r\nERROR forged"
+    )
+    line = formatter("console").format(record("%s", text))
+    assert line.isprintable()
+    assert line.endswith("manifest disagrees: input 'x'; input 'y'\\x1b[2J; ; ERROR forged")
+
+
+def test_the_console_has_the_stack_of_an_error_below_its_line() -> None:
+    try:
+        raise ValueError("a bug")
+    except ValueError:
+        raised = sys.exc_info()
+    assert raised[0] is not None
+    line, *stack = formatter("console").format(record("met\na bug", error=raised)).splitlines()
+    assert line.endswith("met a bug")
+    assert (stack[0], stack[-1]) == ("Traceback (most recent call last):", "ValueError: a bug")

@@ -481,3 +481,8 @@ def test_what_exporters_declare_of_outputs_may_be_wrong() -> None:
     declared = [graph_tensor("y", "N", "T", dtype="float16"), OUTPUTS[1]]
     found = disagreements(create_manifest(), outputs=declared)
     assert found == ["output 'y' is float16 in the graph, float32 in the manifest"]
+
+
+def test_a_manifest_that_is_nested_too_deep_is_refused() -> None:
+    with pytest.raises(ManifestInvalid, match="the manifest is no JSON: maximum recursion depth"):
+        Manifest.parse("[" * 100_000, "toy/1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import onnx
+
 from tenuto.serving.manifest import Manifest
-from tenuto.serving.model_runner import CPU, CUDA, ModelRunner
+from tenuto.serving.model_runner import CPU, CUDA, ModelRunner, session
 from tenuto.serving.placement import Placement
 from tests import toys
 
@@ -28,3 +30,11 @@ def test_a_long_list_is_cut_and_says_how_long_it_is() -> None:
     placement = Placement({CPU: tuple(f"Add '{n}'" for n in range(10))})
     assert placement.elsewhere(CUDA).endswith("Add '6', Add '7' and 2 more")
     assert placement.elsewhere(CUDA).startswith(f"10 of 10 nodes run on {CPU}: Add '0', ")
+
+
+def test_a_long_name_of_a_node_is_cut() -> None:
+    made, _ = toys.doubler()
+    proto = onnx.load_model_from_string(made)
+    proto.graph.node[0].name = "x" * 1000
+    loaded = session(proto.SerializeToString(), "toy/1", CPU, 1)
+    assert Placement.of(loaded).nodes == {CPU: (f"Add '{'x' * 64}'",)}

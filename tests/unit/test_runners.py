@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 
 from tenuto.serving import runners
-from tenuto.serving.errors import PlatformError
 from tenuto.serving.graph_pool import GraphRunner
 from tenuto.serving.manifest import METADATA_KEY, Manifest
 from tenuto.serving.model_runner import CPU, CUDA, ModelRunner
@@ -66,12 +65,6 @@ def test_a_graph_that_cannot_keep_its_states_is_fed_them_and_the_log_says_why(
         "accumulator/1: the states of 'accumulator' stay outside of its graph: its batch is fixed"
         in caplog.text
     )
-
-
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runners, "find_spec", lambda _: None)
-    with pytest.raises(PlatformError, match="needs the package onnx; install 'tenuto\\[gpu\\]'"):
-        open_runner(folder(tmp_path, "accumulator").read(), GRAPH, max_sequences=3)
 
 
 def precise(root: Path, precision: str, golden: bool = False) -> ModelFolder:

@@ -128,7 +128,7 @@ class Engine:
     def open(self, sequence: Sequence, snapshot: Snapshot | None = None) -> None:
         """Admits the sequence, or refuses it: it gets Opened, or Failed with PoolFull, Overloaded or
         ServerDraining. With a snapshot it goes on from there; a live one of the same id ends SUPERSEDED."""
-        self._pending.add(COMMAND_BYTES)
+        self._pending.add(COMMAND_BYTES + sum(map(len, sequence.given)))
         self._inbox.put((self._population.open, sequence, snapshot))
 
     def accept(self, sequence: Sequence, chunk: Chunk) -> None:

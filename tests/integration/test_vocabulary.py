@@ -16,7 +16,7 @@ from tests import toys
 from tests.unit.fakes import f32
 
 from .oip_wire import InferStream, step, stub
-from .running import serving, wait_for
+from .running import assert_nothing_is_left, serving, wait_for
 from .wire import connect
 
 STATE = {"input": "total", "output": "total_next", "dtype": "float32", "shape": ["batch", 1]}
@@ -42,6 +42,7 @@ def told(request: pytest.FixtureRequest, repository: Path) -> Iterator[Server]:
 def client(told: Server) -> Iterator[Client]:
     with Client(f"127.0.0.1:{told.port}") as client:
         yield client
+    assert_nothing_is_left(told)
 
 
 def token_of(stream: Stream) -> bytes:

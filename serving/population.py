@@ -159,7 +159,9 @@ class Population:
         sequence.pending.pop(0)
         sequence.answered = chunk.step
         self._delivery.send(sequence, output, chunk.nbytes)
-        if sequence.accepted:  # a single request has no step that may be sent again, and none to resume
+        # A single request has no step that may be sent again, and none to resume; a sequence whose client
+        # knows of no tokens has its last answer where its repetitions are known.
+        if sequence.accepted and sequence.movable:
             self._keep(sequence, output)
             if self._is_due(sequence, chunk.step):
                 self._checkpoint(sequence)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from .errors import ConfigInvalid, ManifestInvalid, ModelInvalid
+from .errors import ConfigInvalid, ModelInvalid
 from .manifest import Manifest
 from .regular_file import read
 
@@ -66,7 +66,7 @@ class ModelFolder:
         beside, text = self.path / "manifest.json", None
         if os.path.lexists(beside):
             text = read(beside, _MOST_MANIFEST_BYTES, self.where)
-        manifest = None if text is None else self._manifest(text)
+        manifest = None if text is None else Manifest.parse(text, f"{self.where}/manifest.json")
         whole, mark = hashlib.sha256(model), hashlib.sha256(hashlib.sha256(text or b"").digest() + model)
         external: tuple[str, ...] = ()
         if b"location" in model:  # the key by which a tensor names its file: others refer to none
@@ -76,14 +76,6 @@ class ModelFolder:
             mark.update(b"".join(file.digest for file in files))
             external = tuple(file.name for file in files)
         return ModelFiles(self, model, whole.hexdigest(), mark.hexdigest(), manifest, external)
-
-    def _manifest(self, text: bytes) -> Manifest:
-        try:
-            return Manifest.parse(text, f"{self.where}/manifest.json")
-        except RecursionError as error:
-            raise ManifestInvalid(
-                f"{self.where}/manifest.json: it is nested too deeply to be read"
-            ) from error
 
 
 def _files(root: Path) -> Iterator[tuple[str, os.stat_result]]:

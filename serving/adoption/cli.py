@@ -32,14 +32,18 @@ Value = TypeVar("Value")
 def main(words: list[str]) -> int:
     """Runs one command, its name first, and returns the exit code."""
     options = _parser().parse_args(words)
+    log = logging.getLogger("tenuto")
+    level = log.level
     # What the modules of the server tell its log is not for whoever looks at a file.
-    logging.getLogger("tenuto").setLevel(logging.CRITICAL)
+    log.setLevel(logging.CRITICAL)
     try:
         return int(options.run(options))
     except TenutoError as error:
         print(f"tenuto {options.command}: {error}", file=sys.stderr)
     except OSError as error:
         print(f"tenuto {options.command}: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+    finally:
+        log.setLevel(level)
     return 1
 
 

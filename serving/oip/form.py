@@ -200,15 +200,15 @@ class Form:
         """
         tensors = tensors or self._nothing  # no frame was completed
         if question.wanted:
-            message = self._write_wanted(tensors, question, request_id, memory)
+            parts = [self._write_wanted(tensors, question, request_id, memory)]
         else:
-            message = self._write_all(tensors, request_id)
+            parts = self._write_all(tensors, request_id)
         if not streamed:
-            return message
-        message += _IS_FINAL
-        return _RESPONSE + varint(len(message)) + message
+            return b"".join(parts)
+        parts.append(_IS_FINAL)
+        return b"".join((_RESPONSE, varint(sum(map(len, parts))), *parts))
 
-    def _write_all(self, tensors: Tensors, request_id: str) -> bytes:
+    def _write_all(self, tensors: Tensors, request_id: str) -> list[bytes]:
         """By hand, in protobuf's encoding: from one answer to the next nothing differs but id and data."""
         key = tuple([(shape, not data) for shape, data in tensors])
         head = self._heads.get(key)
@@ -223,7 +223,7 @@ class Form:
         fields.append(head)
         for _, data in tensors:
             fields += (_RAW, varint(len(data)), data)
-        return b"".join(fields)
+        return fields
 
     def _head(self, tensors: Tensors) -> bytes:
         """The outputs up to their bytes."""

@@ -128,7 +128,7 @@ class Session:
             if question.step and number == 1:
                 self._first = _digest(data)
             self._steps.append(_Step(number, question.end, [(asker, question)]))
-            nbytes = sum(map(len, data)) + CHUNK_BYTES
+            nbytes = (len(data[0]) if len(data) == 1 else sum(map(len, data))) + CHUNK_BYTES
             pending.add(nbytes)
             chunk = Chunk(number, data, time.monotonic(), nbytes, last=question.end)
             self._tell(engine.accept, self.sequence, chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,12 @@ def test_the_command_says_it_in_words_and_as_json(tmp_path: Path, capsys: pytest
     assert told["operators"]["Transpose"] == 2
     assert {g["subject"] for g in told["guesses"]} >= {"state 'h0'", "state 'c0'", "input 'x'", "output 'y'"}
     assert told["inputs"][0] == {"name": "x", "dtype": "float32", "shape": ["batch", "time", 3]}
+
+
+def test_the_command_leaves_the_log_as_it_was(tmp_path: Path) -> None:
+    level = logging.getLogger("tenuto").level
+    assert main(["inspect", str(graphs.save(tmp_path, graphs.gru()))]) == 0
+    assert logging.getLogger("tenuto").level == level
 
 
 def test_a_question_that_is_open_is_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

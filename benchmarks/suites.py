@@ -243,7 +243,7 @@ def open_inference(settings: Settings) -> list[list[Case]]:
                 one(table, OIP_ROW, OURS, replace(party, dialect=dialect.OIP)),
             ]
             cases += [one(table, s, s, replace(party, dialect=name)) for s, name in others.items()]
-            cases += [one(table, s, s, party) for s in settings.servers if s == BATCHER]
+            cases += [one(table, s, s, party) for s in settings.servers if s in (BATCHER, LEAST)]
             tables.append(cases)
     for callers in CALLERS:
         images, table = Party(callers, 1, tracks="images"), oip_images_table(callers)

@@ -27,6 +27,9 @@ from .outflow import Outflow, Wire
 _WINDOW_OF_ALL = 1 << 30  # of a connection: its calls' own windows are the bound
 _MOST_HEADERS = 64 << 10  # bytes of a header block, as it comes and as it is
 _KEPT_HEADERS = 16 << 10  # bytes of the headers of a call that is taken; clients are told
+# A field that the header table has is one byte from _INDEXED on; _LONG_INDEX begins one of several bytes.
+_INDEXED, _LONG_INDEX = 0x80, 0xFF
+_MOST_KNOWN_BLOCKS = 64
 _MOST_EMPTY = 1_000  # DATA frames in a row that bring nothing
 _TABLE_SIZE_UPDATES = 2  # in front of a header block (RFC 7541, section 4.2)
 # What a client may do so often at once, and so often a second: begin calls and reset them (CVE-2023-44487),
@@ -85,6 +88,7 @@ class Connection:
         self._route = route
         self._loop = loop
         self._decoder = hpack.Decoder(max_header_list_size=_MOST_HEADERS)
+        self._known_blocks: dict[bytes, Headers] = {}
         self._calls: dict[int, HttpCall] = {}
         self._last = 0  # the highest stream that the client began
         self._in = b""  # less than a frame
@@ -217,12 +221,7 @@ class Connection:
     def _block_is_whole(self) -> None:
         assert self._block is not None
         (number, flags, block), self._block = self._block, None
-        _check_size_updates(block)
-        try:
-            fields = list(self._decoder.decode(bytes(block), raw=True))
-        except hpack.HPACKError as error:
-            text = f"a header block is wrong: {error}"[:200]
-            raise ProtocolError(http.COMPRESSION_ERROR, text) from error
+        headers = self._headers_of(bytes(block))
         call = self._calls.get(number)
         if call is not None:  # trailers
             check(bool(flags & http.END_STREAM), http.PROTOCOL_ERROR, "headers in the middle of a stream")
@@ -233,11 +232,36 @@ class Connection:
             return
         check(number & 1 == 1, http.PROTOCOL_ERROR, f"stream {number} is not a client's")
         self._last = number
-        if sum([len(name) + len(value) for name, value in fields]) > _KEPT_HEADERS:
+        if headers is None:
             self.control(http.reset(number, http.ENHANCE_YOUR_CALM))
             return
-        headers = tuple([pair for name, value in fields for pair in _pairs(name, value)])
         self._open(number, headers, bool(flags & http.END_STREAM))
+
+    def _headers_of(self, block: bytes) -> Headers | None:
+        """The fields of a header block; None: too many of them are kept.
+
+        A client that calls again and again names fields that the table has, each by one byte of 128 to 254
+        (RFC 7541, section 6.1): that changes nothing in it, so the same bytes mean the same until another
+        block does.
+        """
+        known = self._known_blocks.get(block)
+        if known is not None:
+            return known
+        _check_size_updates(block)
+        try:
+            fields = list(self._decoder.decode(block, raw=True))
+        except hpack.HPACKError as error:
+            text = f"a header block is wrong: {error}"[:200]
+            raise ProtocolError(http.COMPRESSION_ERROR, text) from error
+        by_bytes = bool(block) and min(block) >= _INDEXED and max(block) < _LONG_INDEX
+        if not by_bytes or len(self._known_blocks) >= _MOST_KNOWN_BLOCKS:
+            self._known_blocks.clear()
+        if sum([len(name) + len(value) for name, value in fields]) > _KEPT_HEADERS:
+            return None
+        headers = tuple([pair for name, value in fields for pair in _pairs(name, value)])
+        if by_bytes:
+            self._known_blocks[block] = headers
+        return headers
 
     def _open(self, number: int, headers: Headers, ended: bool) -> None:
         if self.leaving or len(self._calls) >= self._limits.calls:
@@ -361,7 +385,7 @@ class Connection:
             call.terminated()
 
 
-def _check_size_updates(block: bytearray) -> None:
+def _check_size_updates(block: bytes) -> None:
     """Each costs the decoder time, and a block could hold thousands."""
     at = found = 0
     while at < len(block) and block[at] & 0xE0 == 0x20:

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks import benchmark, report, suites
 from benchmarks.__main__ import numbers
 from benchmarks.scenario import Taken
-from benchmarks.suites import BATCHER, CALLERS, OURS, TRITON, Settings
+from benchmarks.suites import BATCHER, CALLERS, LEAST, OURS, TRITON, Settings
 
 from . import analyzer, comparison, setup
 
@@ -27,7 +27,7 @@ def main() -> None:
         print(analyze(options))
         return
     with benchmark.running(options.seconds) as running:
-        settings = Settings((BATCHER,), options.streams, options.frames, 0.0, options.servers)
+        settings = Settings((BATCHER, LEAST), options.streams, options.frames, 0.0, options.servers)
         rounds = running.rounds(suites.open_inference(settings), options.rounds)
     show(rounds, options)
 

@@ -8,7 +8,7 @@ from benchmarks import suites
 from benchmarks.budgets import Cost, Rows, Spread, by_message, p50, p99, rows_of
 from benchmarks.report import aligned, shown
 from benchmarks.scenario import Taken
-from benchmarks.suites import BATCHER, MLSERVER, OIP_ROW, OURS, TORCHSERVE, TRITON, stream, unary
+from benchmarks.suites import BATCHER, LEAST, MLSERVER, OIP_ROW, OURS, TORCHSERVE, TRITON, stream, unary
 
 MARKS = (
     "<!-- written by python -m benchmarks.peers: begin -->",
@@ -35,8 +35,9 @@ SEQUENCES = Comparison(
         TORCHSERVE: "TorchServe",
         MLSERVER: "MLServer",
         BATCHER: "batcher",
+        LEAST: "least engine",
     },
-    {"OIP / Triton": (OIP_ROW, TRITON)},
+    {"OIP / Triton": (OIP_ROW, TRITON), "least / Triton": (LEAST, TRITON)},
     {OIP_ROW: "OIP", TRITON: "Triton"},
 )
 IMAGES = Comparison(

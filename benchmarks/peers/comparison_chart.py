@@ -26,6 +26,7 @@ COLOURS = {
     "TorchServe": "#edae49",
     "MLServer": "#5b8db8",
     "batcher": "#66788a",
+    "least engine": "#c9ced6",
 }
 
 

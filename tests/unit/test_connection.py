@@ -151,6 +151,24 @@ def test_metadata_reaches_the_call_without_http2s_own(client: Client) -> None:
     assert metadata == (("content-type", "application/grpc"), ("x", "1"))
 
 
+@given(st.lists(st.sampled_from(["1", "2", "3"]), max_size=12))
+def test_headers_named_by_their_places_are_those_that_are_there_now(values: list[str]) -> None:
+    """All that the table has of one call is new in another one, which then has its places: the same bytes."""
+    client = Client()
+    for number, value in enumerate(values):
+        content = f"application/grpc+{value}"
+        fields = {":path": f"/a/{value}", "content-type": content, "x": value}
+        client.say(client.headers(2 * number + 1, more=fields))
+        assert client.ears[-1].call.metadata == (("content-type", content), ("x", value))
+
+
+def test_a_block_that_is_known_is_not_decoded_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in (1, 3):  # put into the table; named by their places
+        client.open(number, x="1")
+    monkeypatch.setattr(client.connection, "_decoder", None)
+    assert client.open(5, x="1").call.metadata == client.ears[0].call.metadata
+
+
 def test_binary_metadata_reaches_the_call_as_bytes(client: Client) -> None:
     assert dict(client.open(1, x_bin="/wA").call.metadata)["x-bin"] == b"\xff\x00"
 

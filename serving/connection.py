@@ -29,7 +29,7 @@ _MOST_HEADERS = 64 << 10  # bytes of a header block, as it comes and as it is
 _KEPT_HEADERS = 16 << 10  # bytes of the headers of a call that is taken; clients are told
 # A field that the header table has is one byte from _INDEXED on; _LONG_INDEX begins one of several bytes.
 _INDEXED, _LONG_INDEX = 0x80, 0xFF
-_MOST_KNOWN_BLOCKS = 64
+_MOST_KNOWN_BLOCKS, _MOST_KNOWN_FIELDS = 16, 64
 _MOST_EMPTY = 1_000  # DATA frames in a row that bring nothing
 _TABLE_SIZE_UPDATES = 2  # in front of a header block (RFC 7541, section 4.2)
 # What a client may do so often at once, and so often a second: begin calls and reset them (CVE-2023-44487),
@@ -259,7 +259,7 @@ class Connection:
         if sum([len(name) + len(value) for name, value in fields]) > _KEPT_HEADERS:
             return None
         headers = tuple([pair for name, value in fields for pair in _pairs(name, value)])
-        if by_bytes:
+        if by_bytes and len(block) <= _MOST_KNOWN_FIELDS >= len(headers):  # one byte may name thousands
             self._known_blocks[block] = headers
         return headers
 

@@ -46,6 +46,8 @@ class Controls:
         chunk, feeds = turn.chunk, turn.sequence.feeds
         if not chunk.last or turn.frames < chunk.frames or chunk.part < chunk.generate:
             return False
+        if any(feed.waiting for feed in feeds):  # text, which End brings; and which may be spoiled
+            return False
         rest = any(feed.padding() for pads, feed in zip(self._padded, feeds, strict=True) if pads)
         return not rest
 

@@ -35,7 +35,7 @@ class Inbox:
         self._sleeps = False  # somebody waits, and was not woken yet
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._late: Callable[[Command], None] | None = None
-        self._one_at_a_time = threading.RLock()  # a reply may make its stream put another command
+        self._one_at_a_time = threading.Lock()  # what a reply makes its stream put is taken behind it
 
     def __len__(self) -> int:
         return len(self._commands)

@@ -88,11 +88,13 @@ class Sequences:
             self._ended.pop(key, None)
             if not named:
                 self._unnamed.setdefault(key[0], set()).add(key)
+        before = live
         if live is not None and not live.is_over:  # in front of the new one, which may need its slot
+            before = live.follows
             text = f"sequence {key[2]} to model '{form.name}' began anew, and this step was dropped"
             live.leave(Ending.SUPERSEDED, Refusal(text, reason=Ending.SUPERSEDED.name))
-        elif live is not None:
-            session.follow(live)
+        if before is not None:
+            session.follow(before)
         return session
 
     def _begun(self, key: Key, form: Form, caller: Caller) -> Session:

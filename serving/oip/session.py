@@ -15,6 +15,7 @@ from typing import ParamSpec, Protocol
 from tenuto.serving.callers import Caller
 from tenuto.serving.engine import Engine
 from tenuto.serving.pending import PendingBytes
+from tenuto.serving.population import COMMAND_BYTES
 from tenuto.serving.sequence import CHUNK_BYTES, Chunk, Closed, Ending, Failed, Reply, Sequence
 from tenuto.serving.sequence import Output as Answer
 
@@ -75,7 +76,9 @@ class Session:
         self._next = 1
         self._begun = False  # the engine has it, or will
         self._held: list[Callable[[], None]] | None = None  # what it is told when the one before has ended
-        self._next_one: Session | None = None  # waits for that
+        self._before: Session | None = None  # that one
+        self._next_one: Session | None = None  # waits for this one
+        self._pending: PendingBytes | None = None  # where what is held is counted
         self._first = b""  # the digest of step 1, where steps are numbered
         self._last: tuple[int, Tensors | None] | None = None  # answered, where steps are numbered
         self._ending: Refusal | None = None  # what later requests hear
@@ -117,7 +120,7 @@ class Session:
                 return
             if self._ending is not None or self._engine is None:
                 raise self.ending
-            self.caller = caller
+            self.caller, self._pending = caller, pending
             engine = self._engine
             if not self._begun:
                 self._begun = True
@@ -140,20 +143,29 @@ class Session:
         """Under the lock, which keeps the order."""
         if self._held is None:
             command(*args, **kwargs)
-        else:
-            self._held.append(partial(command, *args, **kwargs))
+            return
+        assert self._pending is not None
+        self._pending.add(COMMAND_BYTES)
+        self._held.append(partial(command, *args, **kwargs))
 
     def follow(self, before: Session) -> None:
         """Begins when that one, which has its END, is answered: it may need its slot. For one that is new."""
         with before._lock:
             if before._engine is not None:
-                before._next_one, self._held = self, []
+                before._next_one, self._before, self._held = self, before, []
+
+    @property
+    def follows(self) -> Session | None:
+        """Whose end it waits for."""
+        return self._before
 
     def _release(self) -> None:
         with self._lock:
-            held, self._held = self._held or [], None
+            held, self._held, self._before = self._held or [], None, None
             for command in held:
                 command()
+        if held and self._pending is not None:
+            self._pending.remove(COMMAND_BYTES * len(held))
 
     def _again(self, question: Question, asker: Asker) -> None:
         """A step that was taken: it is answered once more, and not run again. Raises: Refusal."""
@@ -187,6 +199,7 @@ class Session:
                 self._engine = None
         if engine is not None and begun:
             engine.close(self.sequence, ending)
+            self._release()
         elif engine is not None:
             self._over_now(self)
         for step in steps:

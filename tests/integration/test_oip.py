@@ -18,7 +18,7 @@ from tenuto.serving.sequence import Ending
 from tenuto.serving.server import Server
 
 from .oip_wire import InferStream, ask, floats, packed, parameter, step, stub
-from .running import Counting, Gate, engine_of, serving, wait_for
+from .running import Counting, Gate, assert_nothing_is_left, engine_of, serving, wait_for
 from .wire import connect
 
 Code = grpc.StatusCode
@@ -572,6 +572,25 @@ def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, tran
         gate.wait_for_arrival()
         gate.open()
         assert stream.totals(5) == [[1], [10], [15], [20], [100]]
+        assert_nothing_is_left(server)
+
+
+def test_what_begins_anew_while_it_waits_for_a_slot_waits_on(toy_repository: Path, transport: str) -> None:
+    settings: dict[str, Any] = {"max_sequences": 1, "resume_reserve": 0.0}
+    with (
+        serving(toy_repository, transport=transport, **settings) as server,
+        connect(server.port) as channel,
+        Gate(engine_of(server, "accumulator")) as gate,
+        InferStream(channel) as stream,
+    ):
+        stream.send(step(7, 1, start=True, end=True), step(7, 10, start=True))
+        stream.send(step(7, 100, start=True, end=True))
+        gate.wait_for_arrival()
+        gate.open()
+        assert stream.totals(1) == [[1]]
+        assert "began anew" in stream.next().error_message
+        assert stream.totals(1) == [[100]]
+        assert_nothing_is_left(server)
 
 
 def test_a_text_of_which_nothing_is_left_at_its_end_is_answered_empty(oip: Any) -> None:

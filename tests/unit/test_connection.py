@@ -169,6 +169,13 @@ def test_a_block_that_is_known_is_not_decoded_again(client: Client, monkeypatch:
     assert client.open(5, x="1").call.metadata == client.ears[0].call.metadata
 
 
+def test_a_block_that_means_much_is_not_kept(client: Client) -> None:
+    """One byte may name a field that becomes thousands."""
+    for number in (1, 3):
+        client.open(number, x_bin="," * 4_000)
+    assert not client.connection._known_blocks
+
+
 def test_binary_metadata_reaches_the_call_as_bytes(client: Client) -> None:
     assert dict(client.open(1, x_bin="/wA").call.metadata)["x-bin"] == b"\xff\x00"
 

@@ -10,6 +10,7 @@ from tenuto.serving.controls import Controls, number
 from tenuto.serving.scheduler import Turn
 from tenuto.serving.sequence import Chunk, Sequence
 from tenuto.serving.snapshot import Snapshot
+from tenuto.serving.text import Text
 
 from .fakes import FakeSink, accumulator, f32
 
@@ -84,3 +85,15 @@ def test_whether_it_ran_travels_in_the_token() -> None:
     sequence = Sequence(FakeSink(), MANIFEST)
     sequence.restore(ran)
     assert sequence.ran
+
+
+@pytest.mark.parametrize("tail", ["drop", "pad"])
+@pytest.mark.parametrize("text", [b"hello big world", b"ab\xc3"], ids=["a word waits", "half a character"])
+def test_text_that_waits_for_end_is_behind_the_last_chunk(text: bytes, tail: str) -> None:
+    """What End brings of it is told; and what is spoiled is not looked at in a batch of others."""
+    words = [{"encoding": "utf8", "tokens": "words", "buckets": 10}]
+    manifest = create_manifest(dtype="int64", wire=words, tail=tail)
+    sequence = Sequence(FakeSink(), manifest)
+    chunk = Chunk(1, (Text(b"a b " + text),), 0.0, 0, last=True)
+    sequence.begin(chunk)
+    assert told(Controls(manifest), Turn(sequence, chunk, chunk.frames))["end"] == [0]

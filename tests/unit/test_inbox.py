@@ -134,6 +134,21 @@ def test_a_late_command_may_put_another() -> None:
     assert names == ["first", "second"]
 
 
+def test_late_commands_that_put_others_take_no_deeper_stack() -> None:
+    """A chain of ten thousand, each put by the one before."""
+    inbox, carried = Inbox(), list[int]()
+
+    def late(command: Command) -> None:
+        number: int = command[1]  # type: ignore[assignment]
+        carried.append(number)
+        if number < 10_000:
+            inbox.put((command[0], number + 1, None))
+
+    inbox.close(late)
+    inbox.put((lambda *_: None, 0, None))
+    assert carried == list(range(10_001))
+
+
 def test_no_command_of_many_threads_is_lost_or_carried_out_twice() -> None:
     inbox, late, count = Inbox(), Late(), 500
     begin = threading.Barrier(5)

@@ -139,7 +139,7 @@ def test_late_commands_that_put_others_take_no_deeper_stack() -> None:
     inbox, carried = Inbox(), list[int]()
 
     def late(command: Command) -> None:
-        number: int = command[1]  # type: ignore[assignment]
+        number: int = command[1]
         carried.append(number)
         if number < 10_000:
             inbox.put((command[0], number + 1, None))

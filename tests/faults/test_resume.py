@@ -132,7 +132,7 @@ def test_who_generates_says_the_same_whether_its_server_is_killed_or_drained(
     with capsys.disabled():
         print(f"\n  generating, kill -9 and drain: {heard} parts, {resumes} resumes")
     assert (heard, ends) == (100 * 300, {})
-    assert resumes >= 40  # those of the first, and some of the second
+    assert resumes >= 20  # most of the first and some of the second, but for those that had said all by then
 
 
 def test_a_frozen_server_is_left_for_another(start: Start, capsys: pytest.CaptureFixture[str]) -> None:

@@ -569,10 +569,22 @@ def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, tran
         stream.send(step(7, 1, start=True, end=True))
         stream.send(step(7, 10, start=True), step(7, 5), step(7, 5, end=True))
         stream.send(step(7, 100, start=True, end=True))
-        gate.wait_for_arrival()
+        wait_until_taken(server, stream)
         gate.open()
         assert stream.totals(5) == [[1], [10], [15], [20], [100]]
+        assert "START flag" in stream.next().error_message
+        stream.half_close()
+        assert list(stream.rest()) == []
         assert_nothing_is_left(server)
+
+
+def wait_until_taken(server: Server, stream: InferStream) -> None:
+    """Until the server has read all that was sent: one more, that it refuses at once. (It is answered in its
+    place, behind all others.)"""
+    refused = server.metrics.requests_refused
+    before = refused["NOT_OPEN"]
+    stream.send(step(99, 1))
+    wait_for(lambda: refused["NOT_OPEN"] == before + 1, "the last request to be read")
 
 
 def test_what_begins_anew_while_it_waits_for_a_slot_waits_on(toy_repository: Path, transport: str) -> None:
@@ -583,13 +595,16 @@ def test_what_begins_anew_while_it_waits_for_a_slot_waits_on(toy_repository: Pat
         Gate(engine_of(server, "accumulator")) as gate,
         InferStream(channel) as stream,
     ):
-        stream.send(step(7, 1, start=True, end=True), step(7, 10, start=True))
+        stream.send(step(7, 1, start=True), step(7, 1, end=True), step(7, 10, start=True))
         stream.send(step(7, 100, start=True, end=True))
-        gate.wait_for_arrival()
+        wait_until_taken(server, stream)
         gate.open()
-        assert stream.totals(1) == [[1]]
+        assert stream.totals(2) == [[1], [2]]
         assert "began anew" in stream.next().error_message
         assert stream.totals(1) == [[100]]
+        assert "START flag" in stream.next().error_message
+        stream.half_close()
+        assert list(stream.rest()) == []
         assert_nothing_is_left(server)
 
 

@@ -29,6 +29,7 @@ from .recurrent import CELLS, Cell, State
 from .sound import BANDS, OVERLAP, STEP, Ear, tones
 from .stepper import initial, turn
 from .task import Answers, Batch, Figures, Task
+from .voices import Variety
 from .weights import count, exported
 
 BATCH = 32
@@ -141,7 +142,7 @@ class Example:
     weights: Array
 
 
-def vary(recordings: Sequence[Recording], rng: np.random.Generator) -> Example:
+def vary(recordings: Sequence[Recording], variety: Variety, rng: np.random.Generator) -> Example:
     """Put recordings one after the other, each in another voice, into noise.
 
     The weight of a frame grows from 0 to 1 over its digit and stays 1 in the pause after it: at the
@@ -150,15 +151,13 @@ def vary(recordings: Sequence[Recording], rng: np.random.Generator) -> Example:
     parts: list[Array] = [np.zeros(rng.integers(0, 1600), np.float32)]
     spans: list[tuple[int, int, int]] = []
     for recording in recordings:
-        word = voices.say(recording, voices.STRANGERS, rng)
+        word = voices.say(recording, variety, rng)
         start = sum(map(len, parts))
         spans.append((start, start + len(word), recording.digit))
         pause = rng.integers(0, 4800) if rng.random() < 0.35 else 0
         parts += [word, np.zeros(pause, np.float32)]
     sound = np.concatenate(parts)
-    sound = np.clip(sound + voices.noise(len(sound), voices.STRANGERS, rng), -1, 1)[
-        : len(sound) // STEP * STEP
-    ]
+    sound = np.clip(sound + voices.noise(len(sound), variety, rng), -1, 1)[: len(sound) // STEP * STEP]
     targets = np.zeros(len(sound) // STEP, np.int64)
     weights = np.zeros(len(targets), np.float32)
     ends = (np.arange(len(targets)) + 1) * STEP
@@ -196,6 +195,11 @@ class SpokenTask(Task):
     def __init__(self, without: str | None = None) -> None:
         self.without = without  # a speaker who takes no part in training, and is the whole test
 
+    @property
+    def variety(self) -> Variety:
+        """Return how far voices are varied: who is to be told apart from others, or a voice not known yet."""
+        return voices.FAMILIAR if self.without is None else voices.STRANGERS
+
     def source(self) -> str:
         """Return what decides the weights: the words for the card, and how it is tested, do not."""
         code = map(inspect.getsource, (sound, voices, sys.modules[__name__]))
@@ -213,7 +217,7 @@ class SpokenTask(Task):
         """Train on these recordings and validate on those."""
         self._train, self._held, self._ear = list(train), list(held), Ear()
         rng = np.random.default_rng(0)
-        self._ear.measure([vary([one], rng).sound for one in self._train[::5]])
+        self._ear.measure([vary([one], self.variety, rng).sound for one in self._train[::5]])
         return self
 
     def network(self) -> nn.Module:
@@ -235,12 +239,12 @@ class SpokenTask(Task):
             batches = [examples[i : i + BATCH] for i in range(0, len(examples), BATCH)]
             for i in rng.permutation(len(batches)):
                 sound, *answers = collate(batches[i])
-                yield voices.heard(self._ear, sound, voices.STRANGERS, rng), *answers
+                yield voices.heard(self._ear, sound, self.variety, rng), *answers
 
     def _draw(self, i: int, rng: np.random.Generator) -> Example:
         """Vary one recording; one time in four another one comes before it."""
         first = [self._train[int(rng.integers(len(self._train)))]] if rng.random() < 0.25 else []
-        return vary([*first, self._train[i]], rng)
+        return vary([*first, self._train[i]], self.variety, rng)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Return the cross entropy of both layers, weighted by frame, and of the last answer."""

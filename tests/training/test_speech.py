@@ -142,10 +142,11 @@ def test_voices_differ_by_generator_alone() -> None:
 
 
 def test_an_answer_counts_more_the_more_of_its_word_was_heard() -> None:
+    from tenuto.training import voices
     from tenuto.training.spoken import vary
 
     first, second = _recordings(range(10, 11))[3:5]
-    example = vary([first, second], np.random.default_rng(4))
+    example = vary([first, second], voices.STRANGERS, np.random.default_rng(4))
     assert len(example.sound) == 160 * len(example.targets)
     change = int(np.flatnonzero(np.diff(example.targets) == 1)[0]) + 1
     assert set(example.targets[change:]) == {4}
@@ -245,11 +246,14 @@ def test_streams_are_measured_by_their_age(one_thread: Any, monkeypatch: pytest.
 
 
 def test_a_speaker_left_out_is_not_trained_on(reachable: Callable[[Callable[[], Any]], Any]) -> None:
+    from tenuto.training import voices
     from tenuto.training.tasks.spoken_digits import SpokenDigitsTask
 
-    variants = SpokenDigitsTask().variants()
+    whole = SpokenDigitsTask()
+    variants = whole.variants()
     assert len(variants) == 6
     task: Any = variants["without-theo"]
+    assert (whole.variety, task.variety) == (voices.FAMILIAR, voices.STRANGERS)
     reachable(task.load)
     speakers = {one.speaker for one in [*task._train, *task._held]}
     assert len(speakers) == 5
@@ -264,7 +268,7 @@ def test_spoken_digits_were_measured_with_three_seeds_and_six_voices_left_out() 
     from tenuto.training.spoken import SPEAKERS
 
     metrics = json.loads((EXPORTED / "spoken-digits/1/metrics.json").read_bytes())
-    assert metrics["seeds"]["mean"] >= 0.97
+    assert metrics["seeds"]["mean"] >= 0.99
     assert len(metrics["seeds"]["values"]) == 3
     variants = metrics["variants"]
     assert variants.keys() == {f"without-{speaker}" for speaker in SPEAKERS} | {"mean"}

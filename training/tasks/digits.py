@@ -69,7 +69,7 @@ class DigitsTask(ImagesTask):
 
     name = "digits"
     recipe = Recipe(
-        epochs=15,
+        epochs=20,
         learning_rate=4e-3,
         weight_decay=0.02,
         clip_norm=None,

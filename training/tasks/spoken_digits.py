@@ -30,9 +30,10 @@ in the pause after a digit and changes with the next. Both are arbitrary before 
 and in the first part of a word: there is no "nothing heard" among the labels. For that, and for who wants
 each digit once, there is `digit-strings`.
 
-Six speakers, all in training and test: the figure on the test set says how well it knows their voices. For
-a voice that it never heard see `without-...` below: each is a training without that speaker, tested on all
-500 recordings of that speaker. It depends on the voice.
+Six speakers, all in training and test: the figure on the test set says how well it knows their voices, which
+training varies a little. For a voice that it never heard see `without-...` below: each is a training without
+that speaker, with voices, rooms and microphones varied more, tested on all 500 recordings of that speaker.
+It depends on the voice.
 
 Of 300 rows of five validation recordings with half a second between them, the answer was right in the
 pause after the last one in 100 %, and 3 seconds later still in 99 %. White noise: at -60 dB of full scale the

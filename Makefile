@@ -108,9 +108,10 @@ capacity: .venv/.stamp
 soak: .venv/.stamp
 	.venv/bin/python -m benchmarks.soak $(ARGS)
 
-# One GPU, some minutes.
+# One GPU, some minutes. PACED="--sequences 1000" for some of its second part.
 bench-gpu: .venv/.stamp
 	.venv/bin/python -m benchmarks.gpu $(ARGS)
+	.venv/bin/python -m benchmarks.gpu_paced $(PACED)
 
 # --- checking it ------------------------------------------------------------------------------------
 

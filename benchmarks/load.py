@@ -74,7 +74,7 @@ class Group:
         self.since = 0.0  # perf_counter, in seconds: sent, or due
         self.due = 0.0
         self.messages = 0  # answered
-        tensor = pb.Tensor(dtype="float32")
+        tensor = pb.Tensor(dtype=crowd.tracks.dtype)
         event = pb.Event(chunk=pb.Chunk(inputs=[tensor]))
         self.request = pb.StreamRequest(events=[event] * chunks_per_message)
         # event, chunk, tensor: what every message fills in anew

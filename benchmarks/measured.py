@@ -58,13 +58,13 @@ Figures = dict[str, Any]
 
 
 class Pod(ServerProcess):
-    """`tenuto serve` with keys in common with others; `metrics` is the address of its metrics page."""
+    """`tenuto serve`, with keys in common with others, say; `metrics` is the address of its metrics page."""
 
-    def __init__(self, repository: Path, key_file: Path) -> None:
+    def __init__(self, repository: Path, *settings: str) -> None:
         self.name = "tenuto"
         words = [sys.executable, "-m", "tenuto.cli", "serve", str(repository), *SERVE]
         began = time.perf_counter()
-        self.process = Popen([*words, "--token-key-file", str(key_file)], stdout=PIPE, text=True, bufsize=1)
+        self.process = Popen([*words, *settings], stdout=PIPE, text=True, bufsize=1)
         self.metrics = ""
         try:
             self.port = self._ready()
@@ -171,9 +171,6 @@ def run_case(case: Case, pod: Pod, folder: Path) -> dict[str, float]:
     cpu = Cpu(pod.pid)
     with closing(Load(job)) as load:
         (crowd,) = load.crowds
-        if case.model == SPOKEN:
-            for tensor in (p[2] for s in crowd.all for g in s.groups for p in g.parts):
-                tensor.dtype = "int16"
         load.begin()
         load.run(job.warmup_seconds)
         crowd.forget()
@@ -305,7 +302,7 @@ def bytes_per_connection(repository: Path, keys: Path) -> float:
 
     def grown(own: bool) -> int:
         stray = pb.Event(sequence=1, end=pb.End())  # answered by Failed: the stream is there
-        with Pod(repository, keys) as pod, ExitStack() as stack:
+        with Pod(repository, "--token-key-file", str(keys)) as pod, ExitStack() as stack:
 
             def connect() -> Connection:
                 return stack.enter_context(closing(Connection(pod.port)))
@@ -557,7 +554,7 @@ def loss(repository: Path, keys: Path, callers: int, period: float) -> Figures:
     logger.propagate = False
     try:
         with ExitStack() as stack:
-            pods = [stack.enter_context(Pod(repository, keys)) for _ in range(2)]
+            pods = [stack.enter_context(Pod(repository, "--token-key-file", str(keys))) for _ in range(2)]
             return asyncio.run(_loss(pods, noted, callers, period))
     finally:
         logger.removeHandler(noted)
@@ -606,9 +603,9 @@ def measure(folder: Path, rounds: int = ROUNDS) -> Figures:
     served = repository(folder)
     keys = folder / "keys"
     keys.write_text(secrets.token_hex(32) + "\n")
-    with Pod(served.folder, keys) as pod:
+    with Pod(served.folder, "--token-key-file", str(keys)) as pod:
         idle = memory.resident_bytes(pod.pid)
-        with Pod(served.folder, keys) as other:
+        with Pod(served.folder, "--token-key-file", str(keys)) as other:
             reached = connections_of_a_name([pod, other])
             by_open = opens(pod, other, rounds)
             starts = [pod.start_seconds, other.start_seconds]

@@ -31,6 +31,7 @@ class Tracks:
     answers: list[list[bytes]]  # empty: nothing is known
     stateless: bool = False  # then a track's answers are known for ever
     input: str = "x"  # its name
+    dtype: str = "float32"  # its elements'
 
     def chunk(self, track: int, step: int) -> Chunk:
         """What is sent at step 1, 2, 3 …"""
@@ -60,7 +61,8 @@ class Tracks:
                 for track, own in zip(answers, lengths, strict=False)
             ]
             stateless = bool(arrays["stateless"])
-            return cls(str(arrays["model"]), chunks, known, stateless, "image" if stateless else "x")
+            name = "image" if stateless else "x"
+            return cls(str(arrays["model"]), chunks, known, stateless, name, inputs.dtype.name)
 
 
 def save(

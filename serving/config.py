@@ -152,6 +152,12 @@ class ServerConfig(BaseModel):
         Literal["numpy", "graph"],
         Field(description="numpy: states are fed to the graph; graph: it keeps them, on its device"),
     ] = "numpy"
+    buffers: Annotated[
+        Literal["fresh", "kept"],
+        Field(
+            description="fresh: made for each run; kept: where they are from run to run, for few batch sizes"
+        ),
+    ] = "fresh"
     transport: Annotated[
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),

@@ -43,7 +43,8 @@ NO_SLOTS: Slots = np.array([], np.intp)
 
 
 class Runner(Protocol):
-    """Runs the graph. `run` returns what the manifest has `fetched`, then its states' outputs, in order."""
+    """Runs the graph. `run` returns what the manifest has `fetched`, then its states' outputs, in order. The
+    next run may overwrite them."""
 
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """Raises: RunFailed."""
@@ -74,6 +75,7 @@ class Engine:
         max_sequences: int,
         max_state_bytes: int = 0,
         pool: StatePool | None = None,
+        bucketed: bool = False,
         resume_reserve: float = 0.0,
         checkpoints: Checkpoints | None = None,
         pending: PendingBytes,
@@ -93,7 +95,7 @@ class Engine:
         self._clock = clock
         self._inbox = Inbox(defer)
         self._scheduler = Scheduler(manifest)
-        self._layout = Layout(manifest)
+        self._layout = Layout(manifest, bucketed=bucketed)
         self._controls = Controls(manifest) if manifest.controls else None
         self._delivery = Delivery(pending, flush, self.where)
         slots = max_sequences if manifest.stateful else 0

@@ -8,8 +8,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .device_memory import device_memory
 from .errors import ModelInvalid, NotSupported
 from .extended_graph import FINITE, SLOTS, extend, pool_input, pool_output, pool_reader, pool_writer
+from .kept_buffers import KeptBuffers
 from .manifest import State
 from .model_runner import CUDA, ModelRunner, failing, session
 from .placement import Placement
@@ -51,7 +53,6 @@ class GraphPool(StatePool):
 
     def bind(self, binding: Any) -> None:
         """The pool as a run's input, and as its output."""
-        self._expected.clear()
         for state, buffer in zip(self._states, self._buffers, strict=True):
             binding.bind_ortvalue_input(pool_input(state), buffer)
             binding.bind_ortvalue_output(pool_output(state), buffer)
@@ -99,10 +100,11 @@ class GraphPool(StatePool):
         return [] if not flags.any() else np.flatnonzero(np.isnan(flags)).tolist()
 
     def flush(self) -> None:
-        """Writes what waits, in one run; to be called before a run of the model.
+        """Writes what waits, in one run; to be called before each run of the model.
 
         Raises: RunFailed; then all of it waits on.
         """
+        self._expected.clear()
         if not self._waiting:
             return
         with failing(self._where):
@@ -131,11 +133,14 @@ class GraphRunner:
         self.pool = GraphPool(states, max_sequences, max_bytes, provider=provider, where=plain.where)
         try:
             tf32 = plain.manifest.precision == "tf32"
-            self._session = session(extended, plain.where, provider, plain.threads, tf32)
+            memory = device_memory(provider == CUDA) if plain.kept else None
+            self._session = session(extended, plain.where, provider, plain.threads, tf32, memory)
         except ModelInvalid as error:  # which loads as it is
             raise NotSupported(f"its extended graph is refused: {error}") from error
         self.placement = Placement.of(self._session)
         self._names = [*plain.manifest.fetched, FINITE]
+        self.kept = plain.kept
+        self._buffers = KeptBuffers(self._session, self._names, memory, self.pool.bind) if memory else None
         own = {s.input for s in states}
         self._zeros = {name: value for name, value in plain.zero_feeds().items() if name not in own}
         self.enter_thread = ModelRunner.enter_thread  # not the plain one's: it would be kept, weights and all
@@ -147,6 +152,8 @@ class GraphRunner:
         """
         self.pool.flush()
         with failing(self.where):
+            if self._buffers is not None:
+                return self._buffers.run(feeds)
             binding = self._session.io_binding()
             for name, value in feeds.items():
                 binding.bind_cpu_input(name, value)

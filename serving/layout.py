@@ -26,10 +26,11 @@ def is_finite(values: NDArray[Any]) -> bool:
 
 
 class Layout:
-    """All inputs and outputs of one model."""
+    """All inputs and outputs of one model. `bucketed`: runs have few sizes, filled up with padding rows."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, *, bucketed: bool = False) -> None:
         self._manifest = manifest
+        self._bucketed = bucketed
         self._inputs = [InputLayout(spec, stateful=manifest.stateful) for spec in manifest.inputs]
         self._outputs = [OutputLayout(spec, manifest) for spec in manifest.outputs]
         self._constants: dict[tuple[tuple[str, float], ...], dict[str, Array]] = {}
@@ -38,7 +39,10 @@ class Layout:
         """Rows of the graph's tensors for turns of that many frames, padding rows included."""
         if self._manifest.fixed_batch is not None:
             return self._manifest.fixed_batch
-        return len(frames) if self._manifest.stateful else sum(frames)
+        rows = len(frames) if self._manifest.stateful else sum(frames)
+        if not self._bucketed:
+            return rows
+        return max(rows, min(bucket(rows), self._manifest.rows_per_batch))
 
     def stack(self, rows: list[list[bytes]], size: int) -> tuple[dict[str, Array], dict[int, TenutoError]]:
         """`rows[input][turn]` as feeds of `size` rows; and the turns whose values the manifest forbids."""
@@ -99,6 +103,13 @@ class Layout:
             data = b"".join(part[i] for part in parts) if layout.joins else parts[-1][i]
             tensors.append(layout.tensor(data))
         return tuple(tensors)
+
+
+def bucket(rows: int) -> int:
+    """The least of 1, 2, 3, 4, 6, 8, 12, 16, ... that holds so many: less than a third of it is padding."""
+    power = 1 << (rows - 1).bit_length()
+    between = power - power // 4
+    return between if power > 2 and rows <= between else power
 
 
 class InputLayout:

@@ -43,7 +43,7 @@ class Loader:
         defer: Defer = never,
     ) -> None:
         self._config = config
-        self._how = RunSettings(provider, config.threads, config.pool)
+        self._how = RunSettings(provider, config.threads, config.pool, config.buffers)
         self._pending = pending
         self._sealer = sealer
         self._flush = flush
@@ -79,6 +79,7 @@ class Loader:
             max_sequences=config.max_sequences,
             max_state_bytes=config.max_state_bytes,
             pool=runner.pool,
+            bucketed=runner.kept,
             resume_reserve=config.resume_reserve,
             checkpoints=self._checkpoints(manifest, files),
             pending=self._pending,

@@ -17,7 +17,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from .device_memory import DeviceMemory, device_memory
 from .errors import ModelInvalid, NotSupported, PlatformError, RunFailed
+from .kept_buffers import KeptBuffers
 from .layout import Layout, one_a_row
 from .manifest import METADATA_KEY, GraphTensor, Manifest
 from .placement import RECORD, Placement
@@ -99,7 +101,8 @@ def _loads(library: str) -> bool:
 
 class ModelRunner:
     """One session. `threads` 0: one for models that hold state (two buy nothing under batch 128), else all
-    CPUs that the process may use.
+    CPUs that the process may use. `kept`: what it reads and writes stays where it is from run to run, and its
+    rows should come in few numbers; then the next run overwrites the results of the one before.
 
     Raises (when built): ModelInvalid for bytes that are no model or that ONNX Runtime refuses,
     ManifestInvalid where manifest and graph disagree, PlatformError if CUDA was chosen and did not load.
@@ -108,12 +111,21 @@ class ModelRunner:
     pool = None  # its states come as feeds, and go as results
 
     def __init__(
-        self, model: bytes, manifest: Manifest | None, where: str, *, provider: str, threads: int
+        self,
+        model: bytes,
+        manifest: Manifest | None,
+        where: str,
+        *,
+        provider: str,
+        threads: int,
+        kept: bool = False,
     ) -> None:
         self.where = where
         self.provider = provider
+        self.kept = kept
+        self._memory = device_memory(provider == CUDA) if kept else None
         self.threads = threads or (available_cpus() if manifest and not manifest.stateful else 1)
-        self._session = session(model, where, provider, self.threads, _tf32(manifest))
+        self._session = session(model, where, provider, self.threads, _tf32(manifest), self._memory)
         self.manifest = manifest or self._own_manifest()
         self._build_again(model, threads, known=manifest is not None)
         self.placement = Placement.of(self._session)
@@ -122,6 +134,7 @@ class ModelRunner:
         outputs = [_graph_tensor(t) for t in self._session.get_outputs()]
         self.manifest.check_graph(inputs, outputs, where)
         self._names = [*self.manifest.fetched, *(s.output for s in self.manifest.states)]
+        self._buffers = KeptBuffers(self._session, self._names, self._memory) if self._memory else None
 
     def _build_again(self, model: bytes, threads: int, known: bool) -> None:
         """Where the manifest came out of the session, and says that it should be another one."""
@@ -130,7 +143,7 @@ class ModelRunner:
         if known or not (more or tf32):
             return
         self.threads = available_cpus() if more else self.threads
-        self._session = session(model, self.where, self.provider, self.threads, tf32)
+        self._session = session(model, self.where, self.provider, self.threads, tf32, self._memory)
 
     def _own_manifest(self) -> Manifest:
         text = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
@@ -153,6 +166,8 @@ class ModelRunner:
         Raises: RunFailed, with ONNX Runtime's text.
         """
         with failing(self.where):
+            if self._buffers is not None:
+                return self._buffers.run(feeds)
             results: list[Array] = self._session.run(self._names, feeds)
         return results
 
@@ -194,9 +209,15 @@ def failing(where: str) -> Iterator[None]:
 
 
 def session(
-    model: bytes, where: str, provider: str, threads: int, tf32: bool = False
+    model: bytes,
+    where: str,
+    provider: str,
+    threads: int,
+    tf32: bool = False,
+    memory: DeviceMemory | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session as all of this server's are. `tf32`: CUDA may round factors to 10 bits.
+    """A session as all of this server's are. `tf32`: CUDA may round factors to 10 bits. `memory`: whose queue
+    the runs are put into.
 
     Raises: ModelInvalid if ONNX Runtime refuses the model, PlatformError if it took another provider.
     """
@@ -213,7 +234,7 @@ def session(
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
         "use_tf32": "1" if tf32 else "0",  # on, if nothing is said
-    }
+    } | (memory.provider_options if memory else {})
     providers: list[Any] = [(CUDA, cuda), CPU] if provider == CUDA else [CPU]
     try:
         with _environment_kept():  # the first session would change this thread's for good

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import NotSupported
 from .manifest import Manifest
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("tenuto.runners")
 
 PoolKind = Literal["numpy", "graph"]
+BufferKind = Literal["fresh", "kept"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class RunSettings:
     provider: str
     threads: int = 0  # as ModelRunner takes it
     pool: PoolKind = "numpy"
+    buffers: BufferKind = "fresh"
 
 
 def open_runner(
@@ -40,13 +42,16 @@ def open_runner(
     """
     where = files.folder.where
     model, manifest, how = files.model, files.manifest, settings
-    plain = ModelRunner(model, manifest, where, provider=how.provider, threads=how.threads)
+    same: dict[str, Any] = {
+        "provider": how.provider, "threads": how.threads, "kept": how.buffers == "kept"
+    }  # fmt: skip
+    plain = ModelRunner(model, manifest, where, **same)
     precision = plain.manifest.precision
     if precision != "float32" and not reduced(plain.manifest, how):
         log.info("%s: %s is for CUDA; on the CPU it is computed in float32", where, precision)
     elif precision == "float16":
         model = _halved(model, where)
-        plain = ModelRunner(model, plain.manifest, where, provider=how.provider, threads=how.threads)
+        plain = ModelRunner(model, plain.manifest, where, **same)
     if how.pool == "numpy" or not plain.manifest.states:
         return plain
     from .graph_pool import GraphRunner  # it takes onnx along, which few need

@@ -140,7 +140,7 @@ def _checked(folder: ModelFolder, how: RunSettings) -> Verdict:
     """Raises: TenutoError, with why it is refused."""
     try:
         files = folder.read()
-        runner: AnyRunner = open_runner(files, replace(how, pool="numpy"), max_sequences=1)
+        runner: AnyRunner = open_runner(files, replace(how, pool="numpy", buffers="fresh"), max_sequences=1)
         assert isinstance(runner, ModelRunner)
         if runner.manifest.name != folder.model:
             raise ModelInvalid(
@@ -149,7 +149,7 @@ def _checked(folder: ModelFolder, how: RunSettings) -> Verdict:
         _check_text(runner.manifest, folder.where)
         runner.enter_thread()
         prove(runner, files.model)
-        if how.pool != "numpy":
+        if (how.pool, how.buffers) != ("numpy", "fresh"):
             runner = open_runner(files, how, max_sequences=1)
             runner.run(runner.zero_feeds())
         found = _replayed(folder, runner, how)
@@ -186,6 +186,7 @@ def _replayed(folder: ModelFolder, runner: AnyRunner, how: RunSettings) -> Repla
         version=folder.version,
         max_sequences=1,
         pool=runner.pool,
+        bucketed=runner.kept,
         pending=PendingBytes(1 << 40),
     )
     return replay(engine, golden, folder.where, judged=not reduced(runner.manifest, how))

@@ -225,7 +225,7 @@ def test_each_kind_of_figure_can_be_measured(tmp_path: Path, monkeypatch: pytest
     repository = measured.repository(tmp_path)
     keys = tmp_path / "keys"
     keys.write_text("ab" * 32 + "\n")
-    with measured.Pod(repository.folder, keys) as pod:
+    with measured.Pod(repository.folder, "--token-key-file", str(keys)) as pod:
         measured.record_spoken(tmp_path)
         party = Party(4, measured.SAMPLES, tracks=measured.SPOKEN)
         run = measured.run_case(measured.Case(measured.SPOKEN, "a few", party), pod, tmp_path)

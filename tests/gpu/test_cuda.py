@@ -23,13 +23,14 @@ from tenuto.serving.manifest import Manifest
 from tenuto.serving.model_runner import CPU, choose_provider
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.repository import ModelFolder
-from tenuto.serving.runners import PoolKind, RunSettings, open_runner
+from tenuto.serving.runners import BufferKind, PoolKind, RunSettings, open_runner
 from tests.integration.running import serving
 from tests.integration.wire import Conversation, array, chunk, connect, opening, tensor
 
 NEEDED = os.environ.get("TEST_GPU") == "1"
 MODELS = sorted(path.parent.name for path in Path("exported").glob("*/1"))
 POOLS: tuple[PoolKind, ...] = ("numpy", "graph")
+BUFFERS: tuple[BufferKind, ...] = ("fresh", "kept")
 
 
 @pytest.fixture(params=["cpu", "cuda"])
@@ -49,25 +50,34 @@ def folder(model: str) -> ModelFolder:
     return ModelFolder(model, 1, Path("exported") / model / "1")
 
 
-def engine_on(device: str, model: str, pool: PoolKind, **changes: Any) -> Engine:
+def engine_on(
+    device: str, model: str, pool: PoolKind, buffers: BufferKind = "fresh", **changes: Any
+) -> Engine:
     files = folder(model).read()
     manifest = files.manifest or Manifest.parse((folder(model).path / "manifest.json").read_text(), model)
     changed = manifest.model_copy(update=changes)
     files = type(files)(**{**vars(files), "manifest": changed})
-    runner = open_runner(files, RunSettings(device, 1, pool), max_sequences=4)
+    runner = open_runner(files, RunSettings(device, 1, pool, buffers), max_sequences=4)
     return Engine(
-        runner.manifest, runner, version=1, max_sequences=4, pool=runner.pool, pending=PendingBytes(1 << 30)
+        runner.manifest,
+        runner,
+        version=1,
+        max_sequences=4,
+        pool=runner.pool,
+        bucketed=runner.kept,
+        pending=PendingBytes(1 << 30),
     )
 
 
+@pytest.mark.parametrize("buffers", BUFFERS)
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("model", MODELS)
 def test_golden_steps_hold_on_the_device(
-    model: str, pool: PoolKind, device: str, record_property: Any
+    model: str, pool: PoolKind, buffers: BufferKind, device: str, record_property: Any
 ) -> None:
-    found = replay(engine_on(device, model, pool), folder(model).path / "golden.npz", model)
+    found = replay(engine_on(device, model, pool, buffers), folder(model).path / "golden.npz", model)
     record_property("largest difference", found.worst)
-    print(f"{model}, {pool} pool: off by {found.worst:.2g}")
+    print(f"{model}, {pool} pool, {buffers} buffers: off by {found.worst:.2g}")
     assert found.steps > 0
 
 
@@ -103,15 +113,19 @@ def test_a_slot_is_read_written_and_reset_alone(device: str) -> None:
     assert [pool.read(slot) for slot in slots if slot != slots[3]] == values[:3] + values[4:]
 
 
+@pytest.mark.parametrize("buffers", BUFFERS)
 @pytest.mark.parametrize("pool", POOLS)
-def test_alone_or_together_the_same_answer(pool: PoolKind, tmp_path: Path, device: str) -> None:
+def test_alone_or_together_the_same_answer(
+    pool: PoolKind, buffers: BufferKind, tmp_path: Path, device: str
+) -> None:
     """Twenty sequences at once over one stream, and each of them alone: within 1e-4."""
     root = tmp_path / "repository"
     root.mkdir()
     (root / "spoken-digits").symlink_to(Path("exported/spoken-digits").resolve())
     sounds = (np.random.default_rng(1).standard_normal((20, 8, 320)) * 3000).astype(np.int16)
     where = "cpu" if device == CPU else "cuda"
-    with serving(root, pool=pool, device=where, window=8) as server, connect(server.port) as channel:
+    settings: dict[str, Any] = {"pool": pool, "buffers": buffers, "device": where, "window": 8}
+    with serving(root, **settings) as server, connect(server.port) as channel:
         together = answers(channel, sounds)
         alone = np.concatenate([answers(channel, sounds[i : i + 1]) for i in range(len(sounds))])
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-4)

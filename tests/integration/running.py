@@ -79,6 +79,7 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
         "checkpoint_every": 0,
         # Whatever is tested on both transports is tested on both pools.
         "pool": "graph" if settings.get("transport") == "threads" else "numpy",
+        "buffers": "kept" if settings.get("transport") == "threads" else "fresh",
     }
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:

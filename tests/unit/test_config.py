@@ -17,7 +17,7 @@ OTHER: dict[str, Any] = {
     "repository": Path("/models"), "host": "::1", "port": 1, "metrics_port": 2, "device": "cpu", "threads": 3,
     "max_sequences": 4, "max_state_bytes": 15, "max_streams": 5, "max_predicts": 6, "max_pending_bytes": 7,
     "max_message_bytes": 8, "window": 9, "idle_seconds": 10.5, "run_seconds": 11.5, "drain_seconds": 12.5,
-    "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "pool": "graph",
+    "vet_seconds": 13.5, "vet_memory_bytes": 14, "transport": "threads", "pool": "graph", "buffers": "kept",
     "log_level": "debug", "token_key_file": Path("/keys"), "token_seconds": 16.5, "max_token_bytes": 17,
     "large_states": "rarer", "checkpoint_every": 18, "resume_reserve": 0.25,
     "tls_cert": Path("/cert"), "tls_key": Path("/key"), "tls_client_ca": Path("/ca"), "insecure": True,

@@ -1,0 +1,153 @@
+"""A session's inputs and outputs in buffers that stay where they are: one set for each shape of its feeds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import onnxruntime
+from onnxruntime import OrtValue
+
+from .device_memory import Array, DeviceMemory
+
+Binding = Any  # an onnxruntime.IOBinding
+
+# Shapes whose buffers are kept; the one that was used longest ago gives way.
+_MOST = 32
+
+
+class KeptBuffers:
+    """Runs one session. `names` are the outputs that are wanted; `bind` binds what lies elsewhere, once for
+    each set.
+
+    The feeds of all runs have the same names and dtypes.
+    """
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        names: list[str],
+        memory: DeviceMemory,
+        bind: Callable[[Binding], None] = lambda _: None,
+    ) -> None:
+        self._session = session
+        self._names = names
+        self._memory = memory
+        self._bind = bind
+        self._sets: OrderedDict[tuple[tuple[int, ...], ...], BufferSet] = OrderedDict()
+        self._order: list[str] = []  # of the feeds' names, as their first run had them
+
+    def __len__(self) -> int:
+        return len(self._sets)
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        """The outputs. They are overwritten by the next run.
+
+        Raises: RunFailed, and whatever ONNX Runtime does.
+        """
+        self._order = self._order or list(feeds)
+        shapes = tuple([feeds[name].shape for name in self._order])
+        buffers = self._sets.get(shapes)
+        if buffers is None:
+            buffers = self._sets[shapes] = BufferSet(self._session, self._names, self._memory)
+            for name in self._order:
+                buffers.add_input(name, feeds[name])
+            self._bind(buffers.binding)
+            if len(self._sets) > _MOST:
+                self._sets.popitem(last=False)
+        else:
+            self._sets.move_to_end(shapes)
+        return buffers.run(feeds)
+
+
+class BufferSet:
+    """For feeds of one shape. Where the outputs lie is known after the first run."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, names: list[str], memory: DeviceMemory) -> None:
+        self.binding: Binding = session.io_binding()
+        self._session = session
+        self._memory = memory
+        # A kernel of a GPU may want an input where the host has it: an LSTM the lengths of its rows.
+        places = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        self._on_device = {node.name for node, place in places if place.name == memory.place}
+        results = zip(session.get_outputs(), session.get_output_memory_infos(), strict=True)
+        self._made_there = {node.name for node, place in results if place.name == memory.place}
+        self._names = names
+        self._inputs: list[tuple[str, Array]] = []
+        self._sent: list[
+            tuple[Array, int]
+        ] = []  # of the inputs, with the addresses where the device has them
+        self._results: list[Array] = []  # as the outputs stand; empty: another run has to show their shapes
+        self._fetched: list[tuple[int, Array]] = []  # of the results
+        self._steady = True  # no output had another shape than in the run before
+        self._options = onnxruntime.RunOptions()
+        # It would wait for its stream, in which the copies back are still to be queued.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._options.add_run_config_entry(
+            "gpu_graph_id", "-1"
+        )  # none; asking for what is not said costs more
+        self._let_outputs_come()  # they stand in front of all other outputs that are bound
+
+    def add_input(self, name: str, like: Array) -> None:
+        staging = self._memory.staging(like.shape, like.dtype)
+        self._inputs.append((name, staging))
+        if name in self._on_device:
+            value = OrtValue.ortvalue_from_shape_and_type(like.shape, like.dtype, self._memory.name)
+            self._sent.append((staging, value.data_ptr()))
+        else:
+            value = OrtValue.ortvalue_from_numpy(staging)  # the same memory
+        self.binding.bind_ortvalue_input(name, value)
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        """As `KeptBuffers.run`."""
+        for name, staging in self._inputs:
+            staging[...] = feeds[name]
+        for staging, address in self._sent:
+            self._memory.send(staging, address)
+        if not self._results:
+            return self._run_to_find()
+        try:
+            self._session.run_with_iobinding(self.binding, self._options)
+        except Exception:  # noqa: BLE001  # a class of its own for each status
+            return self._run_again()
+        for address, staging in self._fetched:
+            self._memory.fetch(address, staging)
+        self._memory.settle()
+        return self._results
+
+    def _let_outputs_come(self) -> None:
+        """Wherever ONNX Runtime puts them."""
+        self._results, self._fetched = [], []
+        for name in self._names:
+            self.binding.bind_output(name, self._memory.name if name in self._made_there else "cpu")
+
+    def _run_again(self) -> list[Array]:
+        """A run failed, and so has written no state. Perhaps an output has another shape this time."""
+        self._steady = False
+        try:
+            return self._run_to_find()
+        except Exception:
+            self._steady = True  # that was not it
+            raise
+
+    def _run_to_find(self) -> list[Array]:
+        """The outputs, wherever they come. Those of the next run lie in the same places."""
+        self._let_outputs_come()  # or it takes the buffers of the run before
+        self._session.run_with_iobinding(self.binding, self._options)
+        self._memory.settle()
+        values = self.binding.get_outputs()[: len(self._names)]
+        results = [value.numpy() for value in values]
+        if self._steady:
+            for name, value, result in zip(self._names, values, results, strict=True):
+                self._keep(name, value, self._memory.staging(result.shape, result.dtype))
+        return results
+
+    def _keep(self, name: str, value: Any, staging: Array) -> None:
+        """The output stays in `value`, an OrtValue, or where the host has it anyway."""
+        if name in self._made_there:
+            self._fetched.append((value.data_ptr(), staging))
+        else:
+            value = OrtValue.ortvalue_from_numpy(staging)  # the same memory
+        self.binding.bind_ortvalue_output(name, value)
+        self._results.append(staging)

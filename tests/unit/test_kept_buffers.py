@@ -1,0 +1,181 @@
+"""Buffers that stay: the numbers of fresh ones, whatever the shapes, and no byte copied that need not be."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from tenuto.serving.device_memory import HostMemory
+from tenuto.serving.errors import RunFailed
+from tenuto.serving.graph_pool import GraphRunner
+from tenuto.serving.kept_buffers import KeptBuffers
+from tenuto.serving.layout import Layout, bucket
+from tenuto.serving.manifest import Manifest
+from tenuto.serving.model_runner import CPU, ModelRunner, session
+from tests import toys
+
+from .fakes import Bench
+from .test_graph_pool import CAPACITY, keeper
+
+Array = NDArray[Any]
+FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
+
+
+class FarMemory(HostMemory):
+    """As if a CPU's sessions had a memory of their own: all inputs are sent, all outputs are fetched."""
+
+    place = "Cpu"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, int]] = []
+
+    def send(self, values: Array, address: int) -> None:
+        assert address != values.ctypes.data
+        ctypes.memmove(address, values.ctypes.data, values.nbytes)
+        self.log.append(("send", values.nbytes))
+
+    def fetch(self, address: int, values: Array) -> None:
+        assert address != values.ctypes.data
+        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+        self.log.append(("fetch", values.nbytes))
+
+    def settle(self) -> None:
+        self.log.append(("settle", 0))
+
+
+def running_sum() -> onnxruntime.InferenceSession:
+    """x [batch, time] to its sums along time, and to half of it."""
+    nodes = [
+        helper.make_node("CumSum", ["x", "one"], ["sum"]),
+        helper.make_node("Mul", ["x", "half"], ["less"]),
+    ]
+    constants = {"one": np.array(1), "half": np.array(0.5, np.float32)}
+    outputs = [toys.value(name, FLOAT, "batch", "time") for name in ("sum", "less")]
+    model = toys.model(nodes, [toys.value("x", FLOAT, "batch", "time")], outputs, constants)
+    return session(model, "sums", CPU, 1)
+
+
+def drawn(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("memory", [HostMemory, FarMemory])
+def test_shapes_in_any_order_give_the_numbers_of_fresh_buffers(memory: type[HostMemory]) -> None:
+    plain = running_sum()
+    kept = KeptBuffers(plain, ["sum", "less"], memory())
+    for turn, shape in enumerate([(2, 3), (1, 3), (2, 3), (2, 3), (4, 1), (1, 3), (2, 3), (0, 3)]):
+        x = drawn(*shape, seed=turn)
+        for found, expected in zip(kept.run({"x": x}), plain.run(["sum", "less"], {"x": x}), strict=True):
+            np.testing.assert_array_equal(found, expected)
+    assert len(kept) == 4
+
+
+def test_what_is_read_and_written_stays_where_it_is() -> None:
+    kept = KeptBuffers(running_sum(), ["sum", "less"], HostMemory())
+    kept.run({"x": drawn(2, 3)})  # shows where the outputs lie
+    first = kept.run({"x": drawn(2, 3, seed=1)})
+    places = [result.ctypes.data for result in first]
+    kept.run({"x": drawn(5, 3)})
+    again = kept.run({"x": drawn(2, 3, seed=2)})
+    assert [result.ctypes.data for result in again] == places
+    np.testing.assert_array_equal(first[1], again[1])  # it is overwritten
+
+
+def test_the_shape_that_was_not_used_for_longest_gives_way() -> None:
+    kept = KeptBuffers(running_sum(), ["less"], HostMemory())
+    for rows in range(1, 100):
+        kept.run({"x": drawn(rows, 2)})
+        (less,) = kept.run({"x": drawn(1, 2)})
+        np.testing.assert_array_equal(less, drawn(1, 2) / 2)
+    assert len(kept) == 32
+
+
+def test_an_output_whose_shape_is_in_the_values_is_right_each_time() -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["places"])]
+    model = toys.model(nodes, [toys.value("x", FLOAT, "n")], [toys.value("places", INT64, 1, "found")], {})
+    memory = FarMemory()
+    kept = KeptBuffers(session(model, "places", CPU, 1), ["places"], memory)
+    for x in ([1, 0, 2], [1, 0, 2], [0, 0, 5], [1, 1, 1], [0, 0, 0], [0, 1, 0]):
+        (found,) = kept.run({"x": np.array(x, np.float32)})
+        assert found.tolist() == [np.flatnonzero(x).tolist()]
+
+
+def test_a_run_that_fails_is_told_and_the_next_one_is_right() -> None:
+    model, manifest = keeper()
+    runner = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1, kept=True)
+    good = runner.zero_feeds()
+    expected = [result.copy() for result in runner.run(good)]
+    for _ in range(2):
+        with pytest.raises(RunFailed, match="keeper/1"):
+            runner.run(good | {"x": np.full_like(good["x"], 5)})  # no index of its table
+        for found, value in zip(runner.run(good), expected, strict=True):
+            np.testing.assert_array_equal(found, value)
+
+
+def test_with_a_graphs_pool_no_state_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes and goes: the input, the slots, the output and the flags, and it is waited for once."""
+    memory = FarMemory()
+    monkeypatch.setattr("tenuto.serving.graph_pool.device_memory", lambda cuda: memory)
+    model, manifest = keeper()
+    plain = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1, kept=True)
+    runner = GraphRunner(model, plain, CAPACITY)
+    slots, x = np.array([0, 3, 1], np.intp), np.zeros((3, 2), np.float32)
+    runner.run({"x": x} | runner.pool.gather(slots))
+    memory.log.clear()
+    runner.run({"x": x} | runner.pool.gather(slots))
+    rows = 3
+    assert memory.log == [
+        ("send", 4 * rows * 2), ("send", 8 * rows), ("fetch", 4 * rows), ("fetch", 4 * rows), ("settle", 0),
+    ]  # fmt: skip
+
+
+def test_buckets_waste_less_than_a_third() -> None:
+    sizes = [bucket(rows) for rows in range(1, 4097)]
+    assert sorted(set(sizes)) == sorted({2**n for n in range(13)} | {3 * 2**n for n in range(11)})
+    assert all(rows <= size < 1.5 * rows or rows == size for rows, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+
+
+@pytest.mark.parametrize("pool", ["numpy", "graph"])
+def test_a_crowd_of_any_size_has_the_answers_of_each_alone(pool: str) -> None:
+    """Batches are filled up with rows that belong to nobody."""
+    model, manifest = keeper(max_batch=7)
+    fresh = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1)
+    runner: Any = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1, kept=True)
+    runner = GraphRunner(model, runner, 8) if pool == "graph" else runner
+    rows: list[int] = []
+    run = runner.run
+
+    def counted(feeds: dict[str, Array]) -> list[Array]:
+        rows.append(len(feeds["x"]))
+        results: list[Array] = run(feeds)
+        return results
+
+    runner.run = counted
+    bench = Bench(manifest, runner, max_sequences=8, pool=runner.pool, bucketed=True)
+    alone = [Bench(manifest, fresh, max_sequences=1) for _ in range(8)]
+    every = [(bench.open(), one, one.open()) for one in alone]
+    steps = [0] * 8
+    for crowd in (1, 5, 7, 3, 8):
+        for n, (together, one, itself) in enumerate(every[:crowd]):
+            steps[n] += 1
+            bench.send(together, steps[n], [n / 8, crowd, 0.0])
+            one.send(itself, steps[n], [n / 8, crowd, 0.0])
+            one.settle()
+        bench.settle()
+    assert [bench.outputs(s) for s, _, _ in every] == [one.outputs(s) for _, one, s in every]
+    assert rows == [1, 6, 7, 3, 7, 1]
+    bench.engine.check()
+
+
+def test_the_manifest_bounds_the_largest_bucket() -> None:
+    manifest: Manifest = keeper(max_batch=7)[1]
+    layout = Layout(manifest, bucketed=True)
+    assert [layout.batch_size([1] * rows) for rows in (1, 4, 5, 6, 7)] == [1, 4, 6, 6, 7]

@@ -1,11 +1,12 @@
-"""What our own code costs a chunk, on one thread and with nothing else running; and the least engine's.
+"""What our own code costs a chunk, on one thread and with nothing else running, in both protocols; and the
+least engine's.
 
 python -m benchmarks.own_code [--rounds 400] [--frames 1]
 
 Bytes as a socket would bring them go through the connection, the stream and the engine, and come out as
-bytes for a socket that takes all. ONNX Runtime runs in between, and its time is taken off. Both engines have
-their rounds in turn, so that a busy machine slows them alike. The difference between the two is the price of
-steps, windows, bounds, order, endings, tokens and metrics.
+bytes for a socket that takes all. ONNX Runtime runs in between, and its time is taken off. All have their
+rounds in turn, so that a busy machine slows them alike. The difference between ours and the least is the
+price of steps, windows, bounds, order, endings, tokens and metrics.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import hpack
 
 from tenuto.serving import frame as http
 from tenuto.serving.call import Listener
+from tenuto.serving.callers import Callers
 from tenuto.serving.catalogue import Catalogue, Served
 from tenuto.serving.connection import Connection
 from tenuto.serving.engine import Engine
@@ -31,14 +33,18 @@ from tenuto.serving.http_call import HttpCall, Limits
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import ModelRunner, flush_denormals
+from tenuto.serving.oip.inference import Inferences, Shared
+from tenuto.serving.oip.sequences import Sequences
+from tenuto.serving.oip.shared_memory import Regions
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.reply import OutputWriter
 from tenuto.serving.stream import StreamLimits, Streams
 from tenuto.serving.tensor import Reader
 from tenuto.v1 import tenuto_pb2 as pb
 
-from . import least_engine, model
+from . import dialect, least_engine, model
 from .report import aligned
+from .tracks import Chunk, Tracks
 
 MESSAGE_BYTES, PENDING_BYTES, SEQUENCES = 4 << 20, 1 << 28, 1024
 WINDOW = (1 << 31) - 1
@@ -97,10 +103,48 @@ class Session:
     def probe(self) -> None: ...
 
 
+class Speech(Protocol):
+    """What streams say, in one protocol: messages as bytes."""
+
+    def opening(self) -> list[bytes]:
+        """What comes first on each stream."""
+
+    def chunk(self, number: int, step: int, samples: Chunk) -> bytes:
+        """One step of the sequence of that number."""
+
+
+class Native:
+    """Our own protocol: a sequence of each stream."""
+
+    def opening(self) -> list[bytes]:
+        wish = pb.Event(sequence=1, open=pb.Open(model=model.NAME))
+        return [pb.StreamRequest(events=[wish]).SerializeToString()]
+
+    def chunk(self, number: int, step: int, samples: Chunk) -> bytes:
+        tensor = pb.Tensor(name="x", dtype="float32", shape=samples.shape, data=samples.data)
+        event = pb.Event(sequence=1, chunk=pb.Chunk(step=step, inputs=[tensor]))
+        return pb.StreamRequest(events=[event]).SerializeToString()
+
+
+class OpenInference:
+    """The Open Inference Protocol: sequences by number, a request with an id for each step."""
+
+    def __init__(self) -> None:
+        self._spoken = dialect.OpenInference(Tracks(model.NAME, [], []))
+
+    def opening(self) -> list[bytes]:
+        return []
+
+    def chunk(self, number: int, step: int, samples: Chunk) -> bytes:
+        self._spoken.asked.id = f"{step}"
+        return self._spoken.question(number, samples, first=step == 1, last=False)
+
+
 class Turning(Protocol):
     """An engine without a thread."""
 
     session: Session
+    speech: Speech
 
     def open(self, call: HttpCall) -> Listener: ...
 
@@ -110,6 +154,8 @@ class Turning(Protocol):
 
 class Ours:
     """The engine that `tenuto serve` has, with its streams."""
+
+    speech: Speech = Native()
 
     def __init__(self, file: Path, flush: Callable[[], None]) -> None:
         manifest = Manifest.parse(json.dumps(model.manifest()), model.NAME)
@@ -123,17 +169,39 @@ class Ours:
         )
         reader, writer = Reader(manifest, MESSAGE_BYTES), OutputWriter(manifest)
         catalogue = Catalogue([Served(engine, reader, writer, "cpu", "", "")], [])
-        streams = Streams(catalogue, pending, ServerMetrics(""), StreamLimits(4, 0.0), _no_tokens)
-        self.open: Callable[[HttpCall], Listener] = streams.open
+        self.open = self._opener(catalogue, pending)
         self._engine = engine
+
+    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[HttpCall], Listener]:
+        return Streams(catalogue, pending, ServerMetrics(""), StreamLimits(4, 0.0), _no_tokens).open
 
     def turn(self) -> None:
         while self._engine.turn():
             pass
 
 
+class OursByOip(Ours):
+    """The same engine, with its streams of the Open Inference Protocol."""
+
+    speech: Speech = OpenInference()
+
+    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[HttpCall], Listener]:
+        shared = Shared(
+            catalogue=catalogue,
+            sequences=Sequences(0.0, pending),
+            predicts=None,  # type: ignore[arg-type]  # of images, which nobody asks for here
+            regions=Regions("", MESSAGE_BYTES),
+            pending=pending,
+            refused=_no_refusals,
+            is_draining=lambda: False,
+        )
+        return Inferences(shared, Callers()).open_stream
+
+
 class Least:
     """The least engine."""
+
+    speech: Speech = Native()
 
     def __init__(self, file: Path, flush: Callable[[], None]) -> None:
         self._engine = least_engine.Engine(file)
@@ -172,23 +240,23 @@ class Harness:
         self._numbers = range(1, 2 * streams, 2)
         self._step = 0
         headers = [(":method", "POST"), (":path", "/"), ("content-type", "application/grpc")]
-        encoder = hpack.Encoder()
-        opening = pb.StreamRequest(events=[pb.Event(sequence=1, open=pb.Open(model=model.NAME))])
+        encoder, opening = hpack.Encoder(), self._engine.speech.opening()
         window = http.SETTING.pack(http.INITIAL_WINDOW_SIZE, WINDOW)  # the client takes what it gets
         begin = [http.PREFACE, http.frame(http.SETTINGS, 0, 0, window), http.widen(0, WINDOW >> 1)]
         for number in self._numbers:
             block = encoder.encode(headers)
-            begin += [http.frame(http.HEADERS, http.END_HEADERS, number, block), _data(number, opening)]
+            begin.append(http.frame(http.HEADERS, http.END_HEADERS, number, block))
+            begin += [_data(number, message) for message in opening]
         self._connection.receive(b"".join(begin))
         self._engine.turn()
 
     def round(self, frames: int) -> Cost:
         self._step += 1
-        data = bytes(4 * frames * model.INPUTS)
-        tensor = pb.Tensor(name="x", dtype="float32", shape=[frames, model.INPUTS], data=data)
-        chunk = pb.Event(sequence=1, chunk=pb.Chunk(step=self._step, inputs=[tensor]))
-        request = pb.StreamRequest(events=[chunk])
-        came = b"".join([_data(number, request) for number in self._numbers])
+        samples, say = (
+            Chunk((frames, model.INPUTS), bytes(4 * frames * model.INPUTS)),
+            self._engine.speech.chunk,
+        )
+        came = b"".join([_data(number, say(number, self._step, samples)) for number in self._numbers])
         session, began = self._engine.session, time.perf_counter()
         self._connection.receive(came)
         read, before = time.perf_counter(), session.seconds
@@ -201,8 +269,7 @@ class Harness:
         return Cost(us * (read - began), us * (spent - runtime), us * runtime)
 
 
-def _data(number: int, request: pb.StreamRequest) -> bytes:
-    body = request.SerializeToString()
+def _data(number: int, body: bytes) -> bytes:
     return http.frame(http.DATA, 0, number, http.PREFIX.pack(0, len(body)) + body)
 
 
@@ -210,9 +277,18 @@ def _no_tokens(*_: object) -> Any:
     raise NotImplementedError("nobody resumes here")
 
 
+def _no_refusals(reason: str) -> None:
+    raise RuntimeError(f"a request was refused: {reason}")
+
+
+KINDS: dict[str, Callable[[Path, Callable[[], None]], Turning]] = {
+    "tenuto": Ours, "tenuto, OIP": OursByOip, "least_engine": Least
+}  # fmt: skip
+
+
 def measure(file: Path, streams: int, frames: int, rounds: int) -> dict[str, list[Cost]]:
     """What each round cost, by engine."""
-    harnesses = {"tenuto": Harness(Ours, file, streams), "least_engine": Harness(Least, file, streams)}
+    harnesses = {name: Harness(kind, file, streams) for name, kind in KINDS.items()}
     found: dict[str, list[Cost]] = {name: [] for name in harnesses}
     for number in range(WARM_ROUNDS + rounds):
         for name, harness in harnesses.items():

@@ -15,7 +15,7 @@ class SpokenDigitsTask(SpokenTask):
     """The Free Spoken Digit Dataset, two LSTMs."""
 
     name = "spoken-digits"
-    recipe = Recipe(epochs=100, learning_rate=6e-3, seeds=(0, 1, 2))
+    recipe = Recipe(epochs=100, learning_rate=6e-3, precision="bfloat16", seeds=(0, 1, 2))
     sizes = Sizes("lstm", hear=160, answer=64)
     dropout = 0.15
     description = (

@@ -13,8 +13,9 @@ from .device_memory import Array, DeviceMemory
 
 Binding = Any  # an onnxruntime.IOBinding
 
-# Shapes whose buffers are kept; the one that was used longest ago gives way.
-_MOST = 32
+# Shapes whose buffers are kept, and their bytes on the host (a device has as many); the one that was used
+# longest ago gives way. The one in use is always there.
+_MOST, _MOST_BYTES = 32, 256 << 20
 
 
 class KeptBuffers:
@@ -37,6 +38,7 @@ class KeptBuffers:
         self._bind = bind
         self._sets: OrderedDict[tuple[tuple[int, ...], ...], BufferSet] = OrderedDict()
         self._order: list[str] = []  # of the feeds' names, as their first run had them
+        self._counted = 0  # sets, when there was last made room
 
     def __len__(self) -> int:
         return len(self._sets)
@@ -54,11 +56,22 @@ class KeptBuffers:
             for name in self._order:
                 buffers.add_input(name, feeds[name])
             self._bind(buffers.binding)
-            if len(self._sets) > _MOST:
-                self._sets.popitem(last=False)
-        else:
-            self._sets.move_to_end(shapes)
-        return buffers.run(feeds)
+        self._sets.move_to_end(shapes)
+        results = buffers.run(feeds)
+        self._make_room()
+        return results
+
+    def _make_room(self) -> None:
+        if len(self._sets) == self._counted:
+            return
+        while len(self._sets) > 1 and (len(self._sets) > _MOST or self.nbytes > _MOST_BYTES):
+            self._sets.popitem(last=False)
+        self._counted = len(self._sets)
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept on the host."""
+        return sum(buffers.nbytes for buffers in self._sets.values())
 
 
 class BufferSet:
@@ -88,6 +101,11 @@ class BufferSet:
             "gpu_graph_id", "-1"
         )  # none; asking for what is not said costs more
         self._let_outputs_come()  # they stand in front of all other outputs that are bound
+
+    @property
+    def nbytes(self) -> int:
+        """What it keeps on the host."""
+        return sum(staging.nbytes for _, staging in self._inputs) + sum(r.nbytes for r in self._results)
 
     def add_input(self, name: str, like: Array) -> None:
         staging = self._memory.staging(like.shape, like.dtype)

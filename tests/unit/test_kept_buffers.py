@@ -97,6 +97,16 @@ def test_the_shape_that_was_not_used_for_longest_gives_way() -> None:
     assert len(kept) == 32
 
 
+def test_no_more_bytes_are_kept_than_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenuto.serving.kept_buffers._MOST_BYTES", 1000)
+    kept = KeptBuffers(running_sum(), ["sum", "less"], HostMemory())
+    for rows in (10, 20, 30, 200, 10, 20):
+        (_, less) = kept.run({"x": drawn(rows, 1)})
+        np.testing.assert_array_equal(less, drawn(rows, 1) / 2)
+    assert len(kept) == 2
+    assert kept.nbytes == 3 * 4 * (10 + 20)
+
+
 def test_an_output_whose_shape_is_in_the_values_is_right_each_time() -> None:
     nodes = [helper.make_node("NonZero", ["x"], ["places"])]
     model = toys.model(nodes, [toys.value("x", FLOAT, "n")], [toys.value("places", INT64, 1, "found")], {})

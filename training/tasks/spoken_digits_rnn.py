@@ -17,7 +17,7 @@ class SpokenDigitsRnnTask(SpokenTask):
     )
     card = """
 The same recipe, data, features and units as `spoken-digits` (160 and 64), but plain tanh layers (Elman
-1990) without gates: 55,444 parameters in place of 214,996, and a greatest learning rate of 2e-3 in place
-of 6e-3. It is here to compare, not to use: see `spoken-digits` for what the outputs mean. The answer has to
-outlive the pause after a word, and that is what gates are for.
+1990) without gates: 55,444 parameters in place of 214,996, a greatest learning rate of 2e-3 in place of
+6e-3, and float32 throughout. It is here to compare, not to use: see `spoken-digits` for what the outputs
+mean. The answer has to outlive the pause after a word, and that is what gates are for.
 """

@@ -77,7 +77,7 @@ class CudaMemory:
         stream = ctypes.c_void_p()
         self._check(self._cuda.cudaStreamCreateWithFlags(ctypes.byref(stream), _NON_BLOCKING))
         self._stream = stream
-        weakref.finalize(self, self._cuda.cudaStreamDestroy, stream)
+        weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False  # an engine may still run
         self.provider_options = {"user_compute_stream": str(stream.value or 0)}
 
     def staging(self, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
@@ -85,7 +85,7 @@ class CudaMemory:
         address = ctypes.c_void_p()
         self._check(self._cuda.cudaHostAlloc(ctypes.byref(address), ctypes.c_size_t(nbytes), 0))
         memory: Any = (ctypes.c_char * nbytes).from_address(address.value or 0)
-        weakref.finalize(memory, self._cuda.cudaFreeHost, address)
+        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False
         return np.ndarray(shape, dtype, memory)
 
     def send(self, values: Array, address: int) -> None:
@@ -103,6 +103,7 @@ class CudaMemory:
 
     def _check(self, status: int) -> None:
         if status:
+            self._cuda.cudaGetLastError()  # forgets it: ONNX Runtime would take it for its next kernel's
             raise RunFailed(f"CUDA: {self._cuda.cudaGetErrorString(status).decode(errors='replace')}")
 
 

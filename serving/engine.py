@@ -414,7 +414,7 @@ class Engine:
         m.batch_size.add(rows)
         m.occupancy.add(rows / self.manifest.rows_per_batch)
         if self.manifest.stateful:
-            m.padding.add(1 - sum(frames) / (max(frames) * rows))
+            m.padding.add(1 - sum(frames) / (max(frames) * self._layout.batch_size(frames)))
 
     # Commands, and what follows from them.
 

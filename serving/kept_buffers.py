@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ import onnxruntime
 from onnxruntime import OrtValue
 
 from .device_memory import Array, DeviceMemory
+from .errors import RunFailed
+
+log = logging.getLogger("tenuto.kept_buffers")
 
 Binding = Any  # an onnxruntime.IOBinding
 
@@ -38,7 +42,6 @@ class KeptBuffers:
         self._bind = bind
         self._sets: OrderedDict[tuple[tuple[int, ...], ...], BufferSet] = OrderedDict()
         self._order: list[str] = []  # of the feeds' names, as their first run had them
-        self._counted = 0  # sets, when there was last made room
 
     def __len__(self) -> int:
         return len(self._sets)
@@ -46,27 +49,32 @@ class KeptBuffers:
     def run(self, feeds: dict[str, Array]) -> list[Array]:
         """The outputs. They are overwritten by the next run.
 
-        Raises: RunFailed, and whatever ONNX Runtime does.
+        Raises: RunFailed, and whatever ONNX Runtime does; the run has written nothing then, unless the device
+        itself failed.
         """
         self._order = self._order or list(feeds)
         shapes = tuple([feeds[name].shape for name in self._order])
         buffers = self._sets.get(shapes)
         if buffers is None:
-            buffers = self._sets[shapes] = BufferSet(self._session, self._names, self._memory)
-            for name in self._order:
-                buffers.add_input(name, feeds[name])
-            self._bind(buffers.binding)
+            buffers = self._made(feeds)  # whole, before it is kept
+            self._sets[shapes] = buffers
         self._sets.move_to_end(shapes)
+        before = buffers.nbytes
         results = buffers.run(feeds)
-        self._make_room()
+        if buffers.nbytes > before:
+            self._make_room()
         return results
 
+    def _made(self, feeds: dict[str, Array]) -> BufferSet:
+        buffers = BufferSet(self._session, self._names, self._memory)
+        for name in self._order:
+            buffers.add_input(name, feeds[name])
+        self._bind(buffers.binding)
+        return buffers
+
     def _make_room(self) -> None:
-        if len(self._sets) == self._counted:
-            return
         while len(self._sets) > 1 and (len(self._sets) > _MOST or self.nbytes > _MOST_BYTES):
             self._sets.popitem(last=False)
-        self._counted = len(self._sets)
 
     @property
     def nbytes(self) -> int:
@@ -79,10 +87,11 @@ class BufferSet:
 
     def __init__(self, session: onnxruntime.InferenceSession, names: list[str], memory: DeviceMemory) -> None:
         self.binding: Binding = session.io_binding()
+        self.nbytes = 0  # that it keeps on the host
         self._session = session
         self._memory = memory
         # A kernel of a GPU may want an input where the host has it: an LSTM the lengths of its rows.
-        places = zip(session.get_inputs(), session.get_input_memory_infos(), strict=True)
+        places = list(zip(session.get_inputs(), session.get_input_memory_infos(), strict=True))
         self._on_device = {node.name for node, place in places if place.name == memory.place}
         results = zip(session.get_outputs(), session.get_output_memory_infos(), strict=True)
         self._made_there = {node.name for node, place in results if place.name == memory.place}
@@ -93,7 +102,9 @@ class BufferSet:
         ] = []  # of the inputs, with the addresses where the device has them
         self._results: list[Array] = []  # as the outputs stand; empty: another run has to show their shapes
         self._fetched: list[tuple[int, Array]] = []  # of the results
-        self._steady = True  # no output had another shape than in the run before
+        self._shapes: list[tuple[int, ...]] = []  # of the outputs, when they were last found
+        # Whether outputs may stay where they are. One that is an input is that input's value, not a copy.
+        self._keeps = not {node.name for node, _ in places} & set(names)
         self._options = onnxruntime.RunOptions()
         # It would wait for its stream, in which the copies back are still to be queued.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
@@ -102,14 +113,10 @@ class BufferSet:
         )  # none; asking for what is not said costs more
         self._let_outputs_come()  # they stand in front of all other outputs that are bound
 
-    @property
-    def nbytes(self) -> int:
-        """What it keeps on the host."""
-        return sum(staging.nbytes for _, staging in self._inputs) + sum(r.nbytes for r in self._results)
-
     def add_input(self, name: str, like: Array) -> None:
         staging = self._memory.staging(like.shape, like.dtype)
         self._inputs.append((name, staging))
+        self.nbytes += staging.nbytes
         if name in self._on_device:
             value = OrtValue.ortvalue_from_shape_and_type(like.shape, like.dtype, self._memory.name)
             self._sent.append((staging, value.data_ptr()))
@@ -128,7 +135,8 @@ class BufferSet:
         try:
             self._session.run_with_iobinding(self.binding, self._options)
         except Exception:  # noqa: BLE001  # a class of its own for each status
-            return self._run_again()
+            # It has written no state. Perhaps an output has another shape this time.
+            return self._run_to_find()
         for address, staging in self._fetched:
             self._memory.fetch(address, staging)
         self._memory.settle()
@@ -136,36 +144,42 @@ class BufferSet:
 
     def _let_outputs_come(self) -> None:
         """Wherever ONNX Runtime puts them."""
+        self.nbytes -= sum(result.nbytes for result in self._results)
         self._results, self._fetched = [], []
         for name in self._names:
             self.binding.bind_output(name, self._memory.name if name in self._made_there else "cpu")
 
-    def _run_again(self) -> list[Array]:
-        """A run failed, and so has written no state. Perhaps an output has another shape this time."""
-        self._steady = False
-        try:
-            return self._run_to_find()
-        except Exception:
-            self._steady = True  # that was not it
-            raise
-
     def _run_to_find(self) -> list[Array]:
-        """The outputs, wherever they come. Those of the next run lie in the same places."""
+        """The outputs, wherever they come. Those of the next run lie in the same places, unless their shapes
+        are others than last time."""
         self._let_outputs_come()  # or it takes the buffers of the run before
         self._session.run_with_iobinding(self.binding, self._options)
         self._memory.settle()
         values = self.binding.get_outputs()[: len(self._names)]
-        results = [value.numpy() for value in values]
-        if self._steady:
-            for name, value, result in zip(self._names, values, results, strict=True):
-                self._keep(name, value, self._memory.staging(result.shape, result.dtype))
+        results: list[Array] = [value.numpy() for value in values]
+        shapes = [result.shape for result in results]
+        self._keeps = self._keeps and self._shapes in ([], shapes)
+        self._shapes = shapes
+        if self._keeps:
+            self._keep(values, results)
         return results
 
-    def _keep(self, name: str, value: Any, staging: Array) -> None:
-        """The output stays in `value`, an OrtValue, or where the host has it anyway."""
-        if name in self._made_there:
-            self._fetched.append((value.data_ptr(), staging))
-        else:
-            value = OrtValue.ortvalue_from_numpy(staging)  # the same memory
-        self.binding.bind_ortvalue_output(name, value)
-        self._results.append(staging)
+    def _keep(self, values: list[Any], results: list[Array]) -> None:
+        """The outputs stay in `values`, OrtValues, or where the host has them anyway.
+
+        The run is done and may have written states: if there is no room, that is no reason for it to fail.
+        """
+        try:
+            stagings = [self._memory.staging(result.shape, result.dtype) for result in results]
+        except (RunFailed, MemoryError) as error:
+            log.warning("outputs of %s are not kept: %s", self._shapes, error)
+            self._keeps = False
+            return
+        for name, value, staging in zip(self._names, values, stagings, strict=True):
+            if name in self._made_there:
+                self._fetched.append((value.data_ptr(), staging))
+                self.binding.bind_ortvalue_output(name, value)
+            else:
+                self.binding.bind_ortvalue_output(name, OrtValue.ortvalue_from_numpy(staging))
+        self._results = stagings
+        self.nbytes += sum(staging.nbytes for staging in stagings)

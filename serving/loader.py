@@ -69,7 +69,9 @@ class Loader:
             )
         config, provider = self._config, self._how.provider
         runner = open_runner(files, self._how, config.max_sequences, config.max_state_bytes)
-        runner.run(runner.zero_feeds())  # the first run takes memory and time that no client should wait for
+        # The first runs take memory and time that no client should wait for.
+        for _ in range(2 if runner.kept else 1):
+            runner.run(runner.zero_feeds())
         manifest = runner.manifest
         seconds = time.monotonic() - started
         engine = Engine(

@@ -22,7 +22,7 @@ from .engine import Engine
 from .errors import ManifestInvalid, ModelInvalid, RunFailed, TenutoError
 from .golden import Replayed, replay
 from .manifest import Manifest
-from .model_runner import CPU, ModelRunner
+from .model_runner import CPU, CUDA, ModelRunner, choose_provider
 from .pending import PendingBytes
 from .proof import prove
 from .repository import ModelFolder
@@ -196,6 +196,8 @@ def main(arguments: list[str]) -> None:
     how, parent, memory_bytes, answers = arguments
     confine(int(parent), int(memory_bytes))
     settings = RunSettings(**json.loads(how))
+    if settings.provider == CUDA:
+        choose_provider("cuda")  # loads CUDA's libraries, where this process has to find them
     with os.fdopen(int(answers), "w") as verdicts:
         for line in sys.stdin:
             model, version, path = json.loads(line)

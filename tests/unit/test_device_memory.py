@@ -49,6 +49,10 @@ class FakeCuda:
         self.log.append(("wait", stream.value))
         return self.status
 
+    def cudaGetLastError(self) -> int:
+        self.log.append(("forget",))
+        return self.status
+
     def cudaGetErrorString(self, status: int) -> bytes:
         return b"an illegal memory access was encountered"
 
@@ -97,6 +101,7 @@ def test_what_cuda_says_is_a_failed_run(call: str) -> None:
     }
     with pytest.raises(RunFailed, match="CUDA: an illegal memory access"):
         calls[call]()
+    assert cuda.log[-1] == ("forget",)  # or ONNX Runtime's next kernel would be blamed
 
 
 def test_a_stream_that_cannot_be_made_is_told() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,22 @@ FLOAT, INT64 = TensorProto.FLOAT, TensorProto.INT64
 
 
 class FarMemory(HostMemory):
-    """As if a CPU's sessions had a memory of their own: all inputs are sent, all outputs are fetched."""
+    """As if a CPU's sessions had a memory of their own: all inputs are sent, all outputs are fetched, and are
+    there once that was waited for. It has room for so many `arrays` on the host."""
 
     place = "Cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, arrays: int = 1000) -> None:
         super().__init__()
         self.log: list[tuple[str, int]] = []
+        self.arrays = arrays
+        self._queue: list[tuple[int, Array]] = []
+
+    def staging(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        if not self.arrays:
+            raise RunFailed("CUDA: out of memory")
+        self.arrays -= 1
+        return super().staging(shape, dtype)
 
     def send(self, values: Array, address: int) -> None:
         assert address != values.ctypes.data
@@ -43,10 +53,13 @@ class FarMemory(HostMemory):
 
     def fetch(self, address: int, values: Array) -> None:
         assert address != values.ctypes.data
-        ctypes.memmove(values.ctypes.data, address, values.nbytes)
+        self._queue.append((address, values))
         self.log.append(("fetch", values.nbytes))
 
     def settle(self) -> None:
+        for address, values in self._queue:
+            ctypes.memmove(values.ctypes.data, address, values.nbytes)
+        self._queue.clear()
         self.log.append(("settle", 0))
 
 
@@ -127,6 +140,69 @@ def test_a_run_that_fails_is_told_and_the_next_one_is_right() -> None:
             runner.run(good | {"x": np.full_like(good["x"], 5)})  # no index of its table
         for found, value in zip(runner.run(good), expected, strict=True):
             np.testing.assert_array_equal(found, value)
+
+
+@pytest.mark.parametrize("arrays", range(7))
+def test_where_the_host_has_no_room_nothing_is_lost_or_done_twice(
+    monkeypatch: pytest.MonkeyPatch, arrays: int
+) -> None:
+    """Three inputs and two outputs are to be kept: whichever finds no room."""
+    memory = FarMemory()
+    monkeypatch.setattr("tenuto.serving.graph_pool.device_memory", lambda cuda: memory)
+    model, manifest = keeper()
+    plain = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1, kept=True)
+    runner = GraphRunner(model, plain, CAPACITY)
+    slots, x = np.array([0, 3], np.intp), np.array([[2, 0], [3, 1]], np.float32)
+    memory.arrays = arrays
+    sums = np.zeros(2)  # no slot was taken: all is zero
+    for _ in range(3):
+        try:
+            found = runner.run({"x": x} | runner.pool.gather(slots))
+        except RunFailed:
+            memory.arrays = 1000  # there is, later
+            found = runner.run({"x": x} | runner.pool.gather(slots))
+        sums += 4 * x.sum(axis=1)
+        assert [result.shape for result in found] == [(2,), (2, 1)]
+        np.testing.assert_array_equal(found[0], sums)
+
+
+def test_an_output_that_is_an_input_is_what_came_in() -> None:
+    nodes = [helper.make_node("Identity", ["x"], ["y"])]
+    x = toys.value("x", FLOAT, "n")
+    same = session(toys.model(nodes, [x], [x, toys.value("y", FLOAT, "n")], {}), "same", CPU, 1)
+    kept = KeptBuffers(same, ["x", "y"], HostMemory())
+    for turn in range(4):
+        for found in kept.run({"x": drawn(3, seed=turn)}):
+            np.testing.assert_array_equal(found, drawn(3, seed=turn))
+
+
+def test_what_fails_for_its_values_does_not_cost_a_shape_its_places() -> None:
+    model, manifest = keeper()
+    runner = ModelRunner(model, manifest, "keeper/1", provider=CPU, threads=1, kept=True)
+    good = runner.zero_feeds()
+    runner.run(good)
+    with pytest.raises(RunFailed):
+        runner.run(good | {"x": np.full_like(good["x"], 5)})
+    runner.run(good)
+    first, again = runner.run(good), runner.run(good)
+    assert [one.ctypes.data for one in first] == [one.ctypes.data for one in again]
+
+
+def test_inputs_that_are_wanted_on_the_host_are_not_sent() -> None:
+    """As the lengths of its rows by an LSTM on a GPU."""
+    add = toys.model(
+        [helper.make_node("Add", ["x", "more"], ["y"])],
+        [toys.value("x", FLOAT, "n"), toys.value("more", FLOAT, "n")], [toys.value("y", FLOAT, "n")], {},
+    )  # fmt: skip
+    sums: Any = session(add, "add", CPU, 1)
+    sums.get_input_memory_infos = lambda: [SimpleNamespace(name="Cpu"), SimpleNamespace(name="Elsewhere")]
+    memory = FarMemory()
+    kept = KeptBuffers(sums, ["y"], memory)
+    for turn in range(3):
+        x, more = drawn(5, seed=turn), drawn(5, seed=turn + 9)
+        (y,) = kept.run({"x": x, "more": more})
+        np.testing.assert_array_equal(y, x + more)
+    assert [n for what, n in memory.log if what == "send"] == [20, 20, 20]
 
 
 def test_with_a_graphs_pool_no_state_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:

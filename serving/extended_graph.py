@@ -19,7 +19,7 @@ from .errors import NotSupported
 from .manifest import Manifest, State
 
 _PREFIX = "tenuto."  # of all names that are added
-SLOTS = f"{_PREFIX}slots"  # int64 [rows], the slot of each row
+SLOTS = f"{_PREFIX}slots"  # int64 [rows], the slot of each row; it is read, and written unless it is fresh
 FINITE = f"{_PREFIX}finite"  # float32 [rows, 1]: NaN for a row with a state that is not finite, else 0
 _LEAST_OPSET = 11  # ScatterND
 _OPSET = 17  # of the pool's own graphs
@@ -36,8 +36,9 @@ def pool_output(state: State) -> str:
     return f"{_PREFIX}pool.{state.output}.after"
 
 
-def extend(model: bytes, manifest: Manifest) -> bytes:
-    """The model with its states' inputs and outputs replaced by `SLOTS`, the pools, and `FINITE`.
+def extend(model: bytes, manifest: Manifest, *, dump: int, fresh: int) -> bytes:
+    """The model with its states' inputs and outputs replaced by `SLOTS`, the pools, and `FINITE`. What was
+    read from the slot `fresh` is written to `dump`.
 
     A run that fails has written no state: what writes comes after everything else.
 
@@ -63,7 +64,8 @@ def extend(model: bytes, manifest: Manifest) -> bytes:
     ]
     behind = _Nodes(graph)
     _add_flags(behind, states)
-    slots = _add_slots_after(behind, [*wanted, FINITE], states)
+    slots = _add_written(behind, dump, fresh)
+    slots = _add_slots_after(behind, slots, [*wanted, FINITE], states)
     for state in states:
         _add_scatter(behind, state, _rows(state), slots)
     nodes = [*before, *graph.node, *behind.nodes]
@@ -196,14 +198,22 @@ def _add_flags(graph: _Nodes, states: tuple[State, ...]) -> None:
     graph.add("Identity", [total], FINITE)
 
 
-def _add_slots_after(graph: _Nodes, names: list[str], states: tuple[State, ...]) -> str:
+def _add_written(graph: _Nodes, dump: int, fresh: int) -> str:
+    """The slots that are written: `dump` instead of `fresh`."""
+    value = graph.add("Equal", [SLOTS, graph.constant("fresh", fresh)], f"{_PREFIX}is_fresh")
+    value = graph.add("Cast", [value], f"{_PREFIX}fresh_number", to=TensorProto.INT64)
+    value = graph.add("Mul", [value, graph.constant("back", fresh - dump)], f"{_PREFIX}moved")
+    return graph.add("Sub", [SLOTS, value], f"{_PREFIX}written")
+
+
+def _add_slots_after(graph: _Nodes, slots: str, names: list[str], states: tuple[State, ...]) -> str:
     """The slots again, in a tensor that is there only once all of `names` and all new states are.
 
     Nothing is added to them, but that nothing is made of the tensors' sizes; and they are given the number of
     each state's rows as their shape, which fails where that is another number. So nothing is written before
     all that is to be written has its shape.
     """
-    nothing, total = graph.constant("nothing", 0), SLOTS
+    nothing, total = graph.constant("nothing", 0), slots
     for number, name in enumerate(names):
         own = f"{_PREFIX}after.{number}"
         value = graph.add("Size", [name], f"{own}.size")

@@ -27,11 +27,13 @@ class GraphPool(StatePool):
     batch, so newcomers share one run; and so do those who are read after one, if they are expected."""
 
     reads_together = True
+    spares = 2  # padding is read from the slot behind the dump slot, which is never written: it begins anew
 
     def __init__(
         self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0, *, provider: str, where: str
     ) -> None:
         super().__init__(states, max_sequences, max_bytes)
+        self.fresh = self.dump + 1
         self._device = "cuda" if provider == CUDA else "cpu"
         self._waiting: dict[int, tuple[Array, ...]] = {}  # by slot: its values, state by state
         self._expected: dict[int, tuple[bytes, ...]] = {}  # by slot: its values since the last run
@@ -45,10 +47,10 @@ class GraphPool(StatePool):
         self._where = f"{where}: its pool"
         self._writer = session(pool_writer(states), self._where, provider, 1)
         self._reader = session(pool_reader(states), self._where, provider, 1)
-        self.reset(self.dump)
+        self.reset(self.fresh)
 
     def _buffer(self, state: State) -> Buffer:
-        values = np.zeros(layout(state, self.capacity + 1), state.dtype)
+        values = np.zeros(layout(state, self.capacity + self.spares), state.dtype)
         return onnxruntime.OrtValue.ortvalue_from_numpy(values, self._device)
 
     def bind(self, binding: Any) -> None:
@@ -87,10 +89,11 @@ class GraphPool(StatePool):
         )
 
     def reset(self, slot: int) -> None:
-        self._waiting[slot] = tuple(self._initial)
+        if slot != self.dump:  # from which nobody reads
+            self._waiting[slot] = tuple(self._initial)
 
     def gather(self, slots: Slots) -> dict[str, Array]:
-        return {SLOTS: slots.astype(np.int64, copy=False)}
+        return {SLOTS: np.where(slots == self.dump, self.fresh, slots)}
 
     def scatter(self, slots: Slots, values: list[Array]) -> None:
         """The run did."""
@@ -129,7 +132,8 @@ class GraphRunner:
         """`plain` has the same model, and checked it."""
         self.manifest, self.where = plain.manifest, plain.where
         states, provider = plain.manifest.states, plain.provider
-        extended = extend(model, plain.manifest)
+        dump, _ = GraphPool.room(states, max_sequences, max_bytes)
+        extended = extend(model, plain.manifest, dump=dump, fresh=dump + 1)
         self.pool = GraphPool(states, max_sequences, max_bytes, provider=provider, where=plain.where)
         try:
             tf32 = plain.manifest.precision == "tf32"

@@ -27,24 +27,34 @@ class StatePool(ABC):
     Raises (when built): ModelInvalid if the bytes do not hold one sequence.
     """
 
+    spares = 1  # slots for padding
+
     def __init__(self, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0) -> None:
-        capacity, self._setting = max_sequences, "--max-sequences"
+        capacity, self._setting = self.room(states, max_sequences, max_bytes)
         slot_bytes = sum(s.slot_bytes for s in states)
-        affordable = max_bytes // slot_bytes - 1 if slot_bytes and max_bytes else capacity
-        if affordable < 1 <= capacity:
-            raise ModelInvalid(
-                f"a sequence takes {slot_bytes} bytes of state, and one more slot is for padding; "
-                f"--max-state-bytes is {max_bytes}, give it {2 * slot_bytes} at least"
-            )
-        if affordable < capacity:
-            capacity, self._setting = affordable, "--max-state-bytes"
         self.capacity = capacity
         self.dump = capacity
-        self.nbytes = slot_bytes * (capacity + 1)  # once every slot was used
+        self.nbytes = slot_bytes * (capacity + self.spares)  # once every slot was used
         self._states = states
         self._initial = [initial(s) for s in states]
         self._free = list(range(capacity - 1, -1, -1))
         self._holders: dict[int, str] = {}  # slot -> sequence id
+
+    @classmethod
+    def room(cls, states: tuple[State, ...], max_sequences: int, max_bytes: int = 0) -> tuple[int, str]:
+        """Slots for sequences, and the setting that bounds them. Raises: ModelInvalid, if there is none."""
+        slot_bytes = sum(s.slot_bytes for s in states)
+        if not slot_bytes or not max_bytes:
+            return max_sequences, "--max-sequences"
+        affordable = max_bytes // slot_bytes - cls.spares
+        if affordable < 1 <= max_sequences:
+            raise ModelInvalid(
+                f"a sequence takes {slot_bytes} bytes of state, and padding {cls.spares * slot_bytes}; "
+                f"--max-state-bytes is {max_bytes}, give it {(1 + cls.spares) * slot_bytes} at least"
+            )
+        if affordable < max_sequences:
+            return affordable, "--max-state-bytes"
+        return max_sequences, "--max-sequences"
 
     @property
     def used(self) -> int:

@@ -49,7 +49,7 @@ def test_states_are_where_they_were_asked_for(
 def test_a_budget_of_bytes_bounds_the_graphs_pool(tmp_path: Path) -> None:
     runner = open_runner(folder(tmp_path, "accumulator").read(), GRAPH, max_sequences=10, max_bytes=12)
     assert runner.pool is not None
-    assert (runner.pool.capacity, runner.pool.nbytes) == (2, 12)
+    assert (runner.pool.capacity, runner.pool.nbytes) == (1, 12)
 
 
 def test_a_graph_that_cannot_keep_its_states_is_fed_them_and_the_log_says_why(

@@ -158,7 +158,7 @@ def test_a_full_pool_names_the_setting_that_binds(max_sequences: int, slots_paid
 
 def test_a_budget_below_one_sequence_says_what_is_needed() -> None:
     text = (
-        f"a sequence takes {SLOT_BYTES} bytes of state, and one more slot is for padding; "
+        f"a sequence takes {SLOT_BYTES} bytes of state, and padding 64; "
         f"--max-state-bytes is {2 * SLOT_BYTES - 1}, give it {2 * SLOT_BYTES} at least"
     )
     with pytest.raises(ModelInvalid, match=f"^{text}$"):

@@ -83,12 +83,12 @@ Reads one handwritten digit: 28 x 28 pixels, light ink on dark paper, the digit 
 pixels high, as in MNIST. For demonstrations and tests of image batches. Trained on digits by American writers
 around 1990; elsewhere people write 1 and 7 in other ways.
 
-Of the 5,000 validation images it reads 99.6 % as they are, 99.5 % with half the ink, 99.4 % moved 4 pixels
-to the side, 99.1 % at 70 % of their size and 96.7 % turned by 30 degrees. It has no answer for "no digit",
+Of the 5,000 validation images it reads 99.7 % as they are, 99.5 % with half the ink, 99.4 % moved 4 pixels
+to the side, 99.0 % at 70 % of their size and 96.4 % turned by 30 degrees. It has no answer for "no digit",
 and is as sure of itself as ever where it knows nothing: a blank image is called a digit with a probability of
-97 %; dark ink on light paper, which must be inverted first, is read right in 9 % of all cases and
-believed with 67 % on average; and of images under noise (a standard deviation of 0.3 of full ink) 18 %
-are read right, believed with 86 %.
+98 %; dark ink on light paper, which must be inverted first, is read right in 10 % of all cases and
+believed with 72 % on average; and of images under noise (a standard deviation of 0.3 of full ink) 18 %
+are read right, believed with 88 %.
 """
 
     def network(self) -> nn.Module:

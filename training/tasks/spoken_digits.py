@@ -36,10 +36,9 @@ that speaker, with voices, rooms and microphones varied more, tested on all 500 
 It depends on the voice.
 
 Of 300 rows of five validation recordings with half a second between them, the answer was right in the
-pause after the last one in 100 %, and 3 seconds later still in 99 %. White noise: at -60 dB of full scale the
-same; at -50 dB 92 %, and 79 % after 3 seconds; words at -20 dB (root mean square) over noise at -40 dB 57 %.
-Words at -50 dB 91 %, at -60 dB, too quiet, 27 %. States are bounded; a stream may run for as long as it
-likes.
+pause after the last one in 99.7 %, and 3 seconds later still. White noise: at -60 dB of full scale 99 %; at
+-50 dB 86 %, and 66 % after 3 seconds; words at -20 dB (root mean square) over noise at -40 dB 46 %. Words at
+-50 dB 94 %, at -60 dB, too quiet, 28 %. States are bounded; a stream may run for as long as it likes.
 """
 
     def variants(self) -> Mapping[str, Task]:

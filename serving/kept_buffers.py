@@ -97,9 +97,7 @@ class BufferSet:
         self._made_there = {node.name for node, place in results if place.name == memory.place}
         self._names = names
         self._inputs: list[tuple[str, Array]] = []
-        self._sent: list[
-            tuple[Array, int]
-        ] = []  # of the inputs, with the addresses where the device has them
+        self._sent: list[tuple[Array, int]] = []  # of the inputs; and where the device has them
         self._results: list[Array] = []  # as the outputs stand; empty: another run has to show their shapes
         self._fetched: list[tuple[int, Array]] = []  # of the results
         self._shapes: list[tuple[int, ...]] = []  # of the outputs, when they were last found
@@ -108,9 +106,7 @@ class BufferSet:
         self._options = onnxruntime.RunOptions()
         # It would wait for its stream, in which the copies back are still to be queued.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        self._options.add_run_config_entry(
-            "gpu_graph_id", "-1"
-        )  # none; asking for what is not said costs more
+        self._options.add_run_config_entry("gpu_graph_id", "-1")  # none: asking in vain costs more
         self._let_outputs_come()  # they stand in front of all other outputs that are bound
 
     def add_input(self, name: str, like: Array) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -557,8 +558,9 @@ def test_a_full_pool_refuses_at_once(toy_repository: Path, transport: str) -> No
         assert total(oip, step(2, 1, start=True, end=True)) == [1]
 
 
-def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, transport: str) -> None:
-    """The same id again at once, where all slots are taken: the one that ends has to be answered first."""
+@contextmanager
+def one_slot(toy_repository: Path, transport: str) -> Iterator[tuple[Server, Gate, InferStream]]:
+    """A server with room for one sequence, whose runs wait, and a stream."""
     settings: dict[str, Any] = {"max_sequences": 1, "resume_reserve": 0.0}
     with (
         serving(toy_repository, transport=transport, **settings) as server,
@@ -566,6 +568,18 @@ def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, tran
         Gate(engine_of(server, "accumulator")) as gate,
         InferStream(channel) as stream,
     ):
+        yield server, gate, stream
+
+
+def assert_nothing_is_left_but_the_end(server: Server, stream: InferStream) -> None:
+    stream.half_close()
+    assert list(stream.rest()) == []
+    assert_nothing_is_left(server)
+
+
+def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, transport: str) -> None:
+    """The same id again at once, where all slots are taken: the one that ends has to be answered first."""
+    with one_slot(toy_repository, transport) as (server, gate, stream):
         stream.send(step(7, 1, start=True, end=True))
         stream.send(step(7, 10, start=True), step(7, 5), step(7, 5, end=True))
         stream.send(step(7, 100, start=True, end=True))
@@ -573,9 +587,7 @@ def test_what_begins_behind_an_end_waits_for_its_slot(toy_repository: Path, tran
         gate.open()
         assert stream.totals(5) == [[1], [10], [15], [20], [100]]
         assert "START flag" in stream.next().error_message
-        stream.half_close()
-        assert list(stream.rest()) == []
-        assert_nothing_is_left(server)
+        assert_nothing_is_left_but_the_end(server, stream)
 
 
 def wait_until_taken(server: Server, stream: InferStream) -> None:
@@ -588,13 +600,7 @@ def wait_until_taken(server: Server, stream: InferStream) -> None:
 
 
 def test_what_begins_anew_while_it_waits_for_a_slot_waits_on(toy_repository: Path, transport: str) -> None:
-    settings: dict[str, Any] = {"max_sequences": 1, "resume_reserve": 0.0}
-    with (
-        serving(toy_repository, transport=transport, **settings) as server,
-        connect(server.port) as channel,
-        Gate(engine_of(server, "accumulator")) as gate,
-        InferStream(channel) as stream,
-    ):
+    with one_slot(toy_repository, transport) as (server, gate, stream):
         stream.send(step(7, 1, start=True), step(7, 1, end=True), step(7, 10, start=True))
         stream.send(step(7, 100, start=True, end=True))
         wait_until_taken(server, stream)
@@ -603,9 +609,7 @@ def test_what_begins_anew_while_it_waits_for_a_slot_waits_on(toy_repository: Pat
         assert "began anew" in stream.next().error_message
         assert stream.totals(1) == [[100]]
         assert "START flag" in stream.next().error_message
-        stream.half_close()
-        assert list(stream.rest()) == []
-        assert_nothing_is_left(server)
+        assert_nothing_is_left_but_the_end(server, stream)
 
 
 def test_a_text_of_which_nothing_is_left_at_its_end_is_answered_empty(oip: Any) -> None:

@@ -29,7 +29,7 @@ from tenuto.serving.callers import Callers
 from tenuto.serving.catalogue import Catalogue, Served
 from tenuto.serving.connection import Connection
 from tenuto.serving.engine import Engine
-from tenuto.serving.http_call import HttpCall, Limits
+from tenuto.serving.http_call import Limits
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import ModelRunner, flush_denormals
@@ -38,6 +38,7 @@ from tenuto.serving.oip.sequences import Sequences
 from tenuto.serving.oip.shared_memory import Regions
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.reply import OutputWriter
+from tenuto.serving.routed_call import RoutedCall
 from tenuto.serving.stream import StreamLimits, Streams
 from tenuto.serving.tensor import Reader
 from tenuto.v1 import tenuto_pb2 as pb
@@ -67,10 +68,10 @@ class Loop:
     """The reading thread, which is this one: it writes when an engine's batch is done."""
 
     def __init__(self) -> None:
-        self.submitted: list[HttpCall] = []
+        self.submitted: list[RoutedCall] = []
         self.errands: list[Callable[[], object]] = []
 
-    def submit(self, call: HttpCall) -> None:
+    def submit(self, call: RoutedCall) -> None:
         self.submitted.append(call)
 
     def soon(self, what: Callable[[], object]) -> None:
@@ -146,7 +147,7 @@ class Turning(Protocol):
     session: Session
     speech: Speech
 
-    def open(self, call: HttpCall) -> Listener: ...
+    def open(self, call: RoutedCall) -> Listener: ...
 
     def turn(self) -> None:
         """Runs what waits, and has the replies written."""
@@ -172,7 +173,7 @@ class Ours:
         self.open = self._opener(catalogue, pending)
         self._engine = engine
 
-    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[HttpCall], Listener]:
+    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[RoutedCall], Listener]:
         return Streams(catalogue, pending, ServerMetrics(""), StreamLimits(4, 0.0), _no_tokens).open
 
     def turn(self) -> None:
@@ -185,7 +186,7 @@ class OursByOip(Ours):
 
     speech: Speech = OpenInference()
 
-    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[HttpCall], Listener]:
+    def _opener(self, catalogue: Catalogue, pending: PendingBytes) -> Callable[[RoutedCall], Listener]:
         shared = Shared(
             catalogue=catalogue,
             sequences=Sequences(0.0, pending),
@@ -208,7 +209,7 @@ class Least:
         self.session = Session(self._engine.session.run)
         self._engine.session, self._engine.flush = self.session, flush
 
-    def open(self, call: HttpCall) -> Listener:
+    def open(self, call: RoutedCall) -> Listener:
         return least_engine.Stream(call, self._engine)
 
     def turn(self) -> None:

@@ -13,16 +13,17 @@ import base64
 import binascii
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import hpack
 
 from . import frame as http
 from .frame import ProtocolError, check, frame
-from .http_call import WINDOW, Headers, HttpCall, Limits, Partial, Route
-from .http_call import Loop as CallLoop
+from .http_call import WINDOW, Headers, HttpCall, Limits, Partial
 from .outflow import Outflow, Wire
+from .routed_call import Loop as CallLoop
+from .routed_call import Route
 
 _WINDOW_OF_ALL = 1 << 30  # of a connection: its calls' own windows are the bound
 _MOST_HEADERS = 64 << 10  # bytes of a header block, as it comes and as it is
@@ -320,11 +321,11 @@ class Connection:
 
     # What goes out. Any thread.
 
-    def write(self, calls: Iterable[HttpCall] = ()) -> None:
+    def write(self, calls: Iterable[Any] = ()) -> None:
         """Sends what these calls have, as far as windows and the socket allow, and what waited before."""
         self._outflow.write(calls)
 
-    def abandon(self, call: HttpCall, code: int) -> None:
+    def abandon(self, call: HttpCall, code: int = http.CANCEL) -> None:
         """Resets a call's stream."""
         self._outflow.drop(call, http.reset(call.number, code))
         self._loop.soon(self.write)

@@ -15,10 +15,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from .connection import Connection
 from .frame import ProtocolError
-from .http_call import HttpCall, Limits, Partial, Route
+from .http_call import Limits, Partial
+from .routed_call import Route, RoutedCall
 from .tls import Tls, TlsWire
 
 log = logging.getLogger("tenuto.transport")
@@ -127,8 +129,8 @@ class Http2Server:
         if not self._awake and threading.get_ident() != self._thread.ident:
             self._wake()
 
-    def submit(self, call: HttpCall) -> None:
-        held: list[HttpCall] | None = getattr(self._own, "calls", None)
+    def submit(self, call: RoutedCall) -> None:
+        held: list[RoutedCall] | None = getattr(self._own, "calls", None)
         if held is None:
             call.connection.write((call,))
         else:
@@ -140,7 +142,7 @@ class Http2Server:
         An engine does not go on before its replies are on their way: what their clients send next then shares
         a batch. Nothing here waits for a client, slow or not.
         """
-        calls: list[HttpCall] = getattr(self._own, "calls", [])
+        calls: list[RoutedCall] = getattr(self._own, "calls", [])
         self._own.calls = []
         if len(calls) == 1:
             calls[0].connection.write(calls)
@@ -206,8 +208,8 @@ class Http2Server:
             return 0.0
         return max(0.0, self._look_at - time.monotonic())
 
-    def _write(self, calls: list[HttpCall], done: threading.Lock | None = None) -> None:
-        of: dict[Connection, list[HttpCall]] = {}
+    def _write(self, calls: list[RoutedCall], done: threading.Lock | None = None) -> None:
+        of: dict[Any, list[RoutedCall]] = {}  # by connection
         for call in calls:
             own = of.get(call.connection)
             if own is None:

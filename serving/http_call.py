@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
-
-import grpc
+from typing import Protocol
 
 from . import frame as http
-from .call import GONE, Listener, Metadata, Outbox
 from .errors import DeadlinePassed, PoolFull, TenutoError, TooLarge
 from .frame import ProtocolError
 from .inflate import Inflater
+from .routed_call import Loop, RoutedCall
 from .status import code_of, metadata_of
-
-log = logging.getLogger("tenuto.transport")
 
 WINDOW = 128 << 10  # bytes that a client may send on a call before they are read
 # A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
 _UNTAKEN_SECONDS = 60.0
 
 Headers = tuple[tuple[str, str | bytes], ...]
-Route = Callable[["HttpCall"], Listener]  # opens a call: who listens to it
-
-
-class Loop(Protocol):
-    """The thread that reads."""
-
-    def soon(self, what: Callable[[], object]) -> None:
-        """Has it done on that thread. Any thread."""
-
-    def submit(self, call: HttpCall) -> None:
-        """Has what it sends written, now or with this thread's next flush. Any thread."""
 
 
 class Owner(Protocol):
@@ -43,7 +26,7 @@ class Owner(Protocol):
 
     peer: str
 
-    def abandon(self, call: HttpCall, code: int) -> None:
+    def abandon(self, call: HttpCall, code: int = http.CANCEL) -> None:
         """Resets its stream. Any thread."""
 
     def control(self, frames: bytes) -> None:
@@ -70,14 +53,12 @@ class Partial:
         self.bytes = 0
 
 
-class HttpCall:
-    """A gRPC call. Implements call.Call; what is underlined belongs to its connection."""
+class HttpCall(RoutedCall):
+    """Cuts DATA into messages. What is underlined belongs to its connection as well."""
 
     __slots__ = (
-        "__weakref__", "_all_partial", "_allowed", "_connection", "_counted", "_due", "_ended", "_gone",
-        "_held", "_inflater", "_limits", "_listener", "_loop", "_outbox", "_parked", "_partial", "_paused",
-        "_rest", "_spent", "_started", "_untaken_since", "_window", "closed", "deadline",
-        "initial_metadata", "metadata", "number", "path",
+        "_all_partial", "_allowed", "_counted", "_inflater", "_limits", "_parked", "_partial", "_rest",
+        "_spent", "_untaken_since", "_window",
     )  # fmt: skip
 
     def __init__(
@@ -91,15 +72,9 @@ class HttpCall:
         loop: Loop,
     ) -> None:
         fields = dict(headers)
-        self.number = number  # of the stream
-        self.path = str(fields.get(":path", ""))
+        super().__init__(connection, number, str(fields.get(":path", "")), loop, limits.outbox_bytes)
         self.metadata = tuple((k, v) for k, v in headers if not k.startswith(":"))
-        self.initial_metadata: Metadata = ()  # goes out with the first message
-        self.closed: Callable[[], None] | None = None  # called once the call is over, behind its listener
-        self._connection = connection
-        self._loop = loop
         self._limits = limits
-        self._listener: Listener = GONE
         seconds = _timeout_seconds(str(fields.get("grpc-timeout", "")))
         self.deadline = time.monotonic() + seconds
         self._inflater = Inflater.of(str(fields.get("grpc-encoding", "identity")))
@@ -110,87 +85,16 @@ class HttpCall:
         self._parked = 0  # bytes in it that came while reading paused
         self._counted = 0  # bytes of it that are in the count of all
         self._all_partial = partial
-        self._held = False  # reading pauses: the outbox is full
-        self._paused = False  # reading pauses: the listener wants it
-        self._ended = False  # the client sends no more
-        self._gone = False  # it is over, and its listener knows
         # What goes out; guarded by the outbox's lock or the connection's.
-        self._outbox = Outbox(limits.outbox_bytes)
-        self._due = False  # a write is asked for, or under way
         self._window = window  # bytes that the client takes
-        self._started = False  # the response's headers are out
         self._rest: memoryview | None = None  # of a message that did not go out whole
         self._untaken_since = 0.0  # since when its ending waits for the client; 0: it does not
-
-    # Any thread.
-
-    def send(self, message: bytes) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over or box.ending is not None:
-                return
-            box.put(message)
-            if self._due:
-                return
-            self._due = True
-        self._loop.submit(self)
-
-    def finish(
-        self, code: grpc.StatusCode = grpc.StatusCode.OK, details: str = "", metadata: Metadata = ()
-    ) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over or box.ending is not None:
-                return
-            box.ending = (code, details, metadata)
-            if self._due:
-                return
-            self._due = True
-        self._loop.submit(self)
-
-    def cancel(self) -> None:
-        box = self._outbox
-        with box.lock:
-            if box.over:
-                return
-            box.close()
-        self._connection.abandon(self, http.CANCEL)
-        self._loop.soon(self.terminated)
-
-    def suggest_leaving(self) -> None:
-        self._loop.soon(self._connection.leave)
-
-    @property
-    def backed_up(self) -> bool:
-        return self._outbox.full
-
-    def peer(self) -> str:
-        return self._connection.peer
-
-    @property
-    def connection(self) -> Any:
-        return self._connection
-
-    @property
-    def seconds_left(self) -> float:
-        """Until the deadline that the client has set; infinity without one."""
-        return max(0.0, self.deadline - time.monotonic())
 
     # The reading thread.
 
     def shrink(self, message_bytes: int) -> None:
         """Its messages may have no more than that."""
         self._limits = replace(self._limits, message_bytes=min(message_bytes, self._limits.message_bytes))
-
-    def open(self, route: Route) -> None:
-        """Finds its listener."""
-        try:
-            self._listener = route(self)
-        except Exception:
-            log.exception("a call could not be opened")
-            self.finish(grpc.StatusCode.UNKNOWN, "an error inside the server; its log says more")
-        if self._outbox.ending is not None:
-            self.metadata = ()  # it was refused, and may wait for its client for a while
 
     def look(self, now: float) -> None:
         """Ends it if its deadline has passed, or if its client does not take its ending."""
@@ -243,12 +147,6 @@ class HttpCall:
         self._allowed -= size
         self._spent += size
 
-    def end(self) -> None:
-        """The client sends no more."""
-        self._ended = True
-        if not self._held and not self._paused:
-            self._half_close()
-
     def read_on(self) -> None:
         """Looks again whether reading may go on."""
         if self._gone or not (self._held or self._paused or self._parked):
@@ -263,23 +161,9 @@ class HttpCall:
         if self._ended and not self._held and not self._paused:
             self._half_close()
 
-    def terminated(self) -> None:
-        """The call is over, in whatever way."""
-        if self._gone:
-            return
-        self._gone = True
-        with self._outbox.lock:
-            self._outbox.close()
-        listener, self._listener = self._listener, GONE  # or each would keep the other alive
+    def _forget(self) -> None:
         self._partial.clear()
         self._count()
-        try:
-            listener.terminated()
-        except Exception:
-            log.exception("the end of a call met a bug")
-        finally:
-            if self.closed is not None:
-                self.closed()
 
     def _cut(self) -> None:
         """Hands on the messages that are whole."""
@@ -320,38 +204,11 @@ class HttpCall:
                 "(--max-message-bytes); send smaller ones"
             )
 
-    def _hand_on(self, message: bytes) -> None:
-        try:
-            self._listener.received(message)
-            self._holds()
-        except Exception:
-            log.exception("a message met a bug; its stream is cancelled")
-            self._paused = True  # nothing more is handed on, or granted
-            self.cancel()
-
     def _half_close(self) -> None:
-        try:
-            if self._partial:  # it ended within a message
-                self.cancel()
-            else:
-                self._listener.half_closed()
-        except Exception:
-            log.exception("a message met a bug; its stream is cancelled")
+        if self._partial:  # it ended within a message
             self.cancel()
-
-    def _holds(self) -> bool:
-        """Whether reading pauses here: the client does not take its replies, the call ends, or the process
-        holds too much."""
-        box = self._outbox
-        if box.full:
-            with box.lock:
-                self._held = box.full
-        if not self._held and (box.over or box.ending is not None or self._listener.wait(self._resume)):
-            self._paused = True
-        return self._held or self._paused
-
-    def _resume(self) -> None:
-        self._loop.soon(self.read_on)
+        else:
+            super()._half_close()
 
     def _grant(self) -> None:
         """Lets the client send as much again as was taken, once that is worth a frame. While reading pauses,

@@ -17,8 +17,8 @@ import grpc
 
 from .call import GONE, Listener
 from .errors import PoolFull
-from .http_call import HttpCall
 from .pending import PendingBytes
+from .routed_call import RoutedCall
 from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.transport")
@@ -57,7 +57,7 @@ class Methods:
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
         """The same handlers under another name; the generic ones are enough."""
 
-    def open(self, call: HttpCall) -> Listener:
+    def open(self, call: RoutedCall) -> Listener:
         """Finds the method that a call names. Unknown, or one call too many: it is finished at once."""
         details = _Details(call.path, call.metadata)
         for generic in self._handlers:
@@ -69,7 +69,7 @@ class Methods:
             return GONE
         return PooledMethod(call, handler, self)
 
-    def take_place(self, call: HttpCall, talks: bool = False, watches: bool = False) -> bool:
+    def take_place(self, call: RoutedCall, talks: bool = False, watches: bool = False) -> bool:
         """For a call that has brought a request. If there is none it is finished."""
         places = self._places if call.path.startswith(self.own) else self._others
         if talks or watches:
@@ -101,7 +101,7 @@ class _Details(grpc.HandlerCallDetails):  # type: ignore[misc,unused-ignore]
 class PooledMethod:
     """One call of such a method. A Listener."""
 
-    def __init__(self, call: HttpCall, handler: Any, methods: Methods) -> None:
+    def __init__(self, call: RoutedCall, handler: Any, methods: Methods) -> None:
         self._call = call
         self._methods = methods
         self._handler = handler
@@ -233,7 +233,7 @@ class _Aborted(Exception):
 class Context(grpc.ServicerContext):  # type: ignore[misc,unused-ignore]
     """What a handler may ask and say of its call, as gRPC documents it."""
 
-    def __init__(self, call: HttpCall) -> None:
+    def __init__(self, call: RoutedCall) -> None:
         self._call = call
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] | None = []  # None: it is over

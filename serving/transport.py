@@ -16,8 +16,9 @@ import grpc
 from .call import GONE, Listener, Metadata, Opener
 from .errors import PoolFull, TenutoError
 from .http2 import Http2Server
-from .http_call import HttpCall, Limits
+from .http_call import Limits
 from .pooled_method import Methods
+from .routed_call import RoutedCall
 from .status import code_of, metadata_of
 from .thread_call import ThreadCall, answered
 from .tls import Tls
@@ -90,7 +91,7 @@ class Http2Transport(Methods):
         super().__init__(ThreadPoolExecutor(terms.threads, "grpc"), places.max_streams, most, own)
         self._check = terms.check
         self._streams = places
-        self._openers: dict[str, Callable[[HttpCall], Listener]] = {}
+        self._openers: dict[str, Callable[[RoutedCall], Listener]] = {}
         limits = Limits(terms.max_message_bytes, most, places.max_streams + _SPARE_CALLS)
         self._server = Http2Server(self._route, limits, terms.tls)
         self.bind = self._server.bind
@@ -100,7 +101,7 @@ class Http2Transport(Methods):
         self.defer = self._server.defer
 
     def listen(self, path: str, opener: Opener) -> None:
-        def open_or_refuse(call: HttpCall) -> Listener:
+        def open_or_refuse(call: RoutedCall) -> Listener:
             return opener(call) if self.take_place(call) else GONE
 
         self._openers[path] = open_or_refuse
@@ -108,7 +109,7 @@ class Http2Transport(Methods):
     def listen_to_streams(self, path: str, opener: Opener) -> None:
         self._openers[path] = lambda call: self._streams.open(call, opener)
 
-    def _route(self, call: HttpCall) -> Listener:
+    def _route(self, call: RoutedCall) -> Listener:
         """Nothing of a stranger's call is read, and it takes nobody's place."""
         if not call.path.startswith(self.own):
             call.shrink(_OTHERS_BYTES)
@@ -240,7 +241,7 @@ class StreamPlaces:
         self._outbox_bytes = outbox_bytes
         self._lock = threading.Lock()
 
-    def open(self, call: HttpCall, opener: Opener) -> Listener:
+    def open(self, call: RoutedCall, opener: Opener) -> Listener:
         """Opens a stream of our own server, or finishes it at once."""
         refusal = self._refusal()
         if refusal is not None:

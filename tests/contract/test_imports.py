@@ -12,9 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 # serving/, lowest first. A module imports from its own row and from those above it in this table.
 SERVING = [
-    ["errors", "metrics"],
+    ["call", "errors", "metrics"],
     [
-        "call",
         "callers",
         "child",
         "config",
@@ -30,6 +29,7 @@ SERVING = [
         "placement",
         "precision",
         "regular_file",
+        "routed_call",
         "sampling",
         "status",
         "text",

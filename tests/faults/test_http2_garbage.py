@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tenuto.serving import frame as http
 from tenuto.serving.call import Listener
 from tenuto.serving.frame import ProtocolError, frame
-from tenuto.serving.http_call import HttpCall, Limits
+from tenuto.serving.http_call import Limits
+from tenuto.serving.routed_call import RoutedCall
 from tests.unit.http2_peer import Client, Ears, answers_of, cut, data_frame, lasting, packed
 from tests.unit.http2_peer import settings as setting
 
@@ -39,7 +40,7 @@ class EchoClient(Client):
     def __init__(self) -> None:
         super().__init__(limits=Limits(message_bytes=2000, outbox_bytes=500), greet=False)
 
-    def listen(self, call: HttpCall) -> Ears:
+    def listen(self, call: RoutedCall) -> Ears:
         self.ears.append(Echo(call))
         return self.ears[-1]
 

@@ -17,7 +17,8 @@ import pytest
 from tenuto.serving import http2
 from tenuto.serving.connection import Connection
 from tenuto.serving.http2 import Http2Server
-from tenuto.serving.http_call import HttpCall, Limits
+from tenuto.serving.http_call import Limits
+from tenuto.serving.routed_call import RoutedCall
 
 from .wire import PATIENCE_SECONDS, connect
 
@@ -28,7 +29,7 @@ HUGE = bytes(4 << 20)  # more than flow control lets through to a client that do
 class Ears:
     """A listener that tells of its call and of its end."""
 
-    def __init__(self, call: HttpCall, opened: queue.SimpleQueue[Ears]) -> None:
+    def __init__(self, call: RoutedCall, opened: queue.SimpleQueue[Ears]) -> None:
         self.call = call
         self.over = threading.Event()
         opened.put(self)
@@ -92,7 +93,7 @@ def flushing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Flushing]:
     flushing = Flushing(Http2Server(lambda call: Ears(call, opened), Limits(1 << 20)), opened)
     own = Connection.write
 
-    def recorded(connection: Connection, calls: Iterable[HttpCall] = ()) -> None:
+    def recorded(connection: Connection, calls: Iterable[RoutedCall] = ()) -> None:
         calls = list(calls)
         if calls:
             flushing.writers.append((threading.current_thread().name, len(calls)))

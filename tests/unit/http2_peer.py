@@ -16,7 +16,8 @@ import pytest
 from tenuto.serving import frame as http
 from tenuto.serving.connection import Connection
 from tenuto.serving.frame import ProtocolError, frame
-from tenuto.serving.http_call import HttpCall, Limits
+from tenuto.serving.http_call import Limits
+from tenuto.serving.routed_call import RoutedCall
 
 Code = grpc.StatusCode
 LIMITS = Limits(message_bytes=1 << 20)
@@ -145,14 +146,14 @@ class FakeLoop:
 
     def __init__(self) -> None:
         self.errands: deque[Callable[[], object]] = deque()
-        self.calls: list[HttpCall] = []
+        self.calls: list[RoutedCall] = []
 
     def soon(self, what: Callable[[], object]) -> None:
         self.errands.append(what)
 
     def dirty(self, connection: Connection) -> None: ...
 
-    def submit(self, call: HttpCall) -> None:
+    def submit(self, call: RoutedCall) -> None:
         self.calls.append(call)
 
     def blocked(self, connection: Connection) -> None:
@@ -170,7 +171,7 @@ class FakeLoop:
 class Ears:
     """A listener that keeps what it hears: messages, "half-closed", "over"."""
 
-    def __init__(self, call: HttpCall) -> None:
+    def __init__(self, call: RoutedCall) -> None:
         self.call = call
         self.heard: list[bytes | str] = []
         self.pauses = False
@@ -214,7 +215,7 @@ class Client:
         if greet:
             self.say(http.PREFACE, settings())
 
-    def listen(self, call: HttpCall) -> Ears:
+    def listen(self, call: RoutedCall) -> Ears:
         self.ears.append(Ears(call))
         return self.ears[-1]
 

@@ -18,6 +18,7 @@ from tenuto.serving import frame as http
 from tenuto.serving.frame import ProtocolError, frame
 from tenuto.serving.http_call import WINDOW, HttpCall, Limits
 from tenuto.serving.outflow import MOST_UNSENT
+from tenuto.serving.routed_call import RoutedCall
 
 from .http2_peer import (
     LIMITS,
@@ -218,6 +219,7 @@ def test_what_comes_for_a_call_that_was_refused_is_not_kept(client: Client) -> N
     call = client.open(1).call
     call.finish(Code.NOT_FOUND, "not here")
     client.say(*(data_frame(1, piece) for piece in cut(packed(bytes(100_000)), [16_384])))
+    assert isinstance(call, HttpCall)
     assert call._partial == b""
 
 
@@ -708,7 +710,7 @@ def test_a_client_that_reads_no_refusal_does_not_pile_up_calls() -> None:
     """Each is over as soon as it is opened, and its end waits for the socket."""
     client = Client(limits=Limits(1000, calls=50))
 
-    def refuse(call: HttpCall) -> Ears:
+    def refuse(call: RoutedCall) -> Ears:
         call.finish(Code.UNIMPLEMENTED, "x" * 1000)
         return Ears(call)
 
@@ -995,7 +997,7 @@ def test_a_reply_with_a_bug_costs_its_own_call_alone(
 def test_a_call_that_cannot_be_opened_ends_without_saying_why(
     client: Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(_call: HttpCall) -> Ears:
+    def broken(_call: RoutedCall) -> Ears:
         raise ZeroDivisionError("a secret")
 
     client.connection._route = broken

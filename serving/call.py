@@ -75,7 +75,7 @@ GONE = _Gone()
 class Outbox:
     """What waits to be sent on one call, and what its ending will be. Guarded by its lock."""
 
-    __slots__ = ("bytes", "ending", "full", "limit_bytes", "lock", "messages", "over")
+    __slots__ = ("bytes", "ending", "full", "limit_bytes", "lock", "messages", "over", "taken")
 
     def __init__(self, limit_bytes: int) -> None:
         self.lock = threading.Lock()
@@ -85,6 +85,7 @@ class Outbox:
         self.full = False
         self.ending: tuple[grpc.StatusCode, str, Metadata] | None = None
         self.over = False
+        self.taken: Callable[[int], None] | None = None  # told the bytes of each message that is taken
 
     def put(self, message: bytes) -> None:
         self.messages.append(message)
@@ -108,4 +109,6 @@ class Outbox:
         message = self.messages.popleft()
         self.bytes -= len(message)
         self.full = self.bytes > self.limit_bytes
+        if self.taken is not None:
+            self.taken(len(message))
         return message

@@ -6,6 +6,7 @@ A setting is a flag of `tenuto serve` (`--max-sequences`) and an environment var
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from ipaddress import ip_address
 from pathlib import Path
@@ -162,6 +163,10 @@ class ServerConfig(BaseModel):
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),
     ] = "auto"
+    front_ends: Annotated[
+        int,
+        Field(ge=0, le=64, description="processes that receive for this one; 0: it receives by itself"),
+    ] = 0
     otlp_endpoint: Annotated[
         str,
         Field(description="URL for traces by OTLP over HTTP, http://host:4318/v1/traces say; empty: none"),
@@ -200,6 +205,15 @@ class ServerConfig(BaseModel):
             faults = [(str(e["loc"][0]), e) for e in error.errors()]
             lines = [f"{flag_of(n)} ({variable_of(n)}) is {e['input']!r}: {e['msg']}" for n, e in faults]
             raise ConfigInvalid("; ".join(lines)) from error
+
+    def check_front_ends(self) -> None:
+        """Raises: ConfigInvalid."""
+        if self.front_ends and self.transport == "threads":
+            raise ConfigInvalid("--front-ends belong to our own server: leave --transport threads out")
+        if self.front_ends and not hasattr(socket, "SO_REUSEPORT"):
+            raise ConfigInvalid(
+                "--front-ends share a port, which this system does not let them; leave it out"
+            )
 
     def check_encryption(self) -> None:
         """Whether TLS is whole, or its lack meant. Raises: ConfigInvalid."""

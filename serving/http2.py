@@ -43,6 +43,44 @@ _LINGER_SECONDS = 1.0
 _LONGEST_ERRAND_SECONDS = 1.0
 
 
+def bound(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+    """Sockets for all addresses of the host, on one port; `shared`: other processes may bind the same.
+
+    Raises: OSError.
+    """
+    sockets: list[socket.socket] = []
+    failed: OSError | None = None
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    for family, kind, protocol, _, address in dict.fromkeys(found):
+        try:
+            one = socket.socket(family, kind, protocol)
+            try:
+                port = _bind(one, (address[0], port, *address[2:]), shared)
+            except OSError:
+                one.close()
+                raise
+        except OSError as error:  # a name with an IPv6 address where there is no IPv6, say
+            failed = error
+        else:
+            sockets.append(one)
+    if not sockets or (failed is not None and failed.errno == errno.EADDRINUSE):
+        for one in sockets:
+            one.close()
+        raise failed or OSError(f"{host} has no address")
+    return sockets
+
+
+def _bind(one: socket.socket, address: tuple[object, ...], shared: bool) -> int:
+    """Returns the port."""
+    if one.family == socket.AF_INET6:
+        one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    one.bind(address)
+    return int(one.getsockname()[1])
+
+
 class Http2Server:
     """Serves gRPC calls on its addresses from `start` on. `route` opens a call, on the reading thread."""
 
@@ -71,36 +109,25 @@ class Http2Server:
         self._stopped = threading.Event()
         self._started = False
 
-    def bind(self, host: str, port: int) -> int:
-        """Listens there. Returns the port.
+    def bind(self, host: str, port: int, *, shared: bool = False) -> int:
+        """Listens there, `shared`: with others. Returns the port.
 
         Raises: OSError.
         """
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        failed: OSError | None = None
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            try:
-                port = self._listen(socket.socket(family, kind, protocol), (address[0], port, *address[2:]))
-            except OSError as error:  # a name with an IPv6 address where there is no IPv6, say
-                failed = error
-        if not self._listening or (failed is not None and failed.errno == errno.EADDRINUSE):
-            self._close_listening()
-            raise failed or OSError(f"{host} has no address")
-        return port
-
-    def _listen(self, listening: socket.socket, address: tuple[object, ...]) -> int:
+        self._listening = bound(host, port, shared=shared)
         try:
-            if listening.family == socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(address[0] != "::"))
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind(address)
-            listening.listen(_BACKLOG)
-            listening.setblocking(False)
+            for listening in self._listening:
+                listening.listen(_BACKLOG)
+                listening.setblocking(False)
         except OSError:
-            listening.close()
+            self._close_listening()
             raise
-        self._listening.append(listening)
-        return int(listening.getsockname()[1])
+        return int(self._listening[0].getsockname()[1])
+
+    @property
+    def stopped(self) -> threading.Event:
+        """Set at the end."""
+        return self._stopped
 
     def start(self) -> None:
         self._selector = selectors.DefaultSelector()
@@ -158,6 +185,18 @@ class Http2Server:
             return False
         self._deferred.append(wake)
         return True
+
+    def watch(self, watched: socket.socket, events: int, ready: Callable[[int], None]) -> None:
+        """Calls `ready` with the events, from now on. On the reading thread."""
+        if watched in self._selector.get_map():
+            self._selector.modify(watched, events, ready)
+        else:
+            self._selector.register(watched, events, ready)
+
+    def unwatch(self, watched: socket.socket) -> None:
+        """On the reading thread."""
+        with suppress(KeyError):
+            self._selector.unregister(watched)
 
     def blocked(self, connection: Connection) -> None:
         self.soon(lambda: self._watch(connection))
@@ -301,7 +340,7 @@ class Http2Server:
         if peer is not None:
             peer.watch()
 
-    def watch(self, peer: _Peer, events: int) -> None:
+    def watch_peer(self, peer: _Peer, events: int) -> None:
         self._selector.modify(peer.socket, events, peer.ready)
 
     def forget(self, peer: _Peer) -> None:
@@ -387,7 +426,7 @@ class _Peer:
         if not self.is_proven and not self._shake_hands():
             return
         if events & selectors.EVENT_WRITE:
-            self._server.watch(self, selectors.EVENT_READ)
+            self._server.watch_peer(self, selectors.EVENT_READ)
             self.connection.write_on()
         if not events & selectors.EVENT_READ:
             return
@@ -410,13 +449,13 @@ class _Peer:
         try:
             self._wire.handshake()
         except BlockingIOError:
-            self._server.watch(self, _READ | (_WRITE if self._wire.holds else 0))
+            self._server.watch_peer(self, _READ | (_WRITE if self._wire.holds else 0))
             return False
         except OSError as error:
             log.info("%s: the TLS handshake failed: %s", self.connection.peer, error)
             self._server.forget(self)
             return False
-        self._server.watch(self, _READ)
+        self._server.watch_peer(self, _READ)
         self.is_proven = True
         self._server.proven(self)
         return True
@@ -463,4 +502,4 @@ class _Peer:
 
     def watch(self) -> None:
         if self.connection.is_blocked:
-            self._server.watch(self, selectors.EVENT_READ | selectors.EVENT_WRITE)
+            self._server.watch_peer(self, selectors.EVENT_READ | selectors.EVENT_WRITE)

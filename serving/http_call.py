@@ -14,6 +14,8 @@ from .inflate import Inflater
 from .routed_call import Loop, RoutedCall
 from .status import code_of, metadata_of
 
+# Of a request to the methods that everybody may call: health, reflection.
+OTHERS_BYTES = 64 << 10
 WINDOW = 128 << 10  # bytes that a client may send on a call before they are read
 # A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
 _UNTAKEN_SECONDS = 60.0

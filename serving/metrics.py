@@ -141,6 +141,8 @@ class ServerMetrics:
     open_streams: Callable[[], int] = lambda: 0
     streams_refused: Callable[[], int] = lambda: 0
     unauthenticated: Callable[[], int] = lambda: 0
+    front_ends: Callable[[], int] = lambda: 0
+    front_ends_lost: Callable[[], int] = lambda: 0
     messages_refused: int = 0
     resumes_refused: Counter[str] = field(default_factory=Counter)  # by reason
     resumes_before: Counter[str] = field(default_factory=Counter)  # of versions unloaded; the rollout's
@@ -334,6 +336,12 @@ class TenutoCollector(Collector):
             "tenuto_calls_unauthenticated",
             "Calls without a token that is known.",
             s.unauthenticated(),
+        )
+        yield GaugeMetricFamily(
+            "tenuto_front_ends", "Processes that receive for this one and listen.", s.front_ends()
+        )
+        yield CounterMetricFamily(
+            "tenuto_front_ends_lost", "Such processes that died, and their connections.", s.front_ends_lost()
         )
         yield GaugeMetricFamily("tenuto_draining", "1 from the first stop signal on.", float(s.draining))
         yield self._resumes()

@@ -136,6 +136,15 @@ class RoutedCall:
         if not self._held and not self._paused:
             self._half_close()
 
+    def pause(self) -> Callable[[], None]:
+        """Nothing is handed on until what is returned is called, on any thread."""
+        self._paused = True
+        return self._resume
+
+    def watch_taken(self, taken: Callable[[int], None]) -> None:
+        """Has the bytes of each message told when it has left the outbox."""
+        self._outbox.taken = taken
+
     def read_on(self) -> None:
         """Looks again whether reading may go on."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ from .call import Call, Listener
 from .callers import Callers
 from .config import ServerConfig
 from .errors import PlatformError
+from .front_end import FrontSettings
 from .loader import Loader
 from .metrics import ServerMetrics
 from .metrics_port import MetricsPort
@@ -82,6 +83,7 @@ class Server:
             max_bytes=config.max_token_bytes if config.large_states == "refuse" else config.max_message_bytes,
         )
         self.provider = choose_provider(config.device)
+        config.check_front_ends()
         self._tls = _tls(config)
         self._callers = Callers(config.callers)
         self._traces = (
@@ -105,8 +107,13 @@ class Server:
                 max_pending_bytes=config.max_pending_bytes,
                 tls=self._tls,
                 check=self._callers.identify,
+                front=_front_settings(config),
             ),
         )
+        fronts = self._transport.front_ends
+        if fronts is not None:
+            self.metrics.front_ends = lambda: fronts.alive
+            self.metrics.front_ends_lost = lambda: fronts.lost
         self.metrics.open_streams = lambda: self._streams.open_streams
         self.metrics.streams_refused = lambda: self._streams.refused
         self.metrics.open_streams_limit = self._streams.max_streams
@@ -348,6 +355,22 @@ def _tls(config: ServerConfig) -> Tls | None:
     if config.tls_cert is None or config.tls_key is None:
         return None
     return Tls(TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca))
+
+
+def _front_settings(config: ServerConfig) -> FrontSettings | None:
+    """What front ends are told, if there are any."""
+    if not config.front_ends:
+        return None
+    files = (str(config.tls_cert), str(config.tls_key), str(config.tls_client_ca or ""))
+    return FrontSettings(
+        count=config.front_ends,
+        services=(SERVICE, oip.SERVICE),
+        max_message_bytes=config.max_message_bytes,
+        max_pending_bytes=config.max_pending_bytes,
+        tls=files if config.tls_cert else None,
+        log_format=config.log_format,
+        log_level=config.log_level,
+    )
 
 
 def _check_port(host: str, port: int) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import grpc
 
 from .call import GONE, Listener, Metadata, Opener
 from .errors import PoolFull, TenutoError
+from .front_end import FrontSettings
+from .front_ends import FrontEnds
 from .http2 import Http2Server
-from .http_call import Limits
+from .http_call import OTHERS_BYTES, Limits
 from .pooled_method import Methods
 from .routed_call import RoutedCall
 from .status import code_of, metadata_of
@@ -26,8 +28,6 @@ from .tls import Tls
 Mode = Literal["auto", "http2", "threads"]
 # Raises TenutoError for the metadata of a call that may not be.
 Check = Callable[[Callable[[], Metadata]], object]
-# Of a request to health or reflection, which everybody may call.
-_OTHERS_BYTES = 64 << 10
 # Calls of one connection beyond `max_streams`, for the other methods, and to be refused in words.
 _SPARE_CALLS = 1024
 # Streams on gRPC's server: each holds a thread of its pool and one more.
@@ -44,6 +44,8 @@ class Stopping(Protocol):
 
 class Transport(Protocol):
     """A gRPC server. Generated code registers its handlers here."""
+
+    front_ends: FrontEnds | None  # the processes that receive for it
 
     def add_generic_rpc_handlers(self, handlers: Iterable[Any]) -> None: ...
     def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None: ...
@@ -80,6 +82,7 @@ class Terms:
     max_pending_bytes: int
     tls: Tls | None = None
     check: Check = lambda _: None
+    front: FrontSettings | None = None  # what they are told; None: this process receives
 
 
 class Http2Transport(Methods):
@@ -93,12 +96,20 @@ class Http2Transport(Methods):
         self._streams = places
         self._openers: dict[str, Callable[[RoutedCall], Listener]] = {}
         limits = Limits(terms.max_message_bytes, most, places.max_streams + _SPARE_CALLS)
-        self._server = Http2Server(self._route, limits, terms.tls)
-        self.bind = self._server.bind
-        self.start = self._server.start
-        self.stop = self._server.stop
-        self.flush = self._server.flush
-        self.defer = self._server.defer
+        server = Http2Server(self._route, limits, terms.tls)
+        self.front_ends: FrontEnds | None = None
+        listens: Http2Server | FrontEnds = server
+        if terms.front is not None:
+            listens = self.front_ends = FrontEnds(
+                replace(terms.front, calls=limits.calls),
+                server,
+                self._route,
+            )
+        self.bind = listens.bind
+        self.start = listens.start
+        self.stop = listens.stop
+        self.flush = server.flush
+        self.defer = server.defer
 
     def listen(self, path: str, opener: Opener) -> None:
         def open_or_refuse(call: RoutedCall) -> Listener:
@@ -112,7 +123,7 @@ class Http2Transport(Methods):
     def _route(self, call: RoutedCall) -> Listener:
         """Nothing of a stranger's call is read, and it takes nobody's place."""
         if not call.path.startswith(self.own):
-            call.shrink(_OTHERS_BYTES)
+            call.shrink(OTHERS_BYTES)
             return self.open(call)
         try:
             self._check(lambda: call.metadata)
@@ -127,6 +138,7 @@ class ThreadTransport:
 
     def __init__(self, places: StreamPlaces, terms: Terms) -> None:
         """`terms.check` is the handlers' business here: they have the call's metadata, and gRPC its bytes."""
+        self.front_ends: FrontEnds | None = None
         self._tls = terms.tls
         self._streams = places
         most = places.max_streams

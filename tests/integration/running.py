@@ -22,7 +22,8 @@ from tenuto.serving.server import Server
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
-TRANSPORTS = ("http2", "threads")
+# Our own server, gRPC's, and our own with two front ends.
+TRANSPORTS = ("http2", "threads", "relayed")
 # A condition that does not come true within that fails the test. Nothing waits that long when all is well.
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.002
@@ -81,6 +82,8 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
         "pool": "graph" if settings.get("transport") == "threads" else "numpy",
         "buffers": "kept" if settings.get("transport") == "threads" else "fresh",
     }
+    if settings.get("transport") == "relayed":
+        settings |= {"transport": "http2", "front_ends": 2}
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:

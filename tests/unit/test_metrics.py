@@ -34,6 +34,8 @@ LABELS = {  # of every family; a new one is added here on purpose
     "tenuto_chunk_latency_seconds": MODEL,
     "tenuto_chunks": MODEL | {"outcome"},
     "tenuto_deadline_misses": MODEL,
+    "tenuto_front_ends": set(),
+    "tenuto_front_ends_lost": set(),
     "tenuto_generated_parts": MODEL,
     "tenuto_draining": set(),
     "tenuto_engine_busy_ratio": MODEL,

@@ -17,7 +17,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from selectors import EVENT_READ
 from statistics import median
 from typing import Any, Protocol
 
@@ -30,6 +32,7 @@ from tenuto.serving.catalogue import Catalogue, Served
 from tenuto.serving.connection import Connection
 from tenuto.serving.engine import Engine
 from tenuto.serving.http_call import Limits
+from tenuto.serving.link import COUNT, Kind, Link
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import ModelRunner, flush_denormals
@@ -37,6 +40,7 @@ from tenuto.serving.oip.inference import Inferences, Shared
 from tenuto.serving.oip.sequences import Sequences
 from tenuto.serving.oip.shared_memory import Regions
 from tenuto.serving.pending import PendingBytes
+from tenuto.serving.relayed_call import TELL_TAKEN, Relay
 from tenuto.serving.reply import OutputWriter
 from tenuto.serving.routed_call import RoutedCall
 from tenuto.serving.stream import StreamLimits, Streams
@@ -50,6 +54,7 @@ from .tracks import Chunk, Tracks
 MESSAGE_BYTES, PENDING_BYTES, SEQUENCES = 4 << 20, 1 << 28, 1024
 WINDOW = (1 << 31) - 1
 ROUNDS = 400
+TOLD_ROUNDS = 200  # after which a front end says that 32 KiB of replies were taken
 WARM_ROUNDS = 100  # their chunks are not counted: the first of a sequence are parsed
 
 
@@ -81,9 +86,41 @@ class Loop:
 
     def blocked(self, _: Connection) -> None: ...
 
-    def flush(self, connection: Connection) -> None:
+    def flush(self, connection: Connection | Relay) -> None:
         submitted, self.submitted = self.submitted, []
         connection.write(submitted)
+
+    def defer(self, what: Callable[[], None]) -> bool:
+        self.errands.append(what)
+        return True
+
+    def watch(self, _: object, __: int, ready: Callable[[int], None]) -> None:
+        self.ready = ready
+
+    def unwatch(self, _: object) -> None: ...
+
+    def run_errands(self) -> None:
+        while self.errands:
+            self.errands.pop(0)()
+
+
+class Packets:
+    """A link's socket: it takes everything, and gives what was put into it."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.given: list[bytes] = []
+
+    def setblocking(self, _: bool) -> None: ...
+
+    def send(self, packet: bytes) -> int:
+        self.taken.append(packet)
+        return len(packet)
+
+    def recv(self, _: int) -> bytes:
+        if not self.given:
+            raise BlockingIOError
+        return self.given.pop(0)
 
 
 class Session:
@@ -257,21 +294,73 @@ class Harness:
             Chunk((frames, model.INPUTS), bytes(4 * frames * model.INPUTS)),
             self._engine.speech.chunk,
         )
-        came = b"".join([_data(number, say(number, self._step, samples)) for number in self._numbers])
+        came = self._as_it_comes({number: say(number, self._step, samples) for number in self._numbers})
         session, began = self._engine.session, time.perf_counter()
-        self._connection.receive(came)
+        self._receive(came)
         read, before = time.perf_counter(), session.seconds
         self._engine.turn()
         spent, runtime = time.perf_counter() - read, session.seconds - before
-        for errand in self._loop.errands:
-            errand()
-        self._loop.errands.clear()
+        self._loop.run_errands()
         us = 1e6 / len(self._numbers)
         return Cost(us * (read - began), us * (spent - runtime), us * runtime)
+
+    def _as_it_comes(self, messages: dict[int, bytes]) -> list[bytes]:
+        return [b"".join([_data(number, message) for number, message in messages.items()])]
+
+    def _receive(self, came: list[bytes]) -> None:
+        self._connection.receive(came[0])
+
+
+class BehindFrontEnd(Harness):
+    """The engine process's part where a front end receives: packets instead of HTTP/2's frames."""
+
+    def __init__(self, kind: Callable[[Path, Callable[[], None]], Turning], file: Path, streams: int) -> None:
+        self._loop = loop = Loop()
+        self._engine = kind(file, lambda: self._loop.flush(self._relay))
+        self._ours, self._theirs = Packets(), Packets()
+        self._relay = Relay(self._ours, loop, loop, self._engine.open, _no_word, _no_end)
+        self._front = Link(self._theirs, loop, _no_frame, _no_end)  # type: ignore[arg-type]
+        self._relay.begin()
+        loop.run_errands()
+        self._numbers = range(1, 2 * streams, 2)
+        self._step = 0
+        opening = json.dumps({"path": "/", "metadata": [], "peer": "", "seconds": None}).encode()
+        for number in self._numbers:
+            self._front.put(Kind.OPEN, number, opening)
+            for message in self._engine.speech.opening():
+                self._front.put(Kind.MESSAGE, number, message)
+        self._receive(self._packets())
+        self._engine.turn()
+        loop.run_errands()
+
+    def _as_it_comes(self, messages: dict[int, bytes]) -> list[bytes]:
+        for number, message in messages.items():
+            self._front.put(Kind.MESSAGE, number, message)
+            if self._step % TOLD_ROUNDS == 0:
+                self._front.put(Kind.TAKEN, number, COUNT.pack(TELL_TAKEN))
+        return self._packets()
+
+    def _packets(self) -> list[bytes]:
+        self._front.write()
+        packets, self._theirs.taken = self._theirs.taken, []
+        return packets
+
+    def _receive(self, came: list[bytes]) -> None:
+        self._ours.given = came
+        self._loop.ready(EVENT_READ)
 
 
 def _data(number: int, body: bytes) -> bytes:
     return http.frame(http.DATA, 0, number, http.PREFIX.pack(0, len(body)) + body)
+
+
+def _no_word(kind: int) -> None: ...
+
+
+def _no_frame(kind: int, call: int, body: bytes) -> None: ...
+
+
+def _no_end() -> None: ...
 
 
 def _no_tokens(*_: object) -> Any:
@@ -282,14 +371,17 @@ def _no_refusals(reason: str) -> None:
     raise RuntimeError(f"a request was refused: {reason}")
 
 
-KINDS: dict[str, Callable[[Path, Callable[[], None]], Turning]] = {
-    "tenuto": Ours, "tenuto, OIP": OursByOip, "least_engine": Least
-}  # fmt: skip
+HARNESSES: dict[str, Callable[[Path, int], Harness]] = {
+    "tenuto": partial(Harness, Ours),
+    "tenuto, front ends": partial(BehindFrontEnd, Ours),
+    "tenuto, OIP": partial(Harness, OursByOip),
+    "least_engine": partial(Harness, Least),
+}
 
 
 def measure(file: Path, streams: int, frames: int, rounds: int) -> dict[str, list[Cost]]:
     """What each round cost, by engine."""
-    harnesses = {name: Harness(kind, file, streams) for name, kind in KINDS.items()}
+    harnesses = {name: build(file, streams) for name, build in HARNESSES.items()}
     found: dict[str, list[Cost]] = {name: [] for name in harnesses}
     for number in range(WARM_ROUNDS + rounds):
         for name, harness in harnesses.items():

@@ -273,8 +273,8 @@ class Harness:
     def __init__(self, kind: Callable[[Path, Callable[[], None]], Turning], file: Path, streams: int) -> None:
         self._loop = Loop()
         self._engine = kind(file, lambda: self._loop.flush(self._connection))
-        self.wire = Wire()
-        self._connection = Connection(self.wire, "", Limits(MESSAGE_BYTES), self._engine.open, self._loop)
+        self._wire = Wire()
+        self._connection = Connection(self._wire, "", Limits(MESSAGE_BYTES), self._engine.open, self._loop)
         self._numbers = range(1, 2 * streams, 2)
         self._step = 0
         headers = [(":method", "POST"), (":path", "/"), ("content-type", "application/grpc")]
@@ -304,6 +304,11 @@ class Harness:
         us = 1e6 / len(self._numbers)
         return Cost(us * (read - began), us * (spent - runtime), us * runtime)
 
+    @property
+    def taken(self) -> int:
+        """Bytes that went out."""
+        return self._wire.taken
+
     def _as_it_comes(self, messages: dict[int, bytes]) -> list[bytes]:
         return [b"".join([_data(number, message) for number, message in messages.items()])]
 
@@ -332,6 +337,10 @@ class BehindFrontEnd(Harness):
         self._receive(self._packets())
         self._engine.turn()
         loop.run_errands()
+
+    @property
+    def taken(self) -> int:
+        return sum(map(len, self._ours.taken))
 
     def _as_it_comes(self, messages: dict[int, bytes]) -> list[bytes]:
         for number, message in messages.items():

@@ -21,7 +21,7 @@ from typing import Any
 from .call import Listener
 from .http2 import Http2Server
 from .http_call import OTHERS_BYTES, Limits
-from .link import COUNT, Kind, Link
+from .link import COUNT, Kind, Link, Loop
 from .log_format import formatter
 from .relayed_call import MOST_UNTAKEN, TELL_TAKEN, UNADMITTED, metadata_from, opening_of, status_from
 from .routed_call import RoutedCall
@@ -31,7 +31,7 @@ log = logging.getLogger("tenuto.front_end")
 
 _LOOK_SECONDS = 1.0
 _MOST_CALLS = (1 << 32) - 1  # before their numbers come again
-_NO_LIMIT = 1 << 62
+NO_LIMIT = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -124,35 +124,30 @@ class Forward:
             self._spent = 0
 
 
-class FrontEnd:
-    """Raises (when built): OSError, ConfigInvalid."""
+class Forwards:
+    """All calls of a front end. `own`: what the paths of the callers' methods begin with; `stop` is told for
+    how many seconds what is left may go on; `gone` is called when the engine process is gone."""
 
-    def __init__(self, settings: FrontSettings, end: socket.socket) -> None:
-        self._tls = settings.open_tls()
-        self._own = tuple(f"/{service}/" for service in settings.services)
-        # Replies wait in the engine process, where their sequences are held for it; here, what it may send.
-        limits = Limits(settings.max_message_bytes, settings.max_pending_bytes, settings.calls, _NO_LIMIT)
-        self._server = Http2Server(self._open, limits, self._tls)
-        self._link = Link(end, self._server, self._taken, self._engine_gone)
+    def __init__(
+        self,
+        end: socket.socket,
+        loop: Loop,
+        own: tuple[str, ...],
+        stop: Callable[[float], object],
+        gone: Callable[[], None],
+    ) -> None:
+        self._link = Link(end, loop, self._taken, gone)
+        self._own = own
+        self._stop = stop
         self._calls: dict[int, Forward] = {}
         self._number = 0
-        self._server.bind(settings.host, settings.port, shared=True)
 
-    def run(self) -> None:
-        """Until the engine process says so, or is gone."""
-        self._server.start()
+    def begin(self) -> None:
+        """From here on the engine process is listened to, and knows that there is somebody to be served."""
         self._link.begin()
         self._link.put(Kind.READY, 0)
-        while not self._server.stopped.wait(_LOOK_SECONDS):
-            if self._tls is not None:
-                try:
-                    self._tls.reload()
-                except Exception:  # the next look may go well
-                    log.exception("a look for certificates met a bug")
 
-    # The reading thread.
-
-    def _open(self, call: RoutedCall) -> Listener:
+    def open(self, call: RoutedCall) -> Listener:
         if not call.path.startswith(self._own):
             call.shrink(OTHERS_BYTES)
         self._number = number = self._number % _MOST_CALLS + 1
@@ -169,11 +164,36 @@ class FrontEnd:
         if call is not None:
             call.take(kind, body)
         elif kind == Kind.STOP:
-            self._server.stop(COUNT.unpack(body)[0] / 1000)
+            self._stop(COUNT.unpack(body)[0] / 1000)
 
-    def _engine_gone(self) -> None:
-        """At once: what the clients have here goes on elsewhere, as after a crash."""
-        os._exit(0)
+
+class FrontEnd:
+    """Raises (when built): OSError, ConfigInvalid."""
+
+    def __init__(self, settings: FrontSettings, end: socket.socket) -> None:
+        self._tls = settings.open_tls()
+        # Replies wait in the engine process, where their sequences are held for it; here, what it may send.
+        limits = Limits(settings.max_message_bytes, settings.max_pending_bytes, settings.calls, NO_LIMIT)
+        self._server = Http2Server(lambda call: self._forwards.open(call), limits, self._tls)
+        own = tuple(f"/{service}/" for service in settings.services)
+        self._forwards = Forwards(end, self._server, own, self._server.stop, _engine_gone)
+        self._server.bind(settings.host, settings.port, shared=True)
+
+    def run(self) -> None:
+        """Until the engine process says so, or is gone."""
+        self._server.start()
+        self._forwards.begin()
+        while not self._server.stopped.wait(_LOOK_SECONDS):
+            if self._tls is not None:
+                try:
+                    self._tls.reload()
+                except Exception:  # the next look may go well
+                    log.exception("a look for certificates met a bug")
+
+
+def _engine_gone() -> None:
+    """At once: what the clients have here goes on elsewhere, as after a crash."""
+    os._exit(0)
 
 
 def main(arguments: list[str]) -> int:

@@ -100,7 +100,7 @@ class Link:
 
     def begin(self) -> None:
         """From here on it is read."""
-        self._loop.soon(lambda: self._loop.watch(self._socket, selectors.EVENT_READ, self._ready))
+        self._loop.soon(lambda: self._watch(selectors.EVENT_READ))
 
     # What goes out. Any thread.
 
@@ -165,7 +165,7 @@ class Link:
                 self._queued -= len(self._packets.popleft())
         except BlockingIOError:
             self._watched = True
-            self._loop.soon(self._watch_for_room)
+            self._loop.soon(lambda: self._watch(selectors.EVENT_READ | selectors.EVENT_WRITE))
         except OSError:  # its reader finds out
             self._dead = True
 
@@ -183,13 +183,13 @@ class Link:
 
     # What comes in. The thread that reads.
 
-    def _watch_for_room(self) -> None:
-        if not self._dead:
-            self._loop.watch(self._socket, selectors.EVENT_READ | selectors.EVENT_WRITE, self._ready)
+    def _watch(self, events: int) -> None:
+        if not self._closed:
+            self._loop.watch(self._socket, events, self._ready)
 
     def _ready(self, events: int) -> None:
         if events & selectors.EVENT_WRITE:
-            self._loop.watch(self._socket, selectors.EVENT_READ, self._ready)
+            self._watch(selectors.EVENT_READ)
             self._watched = False
             self.write()
             self._wake()

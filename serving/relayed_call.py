@@ -115,7 +115,7 @@ class Relay:
 
     # Any thread.
 
-    def write(self, calls: Iterable[RelayedCall] = ()) -> None:
+    def write(self, calls: Iterable[Any] = ()) -> None:
         """Sends what these calls have, as far as their front end has taken what came before."""
         with self._link.lock:
             for call in calls:

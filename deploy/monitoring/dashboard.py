@@ -311,6 +311,15 @@ SCALE = Row(
             ),
         ),
         Panel(
+            "Front ends",
+            "Where there are fewer than TENUTO_FRONT_ENDS for longer than a restart, the log says why they die.",
+            "short",
+            (
+                Query(f"tenuto_front_ends{{{SERVERS}}}", "{{pod}}"),
+                Query(rate("tenuto_front_ends_lost_total", "pod", SERVERS), "{{pod}} lost a second"),
+            ),
+        ),
+        Panel(
             "Predicts that wait",
             "Near the limit add servers, or raise TENUTO_MAX_PREDICTS.",
             "short",

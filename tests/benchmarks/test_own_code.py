@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import model, own_code
-from benchmarks.own_code import KINDS, Cost, Harness
+from benchmarks.own_code import HARNESSES, Cost
 
 
 @pytest.fixture(scope="module")
@@ -13,14 +13,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return model.write_repository(tmp_path_factory.mktemp("own") / "repository").lstm
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", HARNESSES)
 @pytest.mark.parametrize("frames", [1, 10])
 def test_every_chunk_of_a_round_is_answered(kind: str, frames: int, file: Path) -> None:
-    harness = Harness(KINDS[kind], file, streams=70)  # more than one batch
+    harness = HARNESSES[kind](file, 70)  # more than one batch
     for _ in range(5):
-        before = harness.wire.taken
+        before = harness.taken
         cost = harness.round(frames)
-        assert harness.wire.taken - before > 70 * 4 * frames * model.OUTPUTS
+        assert harness.taken - before > 70 * 4 * frames * model.OUTPUTS
         assert cost.reading > 0
         assert cost.answering > 0
         assert cost.runtime > 0
@@ -28,7 +28,7 @@ def test_every_chunk_of_a_round_is_answered(kind: str, frames: int, file: Path) 
 
 def test_all_have_as_many_rounds(file: Path) -> None:
     found = own_code.measure(file, streams=2, frames=1, rounds=3)
-    assert {name: len(costs) for name, costs in found.items()} == dict.fromkeys(KINDS, 3)
+    assert {name: len(costs) for name, costs in found.items()} == dict.fromkeys(HARNESSES, 3)
 
 
 def test_a_table_shows_the_least_and_the_median() -> None:

@@ -67,6 +67,7 @@ MAY_BE_ZERO = {
     "Rows run again alone": "no run failed",
     "Restarts within an hour": "the server was started once",
     "Draining and retiring": "it does not drain",
+    "Front ends": "it has none",
 }
 UNITS = {"s", "percentunit", "cps", "short", "bytes", "none"}
 

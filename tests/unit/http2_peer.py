@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import cycle
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grpc
 import hpack
@@ -205,9 +205,11 @@ class Ears:
 class Client:
     """A client, and its connection at the server."""
 
-    def __init__(self, *, limits: Limits = LIMITS, greet: bool = True, table: int = 4096) -> None:
+    def __init__(
+        self, *, limits: Limits = LIMITS, greet: bool = True, table: int = 4096, loop: Any = None
+    ) -> None:
         self.wire = FakeWire()
-        self.loop = FakeLoop()
+        self.loop: Any = loop or FakeLoop()
         self.ears: list[Ears] = []
         self.encoder = hpack.Encoder()
         self.connection = Connection(self.wire, "ipv4:127.0.0.1:1", limits, self.listen, self.loop)

@@ -26,7 +26,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 from . import dialect, recording
 from .http2 import Connection
 from .scenario import Measurement, Party, Seen
-from .server_process import cpu_seconds
+from .server_process import cpu_seconds, own_cpu_seconds
 from .tracks import Tracks
 
 STREAM, PREDICT = "/tenuto.v1.Tenuto/Stream", "/tenuto.v1.Tenuto/Predict"
@@ -431,10 +431,12 @@ def measure(job: Job) -> Measurement:
         load.run(job.warmup_seconds)
         for crowd in load.crowds:
             crowd.forget()
+        engine = own_cpu_seconds(job.pid)
         server, client, began = cpu_seconds(job.pid), time.process_time(), time.perf_counter()
         load.run(job.seconds)
         ended = time.perf_counter()
         client, server = time.process_time() - client, cpu_seconds(job.pid) - server
+        engine = own_cpu_seconds(job.pid) - engine
         seen = tuple(crowd.seen() for crowd in load.crowds)
         load.end()
     return Measurement(
@@ -443,6 +445,7 @@ def measure(job: Job) -> Measurement:
         client_cpu_seconds=client,
         checked=sum(crowd.checked for crowd in load.crowds),
         parties=seen,
+        engine_cpu_seconds=engine,
     )
 
 

@@ -32,7 +32,7 @@ from tenuto.serving.catalogue import Catalogue, Served
 from tenuto.serving.connection import Connection
 from tenuto.serving.engine import Engine
 from tenuto.serving.http_call import Limits
-from tenuto.serving.link import COUNT, Kind, Link
+from tenuto.serving.link import COUNT, Kind, Link, packed
 from tenuto.serving.manifest import Manifest
 from tenuto.serving.metrics import ServerMetrics
 from tenuto.serving.model_runner import ModelRunner, flush_denormals
@@ -40,7 +40,7 @@ from tenuto.serving.oip.inference import Inferences, Shared
 from tenuto.serving.oip.sequences import Sequences
 from tenuto.serving.oip.shared_memory import Regions
 from tenuto.serving.pending import PendingBytes
-from tenuto.serving.relayed_call import TELL_TAKEN, Relay
+from tenuto.serving.relayed_call import TELL_TAKEN, Parked, Relay
 from tenuto.serving.reply import OutputWriter
 from tenuto.serving.routed_call import RoutedCall
 from tenuto.serving.stream import StreamLimits, Streams
@@ -323,13 +323,14 @@ class BehindFrontEnd(Harness):
         self._loop = loop = Loop()
         self._engine = kind(file, lambda: self._loop.flush(self._relay))
         self._ours, self._theirs = Packets(), Packets()
-        self._relay = Relay(self._ours, loop, loop, self._engine.open, _no_word, _no_end)
+        parked = Parked(PENDING_BYTES)
+        self._relay = Relay(self._ours, loop, loop, self._engine.open, _no_word, _no_end, parked)
         self._front = Link(self._theirs, loop, _no_frame, _no_end)  # type: ignore[arg-type]
         self._relay.begin()
         loop.run_errands()
         self._numbers = range(1, 2 * streams, 2)
         self._step = 0
-        opening = json.dumps({"path": "/", "metadata": [], "peer": "", "seconds": None}).encode()
+        opening = packed(((":path", "/"), (":peer", ""), (":seconds", "inf")))
         for number in self._numbers:
             self._front.put(Kind.OPEN, number, opening)
             for message in self._engine.speech.opening():

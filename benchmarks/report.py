@@ -71,6 +71,8 @@ def _extra(name: str) -> list[tuple[str, Figure]]:
         ]
     if name == suites.FAIRNESS:
         return [("least / most served", lambda m: m.first.least / m.first.most)]
+    if name == suites.FRONT_ENDS:
+        return [("engine process's CPU-µs", lambda m: m.engine_us)]
     if name == suites.MIXED:
         return [("images/s", lambda m: m.parties[1].messages / m.seconds)]
     if name == suites.OVERLOAD:

@@ -84,6 +84,7 @@ class Measurement:
     client_cpu_seconds: float
     checked: int  # replies compared with the reference, bit for bit
     parties: tuple[Seen, ...]
+    engine_cpu_seconds: float = 0.0  # of the process that was started, without those that it started
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Self:
@@ -97,6 +98,11 @@ class Measurement:
     def server_us(self) -> float:
         """Server CPU-µs per message."""
         return 1e6 * self.server_cpu_seconds / self.first.messages
+
+    @property
+    def engine_us(self) -> float:
+        """CPU-µs per message of the process that runs the model."""
+        return 1e6 * self.engine_cpu_seconds / self.first.messages
 
     @property
     def server_us_per_chunk(self) -> float:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from .model import Repository
-from .suites import PEERS, TORCHSERVE, TORCHSERVE_IMAGES
+from .suites import FRONTED, PEERS, TORCHSERVE, TORCHSERVE_IMAGES
 
 READY_SECONDS = 120
 STOP_SECONDS = 15
@@ -24,13 +24,15 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 ROOM = ("--max-sequences", "16384")
 # What makes gRPC's own servers cheapest. The naive ones go without: their authors would not know of it.
 EXPERIMENTS, TUNED = "-event_engine_listener", ("tuned_aio", "micro_batcher")
+FRONT_ENDS = ("--front-ends", "2")
 SERVE = ("--port", "0", "--metrics-port", "0", "--log-level", "warning", *ROOM)
 
 
 def command(name: str, repository: Repository) -> list[str]:
     """How to start the server of that name."""
-    if name == "tenuto":
-        arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE]
+    if name in ("tenuto", FRONTED):
+        more = FRONT_ENDS if name == FRONTED else ()
+        arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE, *more]
     elif name == "null":
         arguments = ["benchmarks.null_engine"]
     elif name == TORCHSERVE:
@@ -115,6 +117,11 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process and its descendants, the waited-for ones included."""
     stats = dict(_stats())
     return sum(stats[member][1] for member in family(pid, stats) if member in stats) * TICK_SECONDS
+
+
+def own_cpu_seconds(pid: int) -> float:
+    """User and system time of a process alone."""
+    return dict(_stats())[pid][1] * TICK_SECONDS
 
 
 def family(pid: int, stats: Mapping[int, tuple[int, int]]) -> set[int]:

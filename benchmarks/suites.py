@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from . import dialect
 from .scenario import Case, Party
 
+FRONTED = "tenuto, 2 front ends"
 OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
 TRITON, TORCHSERVE, MLSERVER = "triton", "torchserve", "mlserver"  # see the modules in peers/
 AIO, TUNED, THREADS, BATCHER = "naive_aio", "tuned_aio", "naive_threads", "micro_batcher"
@@ -43,6 +44,7 @@ SLOW = "64 streams, and slow readers"
 OVERLOAD = "streams that open until twice the capacity"
 CHECKPOINTS = "a resume token every so many chunks, 64 streams"
 OIP, OIP_ROW = "the Open Inference Protocol", "tenuto, OIP"
+FRONT_ENDS = "with processes that receive"
 CALLERS = (1, 16, 64)  # of images
 DENORMALS = "denormal input, 64 streams, 10 frames a chunk"
 
@@ -215,6 +217,23 @@ def checkpoints(_: Settings) -> list[list[Case]]:
     ]
 
 
+def front_ends(_: Settings) -> list[list[Case]]:
+    """What the engine process is spared, and what all processes together cost."""
+    crowd = Party(512, 1, channels=512)
+    loads = {
+        "64 streams, 16 connections": BUSY,
+        "512 streams, 512 connections": crowd,
+        "the same, 10 messages a second each": replace(crowd, messages_per_second=5_120.0),
+    }
+    return [
+        [
+            one(FRONT_ENDS, row_of(row, server), server, party)
+            for row, party in loads.items()
+            for server in (OURS, FRONTED)
+        ]
+    ]
+
+
 def oip_table(streams: int, frames: int) -> str:
     return f"{OIP}: {peers_table(streams, frames)}"
 
@@ -277,4 +296,5 @@ SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "denormals": denormals,
     "checkpoints": checkpoints,
     "oip": open_inference,
+    "front-ends": front_ends,
 }

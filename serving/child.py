@@ -176,7 +176,7 @@ def _descendants(pid: int) -> list[int]:
 def confine(parent: int, memory_bytes: int) -> None:
     """To be called before anything that may do harm. `memory_bytes`: what is watched from outside, a bound on
     what is asked for in here; 0: none, since CUDA asks for far more than it takes."""
-    _end_with_parent(parent)
+    end_with_parent(parent)
     with contextlib.suppress(OSError):  # if memory runs out, this process goes first
         Path("/proc/self/oom_score_adj").write_text("1000")
     import resource  # not on every platform
@@ -189,7 +189,7 @@ def confine(parent: int, memory_bytes: int) -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
     """A server that is killed leaves no child behind; on Linux. Nor does one that was before we said so."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

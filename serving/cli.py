@@ -75,12 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigInvalid) else 1
-    server.catch_signals()
     try:
         server.start()
     except TenutoError as error:
         print(f"tenuto serve: {error}", file=sys.stderr)
         return 1
+    server.catch_signals()
     print(server.ready_line, flush=True)
     server.serve_until_signal()
     if server.lingers:  # a run that comes back to an interpreter that ends would abort the process

@@ -159,6 +159,10 @@ class ServerConfig(BaseModel):
             description="fresh: made for each run; kept: where they are from run to run, for few batch sizes"
         ),
     ] = "fresh"
+    in_flight: Annotated[
+        int,
+        Field(ge=1, le=2, description="batches of a model at once; 2: one is gathered while another runs"),
+    ] = 2
     transport: Annotated[
         Literal["auto", "http2", "threads"],
         Field(description="auto is http2, our own server; threads is gRPC's, two threads a stream"),

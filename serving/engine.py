@@ -2,7 +2,8 @@
 
 Other threads put commands into the inbox; everything else here happens on the engine thread, between two
 batches or in one. That is what orders opening, resetting, ending and handing a slot on against the batches
-that hold it, without a lock.
+that hold it, without a lock. Where a batch may be gathered while another one runs (`in_flight` 2), the run
+alone is on a thread of its own, and whatever may open or end a sequence waits until nothing is in flight.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,8 +64,26 @@ class Runner(Protocol):
         """
 
 
+class Ran(NamedTuple):
+    """A run's results, and how long it took."""
+
+    results: list[Array]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A batch whose run is on its way. `land` waits for it. Raises: RunFailed."""
+
+    batch: Batch
+    slots: Slots
+    started: float
+    gathered: float
+    land: Callable[[], Ran]
+
+
 class Engine:
-    """Turns one model version.
+    """Turns one model version. `in_flight`: batches that may be on their way at once.
 
     Any thread: `open`, `accept`, `request`, `finish`, `close`, `drain`, `retire`, `stop`, `sequences`. Engine
     thread: all else. A test may call `turn` itself instead of `start`.
@@ -76,6 +99,7 @@ class Engine:
         max_state_bytes: int = 0,
         pool: StatePool | None = None,
         bucketed: bool = False,
+        in_flight: int = 1,
         resume_reserve: float = 0.0,
         checkpoints: Checkpoints | None = None,
         pending: PendingBytes,
@@ -115,9 +139,15 @@ class Engine:
             delivery=self._delivery,
             metrics=self.metrics,
             clock=clock,
+            in_flight=in_flight,
         )
         self._admission = self._population.admission
         self.metrics.busy_ratio = lambda: self._admission.busy_ratio(self._clock())
+        self._flights: deque[Flight] = deque()  # no sequence is in two of them
+        self._in_flight = in_flight
+        name = f"engine-run-{manifest.name}-{version}"
+        self._running = ThreadPoolExecutor(1, name, runner.enter_thread) if in_flight > 1 else None
+        self._harmless = (self._population.accept, self._population.request)
         self._thread = threading.Thread(
             target=self._loop, name=f"engine-{manifest.name}-{version}", daemon=True
         )
@@ -222,6 +252,8 @@ class Engine:
                 self.turn(wait=True)
             except Exception:  # the loop must live on: its callers have no other
                 log.exception("%s: the engine met a bug and goes on", self.where)
+        if self._running is not None:
+            self._running.shutdown(wait=False)
         flush = self._delivery.flush_nothing()  # whoever comes late sends its own replies
         self._inbox.close(self._carry_out_late)
         flush()
@@ -237,7 +269,7 @@ class Engine:
 
     def turn(self, *, wait: bool = False) -> bool:
         """Takes all commands, then runs one batch. Returns whether there was a batch."""
-        if wait and not self._scheduler:
+        if wait and not self._scheduler and not self._flights:
             self._wait()
         now = self._clock()
         self._admission.begin(now)
@@ -246,6 +278,8 @@ class Engine:
             take = self._inbox.take
             for _ in range(len(self._inbox)):
                 command, subject, value = take()
+                if self._flights and command not in self._harmless:  # it may end what is on its way
+                    self._land_all()
                 command(subject, value)
             self._population.look(now)
             self._population.hand_over()  # what needs no batch does not wait for one
@@ -263,37 +297,67 @@ class Engine:
         self._inbox.wait(max(0.0, due - self._clock()) + 0.01 if due < math.inf else None)
 
     def step(self) -> bool:
-        """One batch: schedule, gather, run, scatter, reply. Returns whether there was one."""
-        batch = self._scheduler.schedule()
-        if not batch:
-            return False
-        started = self._clock()
-        self.metrics.stages["queue"].add_all([started - turn.chunk.arrived for turn in batch])
+        """One batch: schedule, gather, run, scatter, reply. Returns whether there was one.
+
+        With two in flight it is the older one whose run is waited for, behind the newer one's gathering; but
+        only where more is ready than one batch takes.
+        """
+        batch: Batch = []
+        if not self._flights or self._fills_another:
+            batch = self._scheduler.schedule()
+        if batch:
+            self._guarded(batch, self._depart)
+        if self._flights and (len(self._flights) >= self._in_flight or not self._fills_another):
+            self._land_one()
+            return True
+        return bool(batch)
+
+    @property
+    def _fills_another(self) -> bool:
+        """Whether what is ready fills a batch. One that would not be full grows while a run is waited for."""
+        return self._running is not None and len(self._scheduler) >= self.manifest.rows_per_batch
+
+    def _guarded(self, batch: Batch, what: Callable[[Batch], None]) -> None:
+        """A bug ends the batch's sequences, and none else."""
         try:
-            self._run_batch(batch, started)
+            what(batch)
         except Exception:
             log.exception("%s: a batch met a bug; its sequences end", self.where)
             for turn in batch:
                 error = RunFailed(f"step {turn.chunk.step}: an error inside the server; its log says more")
                 self._population.close(turn.sequence, Ending.FAILED, error)
-        return True
 
-    def _run_batch(self, batch: Batch, started: float) -> None:
+    def _land_one(self) -> None:
+        flight = self._flights.popleft()
+        self._guarded(flight.batch, lambda _: self._land(flight))
+
+    def _land_all(self) -> None:
+        while self._flights:
+            self._land_one()
+
+    def _depart(self, batch: Batch) -> None:
+        """Gathers the batch; its run begins, or will when it is waited for."""
+        started = self._clock()
+        self.metrics.stages["queue"].add_all([started - turn.chunk.arrived for turn in batch])
         batch, feeds, slots = self._gather(batch)
-        if not batch:
-            return
-        gathered = self._clock()
+        if batch:
+            self._flights.append(Flight(batch, slots, started, self._clock(), self._begin(feeds)))
+
+    def _land(self, flight: Flight) -> None:
+        """Waits for the run, then scatters and replies."""
+        batch = flight.batch
         try:
-            results = self._run(feeds, gathered)
+            results, seconds = flight.land()
         except RunFailed as error:
             if self._still_runs():
                 self._rerun(batch, error)
             return
         computed = self._clock()
-        self._scatter(batch, slots, results)
+        self._scatter(batch, flight.slots, results)
         scattered = self._clock()
-        self._reply(batch, results, started, computed - gathered)
-        self._measure(batch, (gathered - started, computed - gathered, scattered - computed), scattered)
+        self._reply(batch, results, flight.started, seconds)
+        spent = (flight.gathered - flight.started, seconds, scattered - computed)
+        self._measure(batch, spent, scattered)
 
     def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array], Slots]:
         """Rows and states of the batch as the graph's feeds, and whose slots they are. Turns with forbidden
@@ -320,18 +384,33 @@ class Engine:
             feeds.update(self._layout.constants(batch[0].sequence.constants))
         return batch, feeds, slots
 
-    def _run(self, feeds: dict[str, Array], now: float) -> list[Array]:
-        self.running_since = now
+    def _begin(self, feeds: dict[str, Array]) -> Callable[[], Ran]:
+        """What waits for the run of these feeds, and on this thread runs them. Raises, then: RunFailed."""
+        if self._running is None or not (self._flights or self._fills_another):
+            return partial(self._run, feeds)
+        return self._running.submit(self._run_ahead, feeds).result
+
+    def _run(self, feeds: dict[str, Array]) -> Ran:
+        began = self.running_since = self._clock()
         try:
-            return self._runner.run(feeds)
+            results = self._runner.run(feeds)
         finally:
             self.running_since = 0.0
+        return Ran(results, self._clock() - began)
+
+    def _run_ahead(self, feeds: dict[str, Array]) -> Ran:
+        results, seconds = self._run(feeds)
+        # The next run may begin before these are read, and would overwrite them.
+        return Ran([result.copy() for result in results], seconds)
 
     def _still_runs(self) -> bool:
         """Whether a chunk is to blame for a failed run. Else all runs fail from now on, a lost device, say:
         then nobody's sequence ends; the watchdog ends the process, and they go on elsewhere."""
         try:
-            self._runner.probe()
+            if self._running is None:
+                self._runner.probe()
+            else:
+                self._running.submit(self._runner.probe).result()
         except RunFailed as own:
             self.broken = f"a run failed, and so does a run of zeros: {own}"
             log.critical("%s: %s", self.where, self.broken)
@@ -351,12 +430,12 @@ class Engine:
             one, feeds, slots = self._gather([turn])
             started = self._clock()
             try:
-                results = self._run(feeds, started)
+                results, seconds = self._begin(feeds)()
             except RunFailed as own:
                 self._rerun(one, own)
             else:
                 self._scatter(one, slots, results)
-                self._reply(one, results, started, self._clock() - started)
+                self._reply(one, results, started, seconds)
 
     def _scatter(self, batch: Batch, slots: Slots, results: list[Array]) -> None:
         """Writes the new states back. A sequence whose state is not finite ends; its slot is reset when it

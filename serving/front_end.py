@@ -1,6 +1,6 @@
 """A front end: a process that receives for the engine process, which started it.
 
-`python -m tenuto.serving.front_end SOCKET SETTINGS`. It has the connections, and what comes with them:
+`python -m tenuto.serving.front_end SOCKET SETTINGS PARENT`. It has the connections, and what comes with them:
 TLS, HTTP/2, messages that are not whole yet. Whole messages go over the link, and what
 comes back goes to the clients. It ends with the engine process.
 """
@@ -18,13 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .call import Listener
+from .call import GONE, Listener
+from .child import end_with_parent
+from .errors import PoolFull
 from .http2 import Http2Server
 from .http_call import OTHERS_BYTES, Limits
-from .link import COUNT, Kind, Link, Loop
+from .link import COUNT, MESSAGE_COST, Kind, Link, Loop, unpacked
 from .log_format import formatter
-from .relayed_call import MOST_UNTAKEN, TELL_TAKEN, UNADMITTED, metadata_from, opening_of, status_from
+from .relayed_call import MOST_UNTAKEN, TELL_TAKEN, UNADMITTED, opening_of, status_from
 from .routed_call import RoutedCall
+from .status import code_of, metadata_of
 from .tls import Tls, TlsFiles
 
 log = logging.getLogger("tenuto.front_end")
@@ -69,10 +72,13 @@ class FrontSettings:
 class Forward:
     """Hands one call's messages on, and its replies back. A Listener."""
 
-    __slots__ = ("_call", "_link", "_number", "_over", "_resume", "_spent", "_untaken")
+    __slots__ = ("_call", "_link", "_most_queued", "_number", "_over", "_resume", "_spent", "_untaken")
 
-    def __init__(self, call: RoutedCall, number: int, link: Link, over: Callable[[int], None]) -> None:
+    def __init__(
+        self, call: RoutedCall, number: int, link: Link, over: Callable[[int], None], most_queued: int
+    ) -> None:
         self._call = call
+        self._most_queued = most_queued  # bytes before the engine process, above which nothing large is added
         self._number = number
         self._link = link
         self._over = over
@@ -82,7 +88,10 @@ class Forward:
         call.watch_taken(self._taken)
 
     def received(self, message: bytes) -> None:
-        self._untaken += len(message)
+        if len(message) > MOST_UNTAKEN and self._link.queued_bytes > self._most_queued:
+            _refuse(self._call)
+            return
+        self._untaken += len(message) + MESSAGE_COST
         self._link.put(Kind.MESSAGE, self._number, message)
 
     def half_closed(self) -> None:
@@ -109,7 +118,7 @@ class Forward:
         elif kind == Kind.FINISH:
             call.finish(*status_from(body))
         elif kind == Kind.INITIAL:
-            call.initial_metadata = metadata_from(json.loads(body))
+            call.initial_metadata = unpacked(body)
         elif kind == Kind.CANCEL:
             call.cancel()
         elif kind == Kind.LEAVE:
@@ -118,7 +127,7 @@ class Forward:
     def _taken(self, nbytes: int) -> None:
         """Its client, or the socket before it, has taken so much of its replies. On the reading thread, as
         all that is sent here."""
-        self._spent += nbytes
+        self._spent += nbytes + MESSAGE_COST
         if self._spent >= TELL_TAKEN:
             self._link.put(Kind.TAKEN, self._number, COUNT.pack(self._spent))
             self._spent = 0
@@ -135,7 +144,9 @@ class Forwards:
         own: tuple[str, ...],
         stop: Callable[[float], object],
         gone: Callable[[], None],
+        most_queued: int,
     ) -> None:
+        self._most_queued = most_queued
         self._link = Link(end, loop, self._taken, gone)
         self._own = own
         self._stop = stop
@@ -150,8 +161,16 @@ class Forwards:
     def open(self, call: RoutedCall) -> Listener:
         if not call.path.startswith(self._own):
             call.shrink(OTHERS_BYTES)
-        self._number = number = self._number % _MOST_CALLS + 1
-        forward = self._calls[number] = Forward(call, number, self._link, self._forget)
+        if self._link.wait(_nobody):  # the engine process does not keep up with those who come
+            self._link.forget(_nobody)
+            _refuse(call)
+            return GONE
+        number = self._number % _MOST_CALLS + 1
+        while number in self._calls:
+            number = number % _MOST_CALLS + 1
+        self._number = number
+        forward = Forward(call, number, self._link, self._forget, self._most_queued)
+        self._calls[number] = forward
         self._link.put(Kind.OPEN, number, opening_of(call))
         call.metadata = ()
         return forward
@@ -163,6 +182,8 @@ class Forwards:
         call = self._calls.get(number)
         if call is not None:
             call.take(kind, body)
+        elif kind == Kind.PING:
+            self._link.put(Kind.PING, 0)
         elif kind == Kind.STOP:
             self._stop(COUNT.unpack(body)[0] / 1000)
 
@@ -176,7 +197,8 @@ class FrontEnd:
         limits = Limits(settings.max_message_bytes, settings.max_pending_bytes, settings.calls, NO_LIMIT)
         self._server = Http2Server(lambda call: self._forwards.open(call), limits, self._tls)
         own = tuple(f"/{service}/" for service in settings.services)
-        self._forwards = Forwards(end, self._server, own, self._server.stop, _engine_gone)
+        most = settings.max_pending_bytes
+        self._forwards = Forwards(end, self._server, own, self._server.stop, _engine_gone, most)
         self._server.bind(settings.host, settings.port, shared=True)
 
     def run(self) -> None:
@@ -191,16 +213,27 @@ class FrontEnd:
                     log.exception("a look for certificates met a bug")
 
 
+def _refuse(call: RoutedCall) -> None:
+    error = PoolFull("more comes than the server can take in; retry later, or go to another server")
+    call.finish(code_of(error), str(error), metadata_of(error))
+
+
+def _nobody() -> None:
+    """Waits."""
+
+
 def _engine_gone() -> None:
     """At once: what the clients have here goes on elsewhere, as after a crash."""
     os._exit(0)
 
 
 def main(arguments: list[str]) -> int:
-    end, text = socket.socket(fileno=int(arguments[0])), arguments[1]
-    settings = FrontSettings.read(text)
+    descriptor, text, parent = arguments
     for number in (signal.SIGTERM, signal.SIGINT):  # of a whole group: the engine process ends this one
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent(int(parent))
+    end = socket.socket(fileno=int(descriptor))
+    settings = FrontSettings.read(text)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter(settings.log_format))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])

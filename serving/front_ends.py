@@ -1,9 +1,10 @@
-"""The receiving processes of a server, seen from the engine process: it starts them, and starts another one
-for each that dies."""
+"""The receiving processes of a server, seen from the engine process: it starts them, and another one for each
+that dies or hangs."""
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from .errors import PlatformError
 from .front_end import FrontSettings
 from .http2 import Http2Server, bound
 from .link import COUNT, Kind, socket_pair
-from .relayed_call import Relay
+from .relayed_call import Parked, Relay
 from .routed_call import Route
 
 log = logging.getLogger("tenuto.front_end")
@@ -28,22 +29,33 @@ _SOON_SECONDS = 10.0
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.1, 5.0
 # What they may take beyond the grace.
 _END_SECONDS = 3.0
+# How often to look, and after how many looks without an answer one is taken to hang. Looks and not seconds:
+# where all processes of a server stood still, none of them hangs.
+_LOOK_SECONDS, _MOST_UNANSWERED = 1.0, 10
 
 
 class _FrontEnd:
     """One process and its link."""
 
-    def __init__(self, fronts: FrontEnds, server: Http2Server, route: Route, settings: str) -> None:
+    def __init__(self, fronts: FrontEnds, settings: str, parked: Parked) -> None:
         self.ready = threading.Event()  # it listens; or it is gone
         self.listens = False
         self.began = time.monotonic()
+        self._unanswered = 0  # looks since it was asked
         self._fronts = fronts
+        server = fronts.server
         ours, theirs = socket_pair()
-        self.relay = Relay(ours, server, server, route, self._said, self._gone)
+        self.relay = Relay(ours, server, server, fronts.route, self._said, self._gone, parked)
+        # By exec, never fork: this process has threads of gRPC and of ONNX Runtime. In a session of its own:
+        # a terminal's signals are for this process, which ends it in order.
+        own = [str(theirs.fileno()), settings, str(os.getpid())]
         try:
-            # By exec, never fork: this process has threads of gRPC and of ONNX Runtime.
-            command = [sys.executable, "-m", "tenuto.serving.front_end", str(theirs.fileno()), settings]
-            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(),))
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tenuto.serving.front_end", *own],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
         except BaseException:
             ours.close()
             raise
@@ -55,11 +67,26 @@ class _FrontEnd:
         if kind == Kind.READY:
             self.listens = True
             self.ready.set()
+        elif kind == Kind.PING:
+            self._unanswered = 0
 
     def _gone(self) -> None:
         self._fronts.gone(self)
         self.listens = False
         self.ready.set()
+
+    def look(self) -> None:
+        """Ends it if it does not answer."""
+        if not self.listens:
+            return
+        now, relay = time.monotonic(), self.relay
+        self._fronts.server.soon(lambda: relay.look(now))
+        if not self._unanswered:
+            relay.put(Kind.PING, 0)
+        self._unanswered += 1
+        if self._unanswered > _MOST_UNANSWERED:
+            log.error("a front end does not answer; it is ended")
+            self.process.kill()
 
     def wait(self, seconds: float) -> None:
         """Until the process has ended; it is killed if it has not by then."""
@@ -72,53 +99,53 @@ class _FrontEnd:
 
 class FrontEnds:
     """`settings.count` of them. Their calls are opened by `route`, on the thread of `server`, which
-    listens to nobody else."""
+    listens to nobody else.
 
-    def __init__(
-        self,
-        settings: FrontSettings,
-        server: Http2Server,
-        route: Route,
-    ) -> None:
+    A thread of its own starts them and sees them end: the system ends them with that thread.
+    """
+
+    def __init__(self, settings: FrontSettings, server: Http2Server, route: Route) -> None:
+        self.server = server
+        self.route = route
         self.lost = 0  # processes that died while they were wanted
         self._settings = settings
-        self._server = server
-        self._route = route
+        self._parked = Parked(settings.max_pending_bytes)
         self._reserved: list[socket.socket] = []
-        self._fronts: list[_FrontEnd] = []
-        self._lock = threading.Lock()  # of that list
+        self._fronts: list[_FrontEnd] = []  # the thread's
+        self._begun = threading.Event()  # all are started
+        self._failure: OSError | None = None  # why not
         self._dead: queue.SimpleQueue[_FrontEnd | None] = queue.SimpleQueue()
+        self._wait_seconds = _FIRST_WAIT_SECONDS  # before another one is started
+        self._grace_seconds = 0.0
         self._stopping = threading.Event()
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="front-ends", daemon=True)
 
     @property
     def alive(self) -> int:
         """How many listen."""
-        return sum(front.listens for front in list(self._fronts))
+        return sum(front.listens for front in self._fronts.copy())
 
     def bind(self, host: str, port: int) -> int:
-        """Keeps the port for them. Returns it. Raises: OSError."""
-        self._reserved = bound(host, port, shared=True)
+        """Keeps the port for them. Returns it. Raises: OSError, also if another server keeps it for its."""
+        self._reserved = bound(host, port, shared=False)
+        for one in self._reserved:  # whoever binds it from here on shares it, as they do
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         port = int(self._reserved[0].getsockname()[1])
         self._settings = replace(self._settings, host=host, port=port)
         return port
 
     def start(self) -> None:
         """Raises: PlatformError if one does not come."""
-        self._server.start()
-        for _ in range(self._settings.count):
-            self._start_one()
-        for front in list(self._fronts):
-            if not front.ready.wait(_READY_SECONDS) or not front.listens:
-                self.stop(0.0)
-                raise PlatformError("a front end did not start; its last words are in the log")
-        threading.Thread(target=self._revive, name="front-ends", daemon=True).start()
-
-    def _start_one(self) -> None:
-        with self._lock:
-            if not self._stopping.is_set():
-                settings = self._settings.written()
-                self._fronts.append(_FrontEnd(self, self._server, self._route, settings))
+        self.server.start()
+        self._thread.start()
+        self._begun.wait()
+        came = [front.ready.wait(_READY_SECONDS) and front.listens for front in self._fronts.copy()]
+        if self._failure is not None or not all(came):
+            self.stop(0.0)
+            why = f": {self._failure}" if self._failure is not None else "; its last words are in the log"
+            raise PlatformError(f"a front end did not start{why}")
 
     def gone(self, front: _FrontEnd) -> None:
         """Its calls have ended. On the reading thread."""
@@ -126,43 +153,68 @@ class FrontEnds:
             self.lost += 1
             self._dead.put(front)
 
-    def _revive(self) -> None:
-        """On a thread of its own: a new one for each that died."""
-        wait = _FIRST_WAIT_SECONDS
-        while (front := self._dead.get()) is not None:
-            front.wait(_END_SECONDS)
-            with self._lock:
-                self._fronts.remove(front)
-            soon = time.monotonic() - front.began < _SOON_SECONDS
-            wait = min(2 * wait, _LONGEST_WAIT_SECONDS) if soon else _FIRST_WAIT_SECONDS
-            log.error(
-                "a front end died (%d); its clients go on elsewhere, another one starts",
-                front.process.returncode,
-            )
-            while not self._stopping.wait(wait):
-                try:
-                    self._start_one()
-                    break
-                except OSError as error:  # no process, no descriptor is left, say
-                    log.error("no front end can be started: %s", error)
-                    wait = _LONGEST_WAIT_SECONDS
-
     def stop(self, grace_seconds: float) -> threading.Event:
         """They take no more calls; those that are left go on for so long. Returns what is set at the end."""
         if not self._stopping.is_set():
-            with self._lock:
-                self._stopping.set()
+            self._grace_seconds = grace_seconds
+            self._stopping.set()
             self._dead.put(None)
             for one in self._reserved:
                 one.close()
-            threading.Thread(target=self._end, args=(grace_seconds,), name="front-ends", daemon=True).start()
+            if not self._thread.is_alive():  # it was never started
+                self._ended.set()
         return self._ended
 
-    def _end(self, grace_seconds: float) -> None:
-        until = time.monotonic() + grace_seconds + _END_SECONDS
+    # The thread.
+
+    def _run(self) -> None:
+        try:
+            for _ in range(self._settings.count):
+                self._start_one()
+        except OSError as error:
+            self._failure = error
+        self._begun.set()
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+            except Exception:  # the others are to be looked after all the same
+                log.exception("a look at the front ends met a bug")
+        self._end()
+
+    def _start_one(self) -> None:
+        self._fronts.append(_FrontEnd(self, self._settings.written(), self._parked))
+
+    def _turn(self) -> None:
+        try:
+            front = self._dead.get(timeout=_LOOK_SECONDS)
+        except queue.Empty:
+            for one in self._fronts:
+                one.look()
+            return
+        if front is not None:
+            self._replace(front)
+
+    def _replace(self, front: _FrontEnd) -> None:
+        front.wait(_END_SECONDS)
+        self._fronts.remove(front)
+        status = front.process.returncode
+        log.error("a front end died (%d); its clients go on elsewhere, another one starts", status)
+        soon = time.monotonic() - front.began < _SOON_SECONDS
+        longer = min(2 * self._wait_seconds, _LONGEST_WAIT_SECONDS)
+        self._wait_seconds = longer if soon else _FIRST_WAIT_SECONDS
+        while not self._stopping.wait(self._wait_seconds):
+            try:
+                self._start_one()
+                return
+            except OSError as error:  # no process, no descriptor is left, say
+                log.error("no front end can be started: %s", error)
+                self._wait_seconds = _LONGEST_WAIT_SECONDS
+
+    def _end(self) -> None:
+        until = time.monotonic() + self._grace_seconds + _END_SECONDS
         for front in self._fronts:
-            front.relay.put(Kind.STOP, 0, COUNT.pack(int(1000 * grace_seconds)))
+            front.relay.put(Kind.STOP, 0, COUNT.pack(int(1000 * self._grace_seconds)))
         for front in self._fronts:
             front.wait(until - time.monotonic())
-        self._server.stop(0.0).wait()
+        self.server.stop(0.0).wait()
         self._ended.set()

@@ -17,8 +17,6 @@ from .status import code_of, metadata_of
 # Of a request to the methods that everybody may call: health, reflection.
 OTHERS_BYTES = 64 << 10
 WINDOW = 128 << 10  # bytes that a client may send on a call before they are read
-# A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
-_UNTAKEN_SECONDS = 60.0
 
 Headers = tuple[tuple[str, str | bytes], ...]
 
@@ -60,7 +58,7 @@ class HttpCall(RoutedCall):
 
     __slots__ = (
         "_all_partial", "_allowed", "_counted", "_inflater", "_limits", "_parked", "_partial", "_rest",
-        "_spent", "_untaken_since", "_window",
+        "_spent", "_window",
     )  # fmt: skip
 
     def __init__(
@@ -90,7 +88,6 @@ class HttpCall(RoutedCall):
         # What goes out; guarded by the outbox's lock or the connection's.
         self._window = window  # bytes that the client takes
         self._rest: memoryview | None = None  # of a message that did not go out whole
-        self._untaken_since = 0.0  # since when its ending waits for the client; 0: it does not
 
     # The reading thread.
 
@@ -99,15 +96,11 @@ class HttpCall(RoutedCall):
         self._limits = replace(self._limits, message_bytes=min(message_bytes, self._limits.message_bytes))
 
     def look(self, now: float) -> None:
-        """Ends it if its deadline has passed, or if its client does not take its ending."""
-        box = self._outbox
-        if box.ending is None:
-            if now > self.deadline:
-                self._expire()
-        elif not self._untaken_since:
-            self._untaken_since = now
-        elif now - self._untaken_since > _UNTAKEN_SECONDS:
-            self.cancel()
+        """Also if its deadline has passed."""
+        if self._outbox.ending is None and now > self.deadline:
+            self._expire()
+        else:
+            super().look(now)
 
     def _expire(self) -> None:
         """The client waits no more."""

@@ -16,10 +16,14 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Protocol
 
+from .call import Metadata
+
 log = logging.getLogger("tenuto.transport")
 
 _HEAD = struct.Struct("<III")  # kind, call, bytes of the body
+_FIELD = struct.Struct("<?II")  # whether the value is text, bytes of the name, and of the value
 COUNT = struct.Struct("<Q")
+MESSAGE_COST = 64  # bytes that a message counts beyond its own: many empty ones take memory as well
 PACKET_BYTES = 32 << 10  # a packet has no more: a socket's buffer holds a few
 _MOST_PIECE = PACKET_BYTES - _HEAD.size
 # Of its peer a link reads so many packets in a turn, so that connections and other links have theirs.
@@ -33,16 +37,17 @@ class Kind(IntEnum):
 
     READY = 1  # from the front end: it listens
     STOP = 2  # to it: take no more calls; those that are left have so many milliseconds
-    OPEN = 3  # from it: a call begins: JSON
+    OPEN = 3  # from it: a call begins: fields
     HALF_CLOSE = 4  # from it: its client sends no more
     OVER = 5  # from it: the call is over
     MESSAGE = 6  # both ways: a whole one, or the last piece of one
     PIECE = 7  # both ways: a part of a frame that is too long for a packet
     TAKEN = 8  # both ways: so many bytes of messages were taken; as many more may come
-    INITIAL = 9  # to it: initial metadata: JSON
-    FINISH = 10  # to it: the call's status: JSON
+    INITIAL = 9  # to it: initial metadata: fields
+    FINISH = 10  # to it: the call's status: fields
     CANCEL = 11  # to it
     LEAVE = 12  # to it: tell the client of this call to use another connection
+    PING = 13  # to it, and back
 
 
 Frame = tuple[int, int, bytes]  # kind, call, body
@@ -153,6 +158,9 @@ class Link:
             self._due = False
             self._seal()
             self._send()
+            waits = bool(self._waiting)
+        if waits:
+            self._wake()
 
     def _send(self) -> None:
         if self._dead:
@@ -177,6 +185,11 @@ class Link:
             self._waiting[resume] = None
             return True
 
+    @property
+    def queued_bytes(self) -> int:
+        """What the other end has not taken."""
+        return self._queued + self._size
+
     def forget(self, resume: Callable[[], None]) -> None:
         with self._lock:
             self._waiting.pop(resume, None)
@@ -192,7 +205,6 @@ class Link:
             self._watch(selectors.EVENT_READ)
             self._watched = False
             self.write()
-            self._wake()
         if events & selectors.EVENT_READ:
             self._read()
 
@@ -251,3 +263,27 @@ def frames(packet: bytes) -> Iterator[Frame]:
         start = at + head
         at = start + size
         yield kind, call, packet[start:at]
+
+
+def packed(fields: Metadata) -> bytes:
+    """Names and values, which are text or bytes."""
+    parts: list[bytes] = []
+    for name, value in fields:
+        key = name.encode(errors="surrogatepass")
+        is_text = isinstance(value, str)
+        data = value.encode(errors="surrogatepass") if isinstance(value, str) else value
+        parts += (_FIELD.pack(is_text, len(key), len(data)), key, data)
+    return b"".join(parts)
+
+
+def unpacked(body: bytes) -> Metadata:
+    """The inverse of `packed`."""
+    fields: list[tuple[str, str | bytes]] = []
+    at = 0
+    while at < len(body):
+        is_text, key, size = _FIELD.unpack_from(body, at)
+        at += _FIELD.size
+        name, value = body[at : at + key].decode(errors="surrogatepass"), body[at + key : at + key + size]
+        at += key + size
+        fields.append((name, value.decode(errors="surrogatepass") if is_text else value))
+    return tuple(fields)

@@ -82,6 +82,7 @@ class Loader:
             max_state_bytes=config.max_state_bytes,
             pool=runner.pool,
             bucketed=runner.kept,
+            in_flight=config.in_flight,
             resume_reserve=config.resume_reserve,
             checkpoints=self._checkpoints(manifest, files),
             pending=self._pending,

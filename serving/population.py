@@ -83,6 +83,7 @@ class Population:
         delivery: Delivery,
         metrics: ModelMetrics,
         clock: Callable[[], float],
+        in_flight: int = 1,
     ) -> None:
         self.live: dict[str, Sequence] = {}
         self.emptied = threading.Event()  # set when draining or retiring, and no sequence is left
@@ -103,6 +104,7 @@ class Population:
         self._delivery = delivery
         self._metrics = metrics
         self._clock = clock
+        self._turns = 1 + in_flight  # from a chunk's coming to its answer: the one in progress, and its own
         self._idle: list[tuple[float, str]] = []  # (deadline, sequence id); rechecked when due
         self._kept_bytes = REPEATS_BYTES // max_sequences  # a sequence keeps its last output up to that
         self._repeated: set[int] = set()  # numbers of sequences that got their last output again
@@ -168,8 +170,8 @@ class Population:
         self._latencies.append(now - chunk.arrived)
         if sequence.period_seconds:
             lag = now - chunk.arrived - sequence.period_seconds
-            # No answer comes sooner than the turn in progress and its own, whatever period was declared.
-            waited = lag > 0 and now - chunk.arrived > 2 * self.turn_seconds
+            # No answer comes sooner than these turns, whatever period was declared.
+            waited = lag > 0 and now - chunk.arrived > self._turns * self.turn_seconds
             self.paced += 1
             self.late += waited or chunk.came_late
             self._metrics.chunk_lag.add(max(lag, 0.0))

@@ -3,10 +3,8 @@ goes back over it."""
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,9 +12,11 @@ from typing import Any
 import grpc
 
 from .call import Metadata
-from .link import COUNT, Kind, Link, Loop
+from .errors import PoolFull
+from .link import COUNT, MESSAGE_COST, Kind, Link, Loop, packed, unpacked
 from .routed_call import Loop as CallLoop
 from .routed_call import Route, RoutedCall
+from .status import code_of, metadata_of
 
 log = logging.getLogger("tenuto.transport")
 
@@ -27,23 +27,25 @@ TELL_TAKEN = MOST_UNTAKEN // 2
 # As if so many bytes were untaken when a call begins: the engine process has to admit it first.
 UNADMITTED = MOST_UNTAKEN + 1
 _OUTBOX_BYTES = 256 << 10
-_STATUS = {code.value[0]: code for code in grpc.StatusCode}
+# What stands in front of a call's own fields.
+_PATH, _PEER, _SECONDS, _CODE, _DETAILS = ":path", ":peer", ":seconds", ":code", ":details"
 
 
 class RelayedCall(RoutedCall):
     """Its messages come whole. What is underlined belongs to its link as well."""
 
-    __slots__ = ("_address", "_parked", "_spent", "_untaken")
+    __slots__ = ("_address", "_all_parked", "_parked", "_parked_bytes", "_spent", "_untaken")
 
     def __init__(self, relay: Relay, number: int, opening: bytes, loop: CallLoop) -> None:
         """`opening`: as `opening_of` writes it."""
-        said = json.loads(opening)
-        super().__init__(relay, number, said["path"], loop, _OUTBOX_BYTES)
-        self.metadata = metadata_from(said["metadata"])
-        if said["seconds"] is not None:
-            self.deadline = time.monotonic() + said["seconds"]
-        self._address = str(said["peer"])
+        (_, path), (_, peer), (_, seconds), *metadata = unpacked(opening)
+        super().__init__(relay, number, str(path), loop, _OUTBOX_BYTES)
+        self.metadata = tuple(metadata)
+        self.deadline = time.monotonic() + float(seconds)
+        self._address = str(peer)
         self._parked: deque[bytes] = deque()  # messages that came while reading paused
+        self._all_parked = relay.parked
+        self._parked_bytes = 0  # what it has in that count
         self._spent = 0  # bytes handed on of which the front end does not know
         self._untaken = 0  # bytes sent of which the front end has said nothing; guarded by the link's lock
 
@@ -58,13 +60,23 @@ class RelayedCall(RoutedCall):
     def take(self, message: bytes) -> None:
         if self._outbox.ending is not None:  # nobody wants it
             return
+        cost = len(message) + MESSAGE_COST
         if self._held or self._paused:
-            self._parked.append(message)
+            self._park(message, cost)
             return
-        self._spent += len(message)
+        self._spent += cost
         self._hand_on(message)
         if self._spent >= TELL_TAKEN:
             self._tell()
+
+    def _park(self, message: bytes, cost: int) -> None:
+        """Its front end did not know that it is not read on."""
+        self._parked.append(message)
+        self._parked_bytes += cost
+        if self._all_parked.add(cost):
+            self._forget()
+            error = PoolFull("too many large messages wait to be read; retry, or send smaller ones")
+            self.finish(code_of(error), str(error), metadata_of(error))
 
     def read_on(self) -> None:
         if self._gone or not (self._held or self._paused):
@@ -74,7 +86,10 @@ class RelayedCall(RoutedCall):
             return
         while self._parked and not (self._held or self._paused):
             message = self._parked.popleft()
-            self._spent += len(message)
+            cost = len(message) + MESSAGE_COST
+            self._spent += cost
+            self._parked_bytes -= cost
+            self._all_parked.add(-cost)
             self._hand_on(message)
         self._tell()
         if self._ended and not (self._held or self._paused):
@@ -89,6 +104,21 @@ class RelayedCall(RoutedCall):
 
     def _forget(self) -> None:
         self._parked.clear()
+        self._all_parked.add(-self._parked_bytes)
+        self._parked_bytes = 0
+
+
+class Parked:
+    """How much of messages is held for calls that are not read on. The reading thread's."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.bytes = 0
+        self._limit_bytes = limit_bytes
+
+    def add(self, nbytes: int) -> bool:
+        """Whether it is too much now."""
+        self.bytes += nbytes
+        return self.bytes > self._limit_bytes
 
 
 class Relay:
@@ -102,7 +132,9 @@ class Relay:
         route: Route,
         said: Callable[[int], None],
         lost: Callable[[], None],
+        parked: Parked,
     ) -> None:
+        self.parked = parked
         self._link = Link(end, loop, self._taken, self._end)
         self._calls_loop = calls_loop
         self._route = route
@@ -119,7 +151,11 @@ class Relay:
         """Sends what these calls have, as far as their front end has taken what came before."""
         with self._link.lock:
             for call in calls:
-                self._send(call)
+                try:
+                    self._send(call)
+                except Exception:  # the others' replies must not be lost with these
+                    log.exception("a reply met a bug; its call is cancelled")
+                    self._calls_loop.soon(call.cancel)
         self._link.write()
 
     def abandon(self, call: RelayedCall) -> None:
@@ -144,9 +180,9 @@ class Relay:
             if not call._started and (message is not None or ending is not None):
                 call._started = True
                 if call.initial_metadata:
-                    add(Kind.INITIAL, call.number, json.dumps(metadata_to(call.initial_metadata)).encode())
+                    add(Kind.INITIAL, call.number, packed(call.initial_metadata))
             if message is not None:
-                call._untaken += len(message)
+                call._untaken += len(message) + MESSAGE_COST
                 add(Kind.MESSAGE, call.number, message)
             elif ending is not None:
                 add(Kind.FINISH, call.number, status_to(*ending))
@@ -189,40 +225,22 @@ class Relay:
             self._forget(call)
         self._lost()
 
-    @property
-    def calls(self) -> int:
-        return len(self._calls)
+    def look(self, now: float) -> None:
+        """Ends calls whose clients do not take their endings."""
+        for call in list(self._calls.values()):
+            call.look(now)
 
 
 def opening_of(call: RoutedCall) -> bytes:
     """How a front end says what a call is."""
-    seconds = call.seconds_left
-    return json.dumps(
-        {
-            "path": call.path,
-            "metadata": metadata_to(call.metadata),
-            "peer": call.peer(),
-            "seconds": seconds if seconds < float("inf") else None,
-        }
-    ).encode()
-
-
-def metadata_to(metadata: Metadata) -> list[list[str]]:
-    """JSON's own kinds: the values that are bytes have a third item."""
-    return [
-        [key, value] if isinstance(value, str) else [key, b64encode(value).decode(), ""]
-        for key, value in metadata
-    ]
-
-
-def metadata_from(said: list[list[str]]) -> Metadata:
-    return tuple((key, b64decode(value) if binary else value) for key, value, *binary in said)
+    own = ((_PATH, call.path), (_PEER, call.peer()), (_SECONDS, repr(call.seconds_left)))
+    return packed((*own, *call.metadata))
 
 
 def status_to(code: grpc.StatusCode, details: str, metadata: Metadata) -> bytes:
-    return json.dumps([code.value[0], details, metadata_to(metadata)]).encode()
+    return packed(((_CODE, code.name), (_DETAILS, details), *metadata))
 
 
 def status_from(body: bytes) -> tuple[grpc.StatusCode, str, Metadata]:
-    code, details, metadata = json.loads(body)
-    return _STATUS[code], details, metadata_from(metadata)
+    (_, code), (_, details), *metadata = unpacked(body)
+    return grpc.StatusCode[str(code)], str(details), tuple(metadata)

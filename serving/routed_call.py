@@ -17,6 +17,9 @@ from .call import GONE, Listener, Metadata, Outbox
 
 log = logging.getLogger("tenuto.transport")
 
+# A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
+_UNTAKEN_SECONDS = 60.0
+
 Route = Callable[["RoutedCall"], Listener]  # opens a call: who listens to it
 
 
@@ -38,7 +41,8 @@ class RoutedCall:
 
     __slots__ = (
         "__weakref__", "_connection", "_due", "_ended", "_gone", "_held", "_listener", "_loop", "_outbox",
-        "_paused", "_started", "closed", "deadline", "initial_metadata", "metadata", "number", "path",
+        "_paused", "_started", "_untaken_since", "closed", "deadline", "initial_metadata", "metadata",
+        "number", "path",
     )  # fmt: skip
 
     def __init__(self, connection: Any, number: int, path: str, loop: Loop, outbox_bytes: int) -> None:
@@ -60,6 +64,7 @@ class RoutedCall:
         self._outbox = Outbox(outbox_bytes)
         self._due = False  # a write is asked for, or under way
         self._started = False  # the initial metadata is out
+        self._untaken_since = 0.0  # since when its ending waits for the client; 0: it does not
 
     # Any thread.
 
@@ -129,6 +134,15 @@ class RoutedCall:
             self.finish(grpc.StatusCode.UNKNOWN, "an error inside the server; its log says more")
         if self._outbox.ending is not None:
             self.metadata = ()  # it was refused, and may wait for its client for a while
+
+    def look(self, now: float) -> None:
+        """Ends it if its client does not take its ending. To be called now and then."""
+        if self._outbox.ending is None:
+            return
+        if not self._untaken_since:
+            self._untaken_since = now
+        elif now - self._untaken_since > _UNTAKEN_SECONDS:
+            self.cancel()
 
     def end(self) -> None:
         """The client sends no more."""

@@ -206,7 +206,11 @@ class Server:
     def _open_metrics_port(self) -> MetricsPort:
         """Raises: PlatformError."""
         host, port = self.config.host, self.config.metrics_port
-        probes = {"/livez": lambda: self._is(LIVENESS), "/readyz": lambda: self._is(READINESS)}
+        fronts = self._transport.front_ends
+        probes = {
+            "/livez": lambda: self._is(LIVENESS),
+            "/readyz": lambda: self._is(READINESS) and (fronts is None or fronts.alive > 0),
+        }
         try:
             return MetricsPort(self.metrics, host, port, probes)
         except OSError as error:

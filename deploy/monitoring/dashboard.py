@@ -312,7 +312,7 @@ SCALE = Row(
         ),
         Panel(
             "Front ends",
-            "Where there are fewer than TENUTO_FRONT_ENDS for longer than a restart, the log says why they die.",
+            "Where there are fewer than TENUTO_FRONT_ENDS for longer than a restart, the log says why.",
             "short",
             (
                 Query(f"tenuto_front_ends{{{SERVERS}}}", "{{pod}}"),

@@ -78,12 +78,13 @@ def build(repository: Path, *, vetted: bool = False, **settings: Any) -> Server:
         "threads": 1,
         "poll_seconds": 0,
         "checkpoint_every": 0,
-        # Whatever is tested on both transports is tested on both pools.
-        "pool": "graph" if settings.get("transport") == "threads" else "numpy",
-        "buffers": "kept" if settings.get("transport") == "threads" else "fresh",
     }
-    if settings.get("transport") == "relayed":
-        settings |= {"transport": "http2", "front_ends": 2}
+    # Whatever is tested on all transports is tested on both pools.
+    if (transport := settings.get("transport")) in ("threads", "relayed"):
+        flags |= {"pool": "graph", "buffers": "kept"}
+    if transport == "relayed":
+        flags |= {"front_ends": 2}
+        settings = settings | {"transport": "http2"}
     config = ServerConfig.build(flags | settings, {})
     with pytest.MonkeyPatch.context() as patch:
         if not vetted:

@@ -25,7 +25,7 @@ OTHER: dict[str, Any] = {
     "rebalance_age_seconds": 23.5, "log_format": "json",
     "otlp_endpoint": "http://collector:4318/v1/traces", "trace_chunks": 24,
     "drain_notice_seconds": 25.5, "model_control": True, "shared_memory": "/mine-",
-    "front_ends": 26, "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
+    "front_ends": 26, "in_flight": 1, "poll_seconds": 19.5, "max_age_seconds": 20.5, "max_generate": 21,
 }  # fmt: skip
 FIELDS = sorted(ServerConfig.model_fields)
 SECONDS = [name for name in FIELDS if name.endswith("_seconds")]

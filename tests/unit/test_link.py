@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tenuto.serving import link as link_module
-from tenuto.serving.link import PACKET_BYTES, Kind, Link, socket_pair
+from tenuto.serving.link import PACKET_BYTES, Kind, Link, packed, socket_pair, unpacked
 
 from .links import HandLoop, settle
 
@@ -97,6 +97,16 @@ def test_what_the_other_end_does_not_take_waits_and_holds_back_who_feeds_the_lin
         assert [call for _, call, _ in other.taken] == list(range(1, count + 1))
 
 
+def test_who_waits_is_woken_by_a_write_that_meets_no_resistance() -> None:
+    with linked() as (one, other):
+        settle(one.loop, other.loop)
+        resumed: list[int] = []
+        while not one.link.wait(lambda: resumed.append(1)):
+            one.link.put(MESSAGE, 1, bytes(PACKET_BYTES))  # the loop does not turn: nothing was written yet
+        settle(one.loop, other.loop)
+        assert resumed == [1]
+
+
 def test_each_end_learns_once_that_the_other_is_gone() -> None:
     with linked() as (one, other):
         one.link.put(FINISH, 1, b"what was said before arrives")
@@ -130,3 +140,11 @@ def test_a_frame_that_meets_a_bug_leaves_the_others(caplog: pytest.LogCaptureFix
         settle(one.loop, other.loop)
         assert [call for _, call, _ in other.taken] == [1, 3]
         assert "met a bug" in caplog.text
+
+
+NAMES = st.text(st.characters(codec="latin-1"), max_size=20)
+
+
+@given(st.lists(st.tuples(NAMES, st.one_of(st.text(max_size=20), st.binary(max_size=20)))))
+def test_fields_come_as_they_were(fields: list[tuple[str, str | bytes]]) -> None:
+    assert unpacked(packed(tuple(fields))) == tuple(fields)

@@ -13,12 +13,13 @@ import grpc
 import pytest
 
 from tenuto.serving import frame as http
+from tenuto.serving import front_end
 from tenuto.serving.call import Listener
 from tenuto.serving.connection import Connection
 from tenuto.serving.front_end import NO_LIMIT, Forwards
 from tenuto.serving.http_call import OTHERS_BYTES, WINDOW, Limits
-from tenuto.serving.link import COUNT, Kind, socket_pair
-from tenuto.serving.relayed_call import MOST_UNTAKEN, Relay, RelayedCall
+from tenuto.serving.link import COUNT, MESSAGE_COST, Kind, socket_pair
+from tenuto.serving.relayed_call import MOST_UNTAKEN, Parked, Relay, RelayedCall
 from tenuto.serving.routed_call import RoutedCall
 
 from .http2_peer import (
@@ -34,6 +35,7 @@ from .links import HandLoop, settle
 
 Code = grpc.StatusCode
 OWN = "/a/"
+MOST = 1 << 20  # bytes that may wait for calls that are not read, and before the engine process
 
 
 class FrontLoop(HandLoop):
@@ -61,11 +63,13 @@ class Served(Client):
         self.stops: list[float] = []
         self.ends: list[str] = []
         mine, end = socket_pair()
+        self.parked = Parked(MOST)
         self.relay = Relay(
-            mine, self.ours, self.ours, self.route, self.said.append, lambda: self.ends.append("front end")
-        )
+            mine, self.ours, self.ours, self.route, self.said.append, lambda: self.ends.append("front end"),
+            self.parked,
+        )  # fmt: skip
         self.forwards = Forwards(
-            end, self.theirs, (OWN,), self.stops.append, lambda: self.ends.append("engine process")
+            end, self.theirs, (OWN,), self.stops.append, lambda: self.ends.append("engine process"), MOST
         )
         self.relay.begin()
         self.forwards.begin()
@@ -182,13 +186,41 @@ def test_a_listener_that_pauses_holds_its_client_back_and_loses_nothing(client: 
         sent += 1
     assert ears.heard == [(0).to_bytes(4, "big") + message]
     assert isinstance(ears.call, RelayedCall)
-    on_the_way = sum(len(parked) for parked in ears.call._parked)
-    assert on_the_way <= MOST_UNTAKEN + len(message)
+    assert client.parked.bytes == sum(len(parked) + MESSAGE_COST for parked in ears.call._parked)
+    assert client.parked.bytes <= MOST_UNTAKEN + len(message) + MESSAGE_COST
     client.say(data_frame(1, b"", http.END_STREAM))
     assert sent * size <= 2 * WINDOW + MOST_UNTAKEN
     ears.go_on()
     client.turn()
     assert ears.heard == [*(n.to_bytes(4, "big") + message for n in range(sent)), "half-closed"]
+    assert client.parked.bytes == 0
+
+
+def test_empty_messages_count_as_well(client: Served) -> None:
+    ears = client.open()
+    ears.pauses = True
+    for _ in range(200):
+        client.say(data_frame(1, packed(b"") * 100))
+    assert isinstance(ears.call, RelayedCall)
+    assert len(ears.call._parked) <= 1 + MOST_UNTAKEN // MESSAGE_COST
+    client.say(http.reset(1, http.CANCEL))
+    assert client.parked.bytes == 0
+
+
+def test_large_messages_for_calls_that_are_not_read_are_refused_in_the_end(client: Served) -> None:
+    """Two of 600 KB each do not fit into a mebibyte; who is read is not touched."""
+    ears = [client.open(stream) for stream in (1, 3, 5)]
+    for one in ears[:2]:
+        one.pauses = True
+        client.say(data_frame(one.call.number * 2 - 1, packed(b"it pauses behind this")))
+    for stream in (1, 3, 5):
+        for piece in cut(packed(bytes(600_000)), [16 << 10]):
+            client.say(data_frame(stream, piece))
+    assert [client.answer(stream).ended for stream in (1, 3, 5)] == [False, True, False]
+    assert client.answer(3).status is Code.RESOURCE_EXHAUSTED
+    assert "wait to be read" in client.answer(3).fields["grpc-message"]
+    assert ears[2].heard == [bytes(600_000)]
+    assert client.parked.bytes == 600_000 + MESSAGE_COST
 
 
 def test_who_is_read_on_may_send_as_much_as_he_likes(client: Served) -> None:
@@ -254,6 +286,36 @@ def test_what_a_front_end_holds_for_a_client_that_does_not_read_is_bounded(clien
     assert held._outbox.bytes <= MOST_UNTAKEN + 5_000
 
 
+def test_a_status_that_its_client_does_not_take_ends_the_call_in_the_end(client: Served) -> None:
+    ears = client.open()
+    for _ in range(100):
+        ears.call.send(bytes(5_000))
+    ears.call.finish()
+    client.turn()
+    now = time.monotonic()
+    for later in (0, 59, 61):
+        assert ears.heard == []
+        client.relay.look(now + later)
+        client.turn()
+    assert ears.heard == ["over"]
+    assert client.answer().reset == http.CANCEL
+
+
+def test_a_reply_that_meets_a_bug_ends_its_call_alone(
+    client: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, other = client.open(1), client.open(3)
+    one.call.finish(Code.OK, "", (("wrong", 5),))  # type: ignore[arg-type]
+    other.call.send(b"comes all the same")
+    calls = [one.call, other.call]
+    client.ours._calls.clear()
+    client.relay.write(calls)
+    client.turn()
+    assert client.answer(3).messages == [b"comes all the same"]
+    assert one.heard == ["over"]
+    assert "met a bug" in caplog.text
+
+
 def test_a_call_that_is_cancelled_is_reset(client: Served) -> None:
     ears = client.open()
     ears.call.cancel()
@@ -308,3 +370,54 @@ def test_a_front_end_says_when_it_listens_and_hears_when_to_stop(client: Served)
     client.relay.put(Kind.STOP, 0, COUNT.pack(1500))
     client.turn()
     assert client.stops == [1.5]
+
+
+def test_numbers_of_calls_that_live_are_not_given_again(
+    client: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front_end, "_MOST_CALLS", 3)
+    lasting, *_ = [client.open(stream) for stream in (1, 3)]
+    for stream in (5, 7, 9):
+        client.open(stream).call.finish()
+        client.turn()
+    assert [ears.call.number for ears in client.ears] == [1, 2, 3, 3, 3]
+    lasting.call.send(b"for the first")
+    client.turn()
+    assert client.answer(1).messages == [b"for the first"]
+
+
+def test_newcomers_are_refused_while_the_engine_process_does_not_keep_up(client: Served) -> None:
+    client.open(1)
+    link = client.forwards._link
+    while not link.wait(print):
+        link.put(Kind.MESSAGE, 999, bytes(1 << 20))  # of a call that is over
+        client.theirs.turn()
+    client.connection.receive(client.headers(3))
+    while client.theirs.turn():
+        pass
+    assert client.answer(3).status is Code.RESOURCE_EXHAUSTED
+    assert "more comes than" in client.answer(3).fields["grpc-message"]
+    link.forget(print)
+    client.turn()
+    assert client.open(5).heard == []
+    assert len(client.ears) == 2
+
+
+def test_large_messages_are_refused_while_the_engine_process_does_not_keep_up(client: Served) -> None:
+    client.open(1)
+    link = client.forwards._link
+    while link.queued_bytes <= MOST:
+        link.put(Kind.MESSAGE, 999, bytes(1 << 16))
+        client.theirs.turn()
+    for piece in cut(packed(bytes(100_000)), [16 << 10]):
+        client.connection.receive(data_frame(1, piece))
+    while client.theirs.turn():
+        pass
+    assert client.answer(1).status is Code.RESOURCE_EXHAUSTED
+    client.turn()
+
+
+def test_a_front_end_answers_when_it_is_asked(client: Served) -> None:
+    client.relay.put(Kind.PING, 0)
+    client.turn()
+    assert client.said == [Kind.READY, Kind.PING]

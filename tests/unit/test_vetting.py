@@ -255,7 +255,7 @@ def test_a_server_that_is_killed_leaves_no_child() -> None:
     orphan = (
         "import os, signal, sys\n"
         "from tenuto.serving import child\n"
-        "child._end_with_parent(os.getppid())\n"
+        "child.end_with_parent(os.getppid())\n"
         "print(os.getpid(), flush=True)\n"
         "signal.pause()\n"
     )
@@ -340,7 +340,7 @@ def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parents")
 def test_a_child_whose_parent_left_before_it_could_say_so_leaves() -> None:
-    own = "from tenuto.serving import child; child._end_with_parent(1); print('stays')"
+    own = "from tenuto.serving import child; child.end_with_parent(1); print('stays')"
     done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (0, "")
 

@@ -96,7 +96,7 @@ class Http2Transport(Methods):
         self._streams = places
         self._openers: dict[str, Callable[[RoutedCall], Listener]] = {}
         limits = Limits(terms.max_message_bytes, most, places.max_streams + _SPARE_CALLS)
-        server = Http2Server(self._route, limits, terms.tls)
+        self._server = server = Http2Server(self._route, limits, terms.tls)
         self.front_ends: FrontEnds | None = None
         listens: Http2Server | FrontEnds = server
         if terms.front is not None:

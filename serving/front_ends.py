@@ -81,10 +81,10 @@ class _FrontEnd:
             return
         now, relay = time.monotonic(), self.relay
         self._fronts.server.soon(lambda: relay.look(now))
-        if not self._unanswered:
+        self._unanswered += 1  # before it is asked: the answer comes on another thread
+        if self._unanswered == 1:
             relay.put(Kind.PING, 0)
-        self._unanswered += 1
-        if self._unanswered > _MOST_UNANSWERED:
+        elif self._unanswered > _MOST_UNANSWERED:
             log.error("a front end does not answer; it is ended")
             self.process.kill()
 

@@ -113,6 +113,21 @@ def test_one_that_hangs_is_replaced(
     assert "does not answer" in caplog.text
 
 
+def test_one_that_answers_before_we_look_again_is_left_in_peace(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However soon: the answer comes on another thread."""
+    with serving(repository, front_ends=1) as server:
+        own = server._transport.front_ends
+        assert own is not None
+        (front,) = own._fronts
+        monkeypatch.setattr(front.relay, "put", lambda kind, *_: front._said(kind))
+        for _ in range(20):
+            front.look()
+        assert (own.lost, front._unanswered) == (0, 0)
+        monkeypatch.undo()
+
+
 def test_nobody_is_ready_without_any(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front_ends, "_FIRST_WAIT_SECONDS", 1e6)
     monkeypatch.setattr(front_ends, "_LONGEST_WAIT_SECONDS", 1e6)

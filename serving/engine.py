@@ -64,10 +64,16 @@ class Runner(Protocol):
         """
 
 
+# Share of a run's time that the engine's own work on a batch must have for the next one to be gathered
+# meanwhile: less is not worth that what comes later and is more urgent waits for one run more.
+_WORTHWHILE = 0.1
+
+
 class Ran(NamedTuple):
-    """A run's results, and how long it took."""
+    """A run's results, when it began, and how long it took."""
 
     results: list[Array]
+    began: float
     seconds: float
 
 
@@ -145,6 +151,8 @@ class Engine:
         self.metrics.busy_ratio = lambda: self._admission.busy_ratio(self._clock())
         self._flights: deque[Flight] = deque()  # no sequence is in two of them
         self._in_flight = in_flight
+        self._is_worthwhile = True  # as the last batch showed
+        self._has_landed = False  # a batch, in this turn
         name = f"engine-run-{manifest.name}-{version}"
         self._running = ThreadPoolExecutor(1, name, runner.enter_thread) if in_flight > 1 else None
         self._harmless = (self._population.accept, self._population.request)
@@ -272,6 +280,7 @@ class Engine:
         if wait and not self._scheduler and not self._flights:
             self._wait()
         now = self._clock()
+        self._has_landed = False
         self._admission.begin(now)
         try:
             # Only what is there now: a flood of commands must not keep the batches waiting.
@@ -285,7 +294,7 @@ class Engine:
             self._population.hand_over()  # what needs no batch does not wait for one
             ran = self.step()
             self._population.hand_over()
-            if ran:
+            if self._has_landed:
                 self._population.turn_seconds = self._clock() - now
             return ran
         finally:
@@ -315,7 +324,11 @@ class Engine:
     @property
     def _fills_another(self) -> bool:
         """Whether what is ready fills a batch. One that would not be full grows while a run is waited for."""
-        return self._running is not None and len(self._scheduler) >= self.manifest.rows_per_batch
+        return (
+            self._running is not None
+            and self._is_worthwhile
+            and len(self._scheduler) >= self.manifest.rows_per_batch
+        )
 
     def _guarded(self, batch: Batch, what: Callable[[Batch], None]) -> None:
         """A bug ends the batch's sequences, and none else."""
@@ -328,6 +341,7 @@ class Engine:
                 self._population.close(turn.sequence, Ending.FAILED, error)
 
     def _land_one(self) -> None:
+        self._has_landed = True
         flight = self._flights.popleft()
         self._guarded(flight.batch, lambda _: self._land(flight))
 
@@ -338,26 +352,28 @@ class Engine:
     def _depart(self, batch: Batch) -> None:
         """Gathers the batch; its run begins, or will when it is waited for."""
         started = self._clock()
-        self.metrics.stages["queue"].add_all([started - turn.chunk.arrived for turn in batch])
         batch, feeds, slots = self._gather(batch)
         if batch:
             self._flights.append(Flight(batch, slots, started, self._clock(), self._begin(feeds)))
 
     def _land(self, flight: Flight) -> None:
         """Waits for the run, then scatters and replies."""
-        batch = flight.batch
+        batch, gather = flight.batch, flight.gathered - flight.started
         try:
-            results, seconds = flight.land()
+            results, began, seconds = flight.land()
         except RunFailed as error:
             if self._still_runs():
                 self._rerun(batch, error)
             return
         computed = self._clock()
+        queued_until = began - gather  # it may have waited for the run of another batch
+        self.metrics.stages["queue"].add_all([queued_until - turn.chunk.arrived for turn in batch])
         self._scatter(batch, flight.slots, results)
         scattered = self._clock()
-        self._reply(batch, results, flight.started, seconds)
-        spent = (flight.gathered - flight.started, seconds, scattered - computed)
-        self._measure(batch, spent, scattered)
+        self._reply(batch, results, queued_until, seconds)
+        self._measure(batch, (gather, seconds, scattered - computed), scattered)
+        own = gather + self._clock() - computed
+        self._is_worthwhile = own >= _WORTHWHILE * seconds
 
     def _gather(self, batch: Batch) -> tuple[Batch, dict[str, Array], Slots]:
         """Rows and states of the batch as the graph's feeds, and whose slots they are. Turns with forbidden
@@ -396,21 +412,28 @@ class Engine:
             results = self._runner.run(feeds)
         finally:
             self.running_since = 0.0
-        return Ran(results, self._clock() - began)
+        return Ran(results, began, self._clock() - began)
 
     def _run_ahead(self, feeds: dict[str, Array]) -> Ran:
-        results, seconds = self._run(feeds)
+        ran = self._run(feeds)
         # The next run may begin before these are read, and would overwrite them.
-        return Ran([result.copy() for result in results], seconds)
+        return ran._replace(results=[result.copy() for result in ran.results])
+
+    def _probe(self) -> None:
+        self.running_since = self._clock()
+        try:
+            self._runner.probe()
+        finally:
+            self.running_since = 0.0
 
     def _still_runs(self) -> bool:
         """Whether a chunk is to blame for a failed run. Else all runs fail from now on, a lost device, say:
         then nobody's sequence ends; the watchdog ends the process, and they go on elsewhere."""
         try:
             if self._running is None:
-                self._runner.probe()
+                self._probe()
             else:
-                self._running.submit(self._runner.probe).result()
+                self._running.submit(self._probe).result()
         except RunFailed as own:
             self.broken = f"a run failed, and so does a run of zeros: {own}"
             log.critical("%s: %s", self.where, self.broken)
@@ -430,7 +453,7 @@ class Engine:
             one, feeds, slots = self._gather([turn])
             started = self._clock()
             try:
-                results, seconds = self._begin(feeds)()
+                results, _, seconds = self._begin(feeds)()
             except RunFailed as own:
                 self._rerun(one, own)
             else:

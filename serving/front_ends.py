@@ -3,6 +3,7 @@ that dies or hangs."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -75,12 +76,15 @@ class _FrontEnd:
         self.listens = False
         self.ready.set()
 
-    def look(self) -> None:
-        """Ends it if it does not answer."""
-        if not self.listens:
-            return
-        now, relay = time.monotonic(), self.relay
+    def look(self, now: float) -> None:
+        """Ends it if it does not answer, or does not get ready."""
+        relay = self.relay
         self._fronts.server.soon(lambda: relay.look(now))
+        if not self.ready.is_set():
+            if now - self.began > _READY_SECONDS:
+                log.error("a front end does not get ready; it is ended")
+                self.process.kill()
+            return
         self._unanswered += 1  # before it is asked: the answer comes on another thread
         if self._unanswered == 1:
             relay.put(Kind.PING, 0)
@@ -113,9 +117,10 @@ class FrontEnds:
         self._reserved: list[socket.socket] = []
         self._fronts: list[_FrontEnd] = []  # the thread's
         self._begun = threading.Event()  # all are started
-        self._failure: OSError | None = None  # why not
+        self._failure: Exception | None = None  # why not
         self._dead: queue.SimpleQueue[_FrontEnd | None] = queue.SimpleQueue()
         self._wait_seconds = _FIRST_WAIT_SECONDS  # before another one is started
+        self._start_at = self._look_at = 0.0  # when
         self._grace_seconds = 0.0
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -171,9 +176,10 @@ class FrontEnds:
         try:
             for _ in range(self._settings.count):
                 self._start_one()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # no process, no descriptor is left, say; `start` says so
             self._failure = error
-        self._begun.set()
+        finally:
+            self._begun.set()
         while not self._stopping.is_set():
             try:
                 self._turn()
@@ -185,30 +191,31 @@ class FrontEnds:
         self._fronts.append(_FrontEnd(self, self._settings.written(), self._parked))
 
     def _turn(self) -> None:
-        try:
-            front = self._dead.get(timeout=_LOOK_SECONDS)
-        except queue.Empty:
-            for one in self._fronts:
-                one.look()
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_SECONDS
+            for front in self._fronts:
+                front.look(now)
+        is_missing = len(self._fronts) < self._settings.count
+        if is_missing and now >= self._start_at:
+            self._start_at = now + _LONGEST_WAIT_SECONDS  # should it fail
+            self._start_one()
             return
-        if front is not None:
-            self._replace(front)
+        until = min(self._look_at, self._start_at) if is_missing else self._look_at
+        with contextlib.suppress(queue.Empty):
+            dead = self._dead.get(timeout=max(0.0, until - time.monotonic()))
+            if dead is not None:
+                self._bury(dead)
 
-    def _replace(self, front: _FrontEnd) -> None:
+    def _bury(self, front: _FrontEnd) -> None:
         front.wait(_END_SECONDS)
         self._fronts.remove(front)
-        status = front.process.returncode
+        status, now = front.process.returncode, time.monotonic()
         log.error("a front end died (%d); its clients go on elsewhere, another one starts", status)
-        soon = time.monotonic() - front.began < _SOON_SECONDS
+        soon = now - front.began < _SOON_SECONDS
         longer = min(2 * self._wait_seconds, _LONGEST_WAIT_SECONDS)
         self._wait_seconds = longer if soon else _FIRST_WAIT_SECONDS
-        while not self._stopping.wait(self._wait_seconds):
-            try:
-                self._start_one()
-                return
-            except OSError as error:  # no process, no descriptor is left, say
-                log.error("no front end can be started: %s", error)
-                self._wait_seconds = _LONGEST_WAIT_SECONDS
+        self._start_at = now + self._wait_seconds
 
     def _end(self) -> None:
         until = time.monotonic() + self._grace_seconds + _END_SECONDS

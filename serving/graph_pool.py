@@ -65,8 +65,9 @@ class GraphPool(StatePool):
 
     def read(self, slot: int) -> tuple[bytes, ...]:
         """Raises: RunFailed."""
-        if slot in self._waiting:
-            return tuple(value.tobytes() for value in self._waiting[slot])
+        waiting = self._waiting.get(slot)
+        if waiting is not None:
+            return tuple(value.tobytes() for value in waiting)
         return self._expected.get(slot) or self._fetch([slot])[0]
 
     def _fetch(self, slots: list[int]) -> list[tuple[bytes, ...]]:

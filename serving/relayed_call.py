@@ -58,7 +58,7 @@ class RelayedCall(RoutedCall):
     # The reading thread.
 
     def take(self, message: bytes) -> None:
-        if self._outbox.ending is not None:  # nobody wants it
+        if self._gone or self._outbox.over or self._outbox.ending is not None:  # nobody wants it
             return
         cost = len(message) + MESSAGE_COST
         if self._held or self._paused:

@@ -6,7 +6,8 @@ are due one after the other: within its period if that is declared, else one eve
 
 The bound: each batch holds the most urgent turn. So a chunk is done within as many batches as there are turns
 due no later than its last one (or than those before it in its sequence), whoever fits beside them, and
-whatever arrives after that time.
+whatever arrives after that time; and one batch more where an engine has two in flight, since the second was
+scheduled before what came during the first.
 """
 
 from __future__ import annotations

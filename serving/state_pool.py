@@ -19,8 +19,8 @@ Array = NDArray[np.generic]
 
 
 class StatePool(ABC):
-    """Slots of `states`. Owned by the engine thread, which runs one batch at a time: a slot that is freed
-    between batches is held by none.
+    """Slots of `states`. Owned by the engine thread, which frees them when no batch that holds them is on its
+    way.
 
     `max_bytes` bounds all of its memory, the dump slot included; 0: `max_sequences` alone is the bound.
 

@@ -7,6 +7,8 @@ are known to run at all.
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from tenuto.serving.model_runner import CPU, choose_provider
 from tenuto.serving.pending import PendingBytes
 from tenuto.serving.repository import ModelFolder
 from tenuto.serving.runners import BufferKind, PoolKind, RunSettings, open_runner
+from tenuto.serving.sequence import Chunk, Ending, Output, Reply, Sequence
+from tests import toys
 from tests.integration.running import serving
 from tests.integration.wire import Conversation, array, chunk, connect, opening, tensor
 
@@ -146,3 +150,80 @@ def answers(channel: grpc.Channel, sounds: NDArray[np.int16]) -> NDArray[Any]:
                 tensors = {t.name: array(t) for t in reply.output.outputs}
                 found[reply.sequence, reply.output.step] = tensors["answer"]
     return np.stack([[found[n, s + 1] for s in range(steps)] for n in range(sequences)])
+
+
+class Sums:
+    """Sequences of an accumulator that send their next chunk when the last one is answered."""
+
+    full = False
+    CHUNKS = 30
+
+    def __init__(self) -> None:
+        self.share = PendingBytes(1 << 30)
+        self.engine: Engine
+        self.heard: dict[Sequence, list[float]] = {}
+        self.left = 0
+        self.done = threading.Event()
+
+    def begin(self, count: int, engine: Engine) -> None:
+        self.engine, self.left = engine, count
+        for _ in range(count):
+            sequence = Sequence(self, engine.manifest, now=time.monotonic())
+            self.heard[sequence] = []
+            engine.open(sequence)
+            self._send(sequence, 1)
+
+    def deliver(self, replies: list[tuple[Sequence, Reply]]) -> None:
+        for sequence, reply in replies:
+            if isinstance(reply, Output):
+                self.heard[sequence] += np.frombuffer(reply.tensors[0][1], np.float32).tolist()
+                if reply.step < self.CHUNKS:
+                    self._send(sequence, reply.step + 1)
+                else:
+                    self.left -= 1
+                    if not self.left:
+                        self.done.set()
+
+    def _send(self, sequence: Sequence, step: int) -> None:
+        samples = np.full(1 + (step + sequence.number) % 3, sequence.number % 7, np.float32)
+        self.engine.accept(sequence, Chunk(step, (samples.tobytes(),), time.monotonic(), samples.nbytes))
+
+
+@pytest.mark.parametrize("buffers", BUFFERS)
+@pytest.mark.parametrize("pool", POOLS)
+def test_batches_that_overlap_answer_as_each_sequence_alone(
+    pool: PoolKind, buffers: BufferKind, device: str, tmp_path: Path
+) -> None:
+    toys.write(tmp_path, "accumulator", toys.accumulator(max_batch=2))
+    files = ModelFolder("accumulator", 1, tmp_path / "accumulator" / "1").read()
+    runner = open_runner(files, RunSettings(device, 1, pool, buffers), max_sequences=12)
+    threads: set[str] = set()
+    run = runner.run
+
+    def recorded(feeds: Any) -> Any:
+        threads.add(threading.current_thread().name)
+        return run(feeds)
+
+    runner.run = recorded  # type: ignore[method-assign]
+    engine = Engine(
+        runner.manifest,
+        runner,
+        version=1,
+        max_sequences=12,
+        pool=runner.pool,
+        bucketed=runner.kept,
+        in_flight=2,
+        pending=PendingBytes(1 << 30),
+    )
+    sums = Sums()
+    engine.start()
+    try:
+        sums.begin(12, engine)
+        assert sums.done.wait(60), "the sequences do not come to an end"
+    finally:
+        engine.stop(Ending.DRAINING)
+    for sequence, heard in sums.heard.items():
+        samples = sum(1 + (step + sequence.number) % 3 for step in range(1, Sums.CHUNKS + 1))
+        assert heard == [float((n + 1) * (sequence.number % 7)) for n in range(samples)]
+    assert any(name.startswith("engine-run-") for name in threads), "no batch ran while another was gathered"
+    engine.check()

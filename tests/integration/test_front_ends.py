@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,9 +124,22 @@ def test_one_that_answers_before_we_look_again_is_left_in_peace(
         (front,) = own._fronts
         monkeypatch.setattr(front.relay, "put", lambda kind, *_: front._said(kind))
         for _ in range(20):
-            front.look()
+            front.look(time.monotonic())
         assert (own.lost, front._unanswered) == (0, 0)
         monkeypatch.undo()
+
+
+def test_one_that_never_gets_ready_is_replaced(repository: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(repository, front_ends=1) as server:
+        own = server._transport.front_ends
+        assert own is not None
+        (front,) = own._fronts
+        front.ready.clear()
+        front.look(time.monotonic() + 59)
+        assert front.process.poll() is None
+        front.look(time.monotonic() + 61)
+        wait_for(lambda: (own.lost, own.alive) == (1, 1), "another one")
+    assert "does not get ready" in caplog.text
 
 
 def test_nobody_is_ready_without_any(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,62 @@ def test_a_batch_that_would_not_be_full_grows_while_another_runs() -> None:
     assert runner.batches == [2, 2, 2]
 
 
+class Slow(Gated):
+    """Each run takes seven seconds of the bench's clock."""
+
+    def __init__(self) -> None:
+        super().__init__(permits=1_000)
+        self.bench: Bench
+
+    def run(self, feeds: dict[str, Array]) -> list[Array]:
+        results = super().run(feeds)
+        self.bench.now += 7
+        return results
+
+
+def slow_bench() -> tuple[Bench, Slow]:
+    runner = Slow()
+    runner.bench = bench_of(runner)
+    return runner.bench, runner
+
+
+def test_where_the_run_is_nearly_all_no_batch_is_gathered_ahead() -> None:
+    """It would save nothing, and what comes later and is more urgent would wait for one run more."""
+    bench, runner = slow_bench()
+    sequences = opened(bench, 6)
+    for step in range(1, 5):
+        for one in sequences:
+            bench.send(one, step, [1])
+    bench.settle()
+    assert runner.threads[2:] == [threading.get_ident()] * (len(runner.threads) - 2)
+    assert [bench.outputs(one) for one in sequences] == [[[1], [2], [3], [4]]] * 6
+
+
+def test_time_behind_another_batch_is_time_in_the_queue() -> None:
+    bench, _ = slow_bench()
+    a, b, c, d = opened(bench, 4)
+    for one in (a, b, c, d):
+        bench.send(one, 1, [1])
+    bench.engine.turn()
+    bench.settle()
+    timed = [(r.queue_seconds, r.compute_seconds) for _, r in bench.sink.replies if isinstance(r, Output)]
+    assert timed == [(0, 7), (0, 7), (7, 7), (7, 7)]
+    assert bench.engine.metrics.stages["queue"].total == 14
+
+
+def test_a_turn_that_only_sends_a_batch_off_is_not_taken_for_the_time_of_one() -> None:
+    """Else chunks would count as late that were answered as soon as could be, and newcomers be refused."""
+    bench, _ = slow_bench()
+    sequences = opened(bench, 4)
+    for one in sequences:
+        bench.send(one, 1, [1])
+    before = bench.engine._population.turn_seconds = 7.0
+    bench.engine.turn()
+    assert bench.outputs(sequences[0]) == []
+    assert bench.engine._population.turn_seconds == before
+    bench.settle()
+
+
 def in_the_air(bench: Bench, runner: Gated) -> list[Sequence]:
     """Of four sequences the first two are in a batch that runs; it may end from now on."""
     sequences = opened(bench, 4)

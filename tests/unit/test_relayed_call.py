@@ -207,6 +207,21 @@ def test_empty_messages_count_as_well(client: Served) -> None:
     assert client.parked.bytes == 0
 
 
+@pytest.mark.parametrize("pauses", [False, True])
+def test_what_comes_for_a_call_that_is_cancelled_is_not_counted(client: Served, pauses: bool) -> None:
+    """It was on its way when the engine process cancelled."""
+    ears = client.open()
+    ears.pauses = pauses
+    client.say(data_frame(1, packed(b"the first")))
+    ears.call.cancel()
+    assert isinstance(ears.call, RelayedCall)
+    for _ in range(5):
+        ears.call.take(bytes(5_000))
+    client.turn()
+    assert ears.heard == [b"the first", "over"]
+    assert client.parked.bytes == 0
+
+
 def test_large_messages_for_calls_that_are_not_read_are_refused_in_the_end(client: Served) -> None:
     """Two of 600 KB each do not fit into a mebibyte; who is read is not touched."""
     ears = [client.open(stream) for stream in (1, 3, 5)]

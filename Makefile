@@ -13,7 +13,7 @@ SETUP := pyproject.toml constraints.txt .ci/make_venv.py
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-oldest lint format types stubs check-stubs models networks bench soak clean python
-.PHONY: capacity bench-gpu test-gpu test-image test-routing dashboard vocabulary locks bom audit manifests
+.PHONY: capacity bench-gpu test-front-ends test-gpu test-image test-routing dashboard vocabulary locks bom audit manifests
 
 help:
 	@echo 'make demo          start the server on exported/, use it, stop it'
@@ -31,6 +31,7 @@ help:
 	@echo 'make soak          load a server for 30 minutes and see whether it grows (ARGS="--minutes 5")'
 	@echo 'make test-gpu      run the tests that need a GPU, and bench-gpu its benchmark'
 	@echo 'make test-image    build the image upon a Debian of its own, and use it (root, buildah, debootstrap)'
+	@echo 'make test-front-ends  run what is tested on any transport on a server with front ends'
 	@echo 'make test-routing  run the tests of deploy/routing (nginx and haproxy on the path; envoy comes along)'
 	@echo 'make dashboard     write deploy/monitoring/dashboard.json anew'
 	@echo 'make vocabulary    write docs/manifest.md and docs/manifest.schema.json anew'
@@ -121,6 +122,10 @@ test: .venv/.stamp
 # Where there is no GPU it fails, and says what is missing.
 test-gpu: .venv/.stamp
 	TEST_GPU=1 .venv/bin/python -m pytest tests/gpu -s $(ARGS)
+
+# What runs on our own server with two front ends instead of the transports that `make test` takes.
+test-front-ends: .venv/.stamp
+	TEST_FRONT_ENDS=1 .venv/bin/python -m pytest tests/integration tests/contract tests/faults tests/oip -k relayed $(ARGS)
 
 test-image: .venv/.stamp
 	TEST_IMAGE=1 .venv/bin/python -m pytest tests/deploy/test_image.py $(ARGS)

@@ -17,7 +17,7 @@ import pytest
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
-from tests.integration.running import TRANSPORTS, assert_nothing_is_left, serving
+from tests.integration.running import ALL_TRANSPORTS, assert_nothing_is_left, serving
 from tests.integration.wire import Conversation, array, chunk, connect, ending, opening, tensor
 
 from .test_same_answer import EXPORTED, Array, Outputs, alone, assert_same, cut
@@ -25,7 +25,7 @@ from .test_same_answer import EXPORTED, Array, Outputs, alone, assert_same, cut
 KEY = "5a" * 32
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=ALL_TRANSPORTS)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Server]]:
     """Two servers with the same models and keys."""
     folder = tmp_path_factory.mktemp("pair")

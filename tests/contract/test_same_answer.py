@@ -26,7 +26,7 @@ from tenuto.training.datasets import etth1, fsdd
 from tenuto.training.datasets.store import DataUnavailable
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
-from tests.integration.running import TRANSPORTS, engine_of, serving
+from tests.integration.running import ALL_TRANSPORTS, TRANSPORTS, engine_of, serving
 from tests.integration.wire import (
     PATIENCE_SECONDS,
     array,
@@ -44,7 +44,7 @@ Array = NDArray[Any]
 Outputs = dict[str, Array]
 
 
-@pytest.fixture(scope="module", params=TRANSPORTS)
+@pytest.fixture(scope="module", params=ALL_TRANSPORTS)
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     with serving(EXPORTED, vetted=True, threads=0, transport=request.param) as server:
         yield server

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tenuto.serving.errors import RunFailed
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
-from tests.integration.running import TRANSPORTS, Gate, build, engine_of, serving, wait_for
+from tests.integration.running import ALL_TRANSPORTS, Gate, build, engine_of, serving, wait_for
 from tests.integration.wire import (
     PATIENCE_SECONDS,
     Conversation,
@@ -73,7 +73,7 @@ def test_without_live_sequences_the_server_leaves_at_the_first_signal(
         assert "Traceback" not in server.log
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_live_away(
     repository: Path, transport: str
 ) -> None:
@@ -112,7 +112,7 @@ def test_a_draining_server_refuses_the_new_answers_the_accepted_and_sends_the_li
         stopping.join(PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_server_that_has_sent_all_away_does_not_wait_for_its_grace(
     repository: Path, tmp_path: Path, transport: str
 ) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests import toys
-from tests.integration.running import TRANSPORTS, Counting, assert_nothing_is_left, serving
+from tests.integration.running import ALL_TRANSPORTS, Counting, assert_nothing_is_left, serving
 from tests.integration.wire import Conversation, chunk, connect, opening
 
 from .process import ROOT
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_killed_client_ends_its_sequences_and_gives_their_slots_back(
     tmp_path: Path, transport: str
 ) -> None:

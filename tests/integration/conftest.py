@@ -12,7 +12,7 @@ import pytest
 
 from tenuto.serving.server import Server
 
-from .running import TRANSPORTS, assert_nothing_is_left, serving, write_toys
+from .running import ALL_TRANSPORTS, TRANSPORTS, assert_nothing_is_left, serving, write_toys
 from .wire import Conversation, connect, stub
 
 
@@ -26,7 +26,7 @@ def servers(toy_repository: Path) -> Iterator[dict[str, Server]]:
     with ExitStack() as stack:
         yield {
             transport: stack.enter_context(serving(toy_repository, vetted=True, transport=transport))
-            for transport in TRANSPORTS
+            for transport in {*ALL_TRANSPORTS, *TRANSPORTS}
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -22,12 +23,22 @@ from tenuto.serving.server import Server
 from tenuto.serving.vetting import Verdict
 from tests import toys
 
-# Our own server, gRPC's, and our own with two front ends.
-TRANSPORTS = ("http2", "threads", "relayed")
+# Our own server, and gRPC's. And our own with two front ends: for what is promised of calls, sequences and
+# equality; for all the rest when `make test-front-ends` asks for it.
+TRANSPORTS: tuple[str, ...] = ("http2", "threads")
+ALL_TRANSPORTS = (*TRANSPORTS, "relayed")
+if os.environ.get("TEST_FRONT_ENDS") == "1":
+    TRANSPORTS = ALL_TRANSPORTS = ("relayed",)
 # A condition that does not come true within that fails the test. Nothing waits that long when all is well.
 _PATIENCE_SECONDS = 30.0
 _POLL_SECONDS = 0.002
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@pytest.fixture(name="transport", params=ALL_TRANSPORTS)
+def every_transport(request: pytest.FixtureRequest) -> str:
+    """For modules that take it in place of the folder's own."""
+    return str(request.param)
 
 
 def wait_for(condition: Callable[[], bool], what: str) -> None:

@@ -20,7 +20,7 @@ from tenuto.serving import pooled_method
 from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 
-from .running import TRANSPORTS, assert_nothing_is_left, metrics_text, number, serving, wait_for
+from .running import ALL_TRANSPORTS, assert_nothing_is_left, metrics_text, number, serving, wait_for
 from .wire import PATIENCE_SECONDS, Conversation, Refusal, chunk, connect, ending, opening, stub, tensor
 
 ALICE, BOB, CAROL = "alice-" * 4, "bob---" * 4, "carol-" * 4
@@ -48,7 +48,7 @@ def guarded(repository: Path, folder: Path, text: str = FILE, **settings: Any) -
         assert_nothing_is_left(server)
 
 
-@pytest.fixture(params=TRANSPORTS)
+@pytest.fixture(params=ALL_TRANSPORTS)
 def server(request: pytest.FixtureRequest, toy_repository: Path, tmp_path: Path) -> Iterator[Server]:
     with guarded(toy_repository, tmp_path, transport=request.param, checkpoint_every=1) as server:
         yield server
@@ -154,7 +154,7 @@ def test_one_caller_cannot_take_all_the_places(server: Server) -> None:
             step(again, 1.0)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_who_is_taken_from_the_file_is_cut_off_and_nobody_else(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -179,7 +179,7 @@ def test_who_is_taken_from_the_file_is_cut_off_and_nobody_else(
             assert renewed.models()
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_leaked_token_is_taken_out_with_all_that_it_opened_and_the_caller_goes_on(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -204,7 +204,7 @@ def test_a_leaked_token_is_taken_out_with_all_that_it_opened_and_the_caller_goes
         assert alice.closed().reason == pb.END
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_caller_that_is_too_fast_is_read_later_and_loses_nothing(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -286,7 +286,7 @@ def test_who_is_at_her_limit_can_resume_beside_a_connection_that_is_lost_unnotic
             assert new.values(2) == [6.0]
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_stream_for_each_message_does_not_dodge_the_rate(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -308,7 +308,7 @@ def test_a_stream_for_each_message_does_not_dodge_the_rate(
         assert refusal.retry_after_ms > 5_000
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_calls_that_end_while_they_open_keep_no_place(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:

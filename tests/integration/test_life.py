@@ -19,6 +19,7 @@ from tenuto.serving.server import Server
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 
+from . import running
 from .running import (
     Counting,
     Gate,
@@ -32,6 +33,7 @@ from .running import (
 )
 from .wire import Conversation, array, chunk, connect, ending, opening, stub, tensor
 
+transport = running.every_transport
 Code = grpc.StatusCode
 
 

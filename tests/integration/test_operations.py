@@ -23,8 +23,11 @@ from tenuto.serving.manifest import Manifest
 from tenuto.serving.server import READINESS, Server
 from tenuto.v1 import tenuto_pb2 as pb
 
+from . import running
 from .running import Counting, build, engine_of, metrics_text, number, serving
 from .wire import Conversation, chunk, connect, ending, opening, tensor
+
+transport = running.every_transport
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -25,7 +25,7 @@ from tenuto.v1 import tenuto_pb2 as pb
 
 from . import key_updates
 from .authority import DAY, Authority, Certificate
-from .running import TRANSPORTS, assert_nothing_is_left, build, serving, wait_for
+from .running import ALL_TRANSPORTS, assert_nothing_is_left, build, serving, wait_for
 from .wire import PATIENCE_SECONDS, Conversation, array, chunk, ending, opening, stub, tensor
 
 OURS = Authority("ours")
@@ -71,7 +71,7 @@ def assert_refused(channel: grpc.Channel) -> None:
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_an_encrypted_server_serves(transport: str, toy_repository: Path, tmp_path: Path) -> None:
     with (
         encrypted(toy_repository, tmp_path, transport) as server,
@@ -80,7 +80,7 @@ def test_an_encrypted_server_serves(transport: str, toy_repository: Path, tmp_pa
         assert_serves(channel)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_messages_of_many_records_come_whole_both_ways(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +103,7 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 @pytest.mark.parametrize("own", STRANGE.values(), ids=STRANGE.keys())
 def test_a_client_refuses_a_server_it_cannot_trust(
     own: Certificate, transport: str, toy_repository: Path, tmp_path: Path
@@ -122,7 +122,7 @@ STRANGER_CLIENTS = {
 }
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_clients_must_show_a_certificate_of_the_authority(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -134,7 +134,7 @@ def test_clients_must_show_a_certificate_of_the_authority(
             assert_serves(channel)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_another_authority_of_clients_is_taken_without_a_restart(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +169,7 @@ def context_of(server: Server) -> ssl.SSLContext:
     return server._tls.context
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_a_client_without_tls_harms_nobody(transport: str, toy_repository: Path, tmp_path: Path) -> None:
     with encrypted(toy_repository, tmp_path, transport) as server:
         with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
@@ -178,7 +178,7 @@ def test_a_client_without_tls_harms_nobody(transport: str, toy_repository: Path,
             assert_serves(channel)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", ALL_TRANSPORTS)
 def test_certificates_are_exchanged_without_dropping_a_stream(
     transport: str, toy_repository: Path, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from tenuto.serving.stream import StreamLimits
 from tenuto.v1 import tenuto_pb2 as pb
 from tests import toys
 
+from . import running
 from .running import (
     Counting,
     Gate,
@@ -42,6 +43,7 @@ from .wire import (
     tensor,
 )
 
+transport = running.every_transport
 Code = grpc.StatusCode
 Opener = Callable[[Any], Any]
 

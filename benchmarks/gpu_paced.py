@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="where (cuda)")
     parser.add_argument("--pool", default="graph", help="as tenuto serve takes it (graph)")
     parser.add_argument("--buffers", default="kept", help="as tenuto serve takes it (kept)")
+    parser.add_argument("--in-flight", default="2", help="as tenuto serve takes it (2)")
     parser.add_argument("--front-ends", default="0", help="as tenuto serve takes it (0)")
     parser.add_argument("--sequences", type=int, nargs="+", default=COUNTS, help="live at once")
     parser.add_argument("--each", type=int, nargs="+", default=EACH, help="sequences of a stream (50 1)")
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     most = max(options.sequences)
     room = ["--max-sequences", str(most + 64), "--max-streams", str(most + 64)]
     how = ["--device", options.device, "--pool", options.pool, "--buffers", options.buffers]
-    how += ["--front-ends", options.front_ends]
+    how += ["--in-flight", options.in_flight, "--front-ends", options.front_ends]
     lines: list[tuple[str, ...]] = [HEADS]
     with TemporaryDirectory(prefix="tenuto-gpu-") as name, ExitStack() as stack:
         folder = Path(name)

@@ -44,7 +44,7 @@ def test_sound_is_sent_as_what_it_is(tmp_path: Path) -> None:
 
 def test_it_runs_on_the_cpu_and_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     gpu_paced.main(
-        "--device cpu --sequences 4 --each 2 1 --processes 2 --seconds 0.2".split()  # noqa: SIM905
+        "--device cpu --front-ends 1 --sequences 4 --each 2 1 --processes 2 --seconds 0.2".split()  # noqa: SIM905
     )
     printed = capsys.readouterr().out
     assert re.findall(r"^\| (\w+) +\| +(\d|a stream) ", printed, flags=re.MULTILINE) == [

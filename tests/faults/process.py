@@ -67,6 +67,8 @@ class ServerProcess:
 def server_process(repository: Path, folder: Path, **settings: object) -> Iterator[ServerProcess]:
     """A server on free ports; killed at the end if it still runs. Its log goes to a file in `folder`."""
     given = {"port": 0, "metrics_port": 0, "device": "cpu"} | settings
+    if given.get("transport") == "relayed":  # as tests/integration/running.py names it
+        given |= {"transport": "http2", "front_ends": 2}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, "-m", "tenuto.serving.cli", str(repository), *flags]
     log = folder / "server.log"

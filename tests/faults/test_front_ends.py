@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,31 @@ def test_all_front_ends_may_die_at_once(server: ServerProcess) -> None:
             total += 1.0 + step
             assert next(s)["y"][-1] == total
         assert s.resumes >= 1
+
+
+def test_sequences_outlive_the_kill_of_the_engine_process(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them go on at another server, through its front ends."""
+    keys = tmp_path / "keys"
+    keys.write_text("5a" * 32)
+    with ExitStack() as stack:
+        servers = []
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            settings = {"front_ends": 2, "token_key_file": keys, "checkpoint_every": 10}
+            servers.append(stack.enter_context(server_process(repository, tmp_path / name, **settings)))
+        one, two = servers
+        crowd = Crowd(
+            f"127.0.0.1:{one.port},127.0.0.1:{two.port}", 300, 30,
+            at={0.5: lambda: one.terminate(signal.SIGKILL)}, timeout_seconds=40,
+        )  # fmt: skip
+        figures = crowd.run()
+    with capsys.disabled():
+        print(f"\n  kill -9 of an engine process: {figures}")
+    assert figures.whole == (0, 0, 0)
+    assert figures.chunks == 9_000
+    assert figures.resumes >= 100
 
 
 def test_front_ends_end_with_the_engine_process(server: ServerProcess) -> None:

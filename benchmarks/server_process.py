@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from .model import Repository
-from .suites import FRONTED, PEERS, TORCHSERVE, TORCHSERVE_IMAGES
+from .suites import FRONTED, ONE_BY_ONE, PEERS, TORCHSERVE, TORCHSERVE_IMAGES
 
 READY_SECONDS = 120
 STOP_SECONDS = 15
@@ -24,15 +24,15 @@ TICK_SECONDS = 1 / os.sysconf("SC_CLK_TCK")
 ROOM = ("--max-sequences", "16384")
 # What makes gRPC's own servers cheapest. The naive ones go without: their authors would not know of it.
 EXPERIMENTS, TUNED = "-event_engine_listener", ("tuned_aio", "micro_batcher")
-FRONT_ENDS = ("--front-ends", "2")
+# Ours with other settings, each to be compared with itself.
+OTHERWISE = {FRONTED: ("--front-ends", "2"), ONE_BY_ONE: ("--in-flight", "1")}
 SERVE = ("--port", "0", "--metrics-port", "0", "--log-level", "warning", *ROOM)
 
 
 def command(name: str, repository: Repository) -> list[str]:
     """How to start the server of that name."""
-    if name in ("tenuto", FRONTED):
-        more = FRONT_ENDS if name == FRONTED else ()
-        arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE, *more]
+    if name == "tenuto" or name in OTHERWISE:
+        arguments = ["tenuto.cli", "serve", str(repository.folder), *SERVE, *OTHERWISE.get(name, ())]
     elif name == "null":
         arguments = ["benchmarks.null_engine"]
     elif name == TORCHSERVE:

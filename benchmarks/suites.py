@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from . import dialect
 from .scenario import Case, Party
 
-FRONTED = "tenuto, 2 front ends"
+FRONTED, ONE_BY_ONE = "tenuto, 2 front ends", "tenuto, one batch in flight"
 OURS, NULL, LEAST, BARE = "tenuto", "null", "least_engine", "bare"
 TRITON, TORCHSERVE, MLSERVER = "triton", "torchserve", "mlserver"  # see the modules in peers/
 AIO, TUNED, THREADS, BATCHER = "naive_aio", "tuned_aio", "naive_threads", "micro_batcher"
@@ -234,6 +234,16 @@ def front_ends(_: Settings) -> list[list[Case]]:
     ]
 
 
+def in_flight(settings: Settings) -> list[list[Case]]:
+    """The same load with two batches of the model in flight, and with one."""
+    return [
+        [one(f"in flight: {table}", s, s, Party(streams, frames)) for s in (ONE_BY_ONE, OURS)]
+        for frames in settings.frames
+        for streams in settings.streams
+        for table in [peers_table(streams, frames)]
+    ]
+
+
 def oip_table(streams: int, frames: int) -> str:
     return f"{OIP}: {peers_table(streams, frames)}"
 
@@ -297,4 +307,5 @@ SUITES: dict[str, Callable[[Settings], list[list[Case]]]] = {
     "checkpoints": checkpoints,
     "oip": open_inference,
     "front-ends": front_ends,
+    "in-flight": in_flight,
 }

@@ -91,7 +91,7 @@ class Link:
         self._loop = loop
         self._taken = taken
         self._lost = lost
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()  # of what goes out
         self._frames: list[bytes] = []  # of the packet that is being filled
         self._size = 0
         self._packets: deque[bytes] = deque()  # full ones
@@ -111,7 +111,7 @@ class Link:
 
     def put(self, kind: Kind, call: int, body: bytes = b"") -> None:
         """Queues a frame; it goes out with this turn of the thread that reads, or at once on another one."""
-        with self._lock:
+        with self.lock:
             self.add(kind, call, body)
             if self._due:
                 return
@@ -148,13 +148,9 @@ class Link:
             self._frames.clear()
             self._size = 0
 
-    @property
-    def lock(self) -> threading.Lock:
-        return self._lock
-
     def write(self) -> None:
         """Sends what there is, as far as the socket takes it."""
-        with self._lock:
+        with self.lock:
             self._due = False
             self._seal()
             self._send()
@@ -179,7 +175,7 @@ class Link:
 
     def wait(self, resume: Callable[[], None]) -> bool:
         """Whether too much is queued; then `resume` is called once there is room."""
-        with self._lock:
+        with self.lock:
             if self._queued <= _MOST_QUEUED or self._dead:
                 return False
             self._waiting[resume] = None
@@ -191,7 +187,7 @@ class Link:
         return self._queued + self._size
 
     def forget(self, resume: Callable[[], None]) -> None:
-        with self._lock:
+        with self.lock:
             self._waiting.pop(resume, None)
 
     # What comes in. The thread that reads.
@@ -209,7 +205,7 @@ class Link:
             self._read()
 
     def _wake(self) -> None:
-        with self._lock:
+        with self.lock:
             if self._queued > _MOST_QUEUED // 2:
                 return
             waiting, self._waiting = self._waiting, {}
@@ -245,7 +241,7 @@ class Link:
         """The other end is gone, or is to find that this one is."""
         if self._closed:
             return
-        with self._lock:  # a thread that writes would else write to whoever gets this file descriptor next
+        with self.lock:  # a thread that writes would else write to whoever gets this file descriptor next
             self._closed = self._dead = True
             self._loop.unwatch(self._socket)
             self._socket.close()

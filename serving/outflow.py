@@ -187,22 +187,13 @@ class Outflow:
         if self._calls.get(call.number) is not call:  # it is over
             call._rest = None
             return
-        box = call._outbox
         more = True
         while more:
             if call._rest is not None and not self._split(call):
                 return
             if self._queue_is_full(call):
                 return
-            with box.lock:
-                was_full, message = box.full, box.take()
-                more = bool(box.messages) or (message is not None and box.ending is not None)
-                ending = box.ending if message is None and not box.over else None
-                resume = was_full and call._held and not box.full
-                if not more and ending is None:
-                    call._due = False  # who sends from here on asks anew, and waits for our lock
-            if resume:
-                self._soon(call.read_on)
+            message, ending, more = call.next_out()
             if ending is not None:
                 self._end(call, *ending)
             elif message is not None:

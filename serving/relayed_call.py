@@ -164,19 +164,11 @@ class Relay:
     def _send(self, call: RelayedCall) -> None:
         if self._calls.get(call.number) is not call:  # it is over
             return
-        box, add, more = call._outbox, self._link.add, True
+        add, more = self._link.add, True
         while more:
             if call._untaken > MOST_UNTAKEN:
                 return
-            with box.lock:
-                was_full, message = box.full, box.take()
-                more = bool(box.messages) or (message is not None and box.ending is not None)
-                ending = box.ending if message is None and not box.over else None
-                resume = was_full and call._held and not box.full
-                if not more and ending is None:
-                    call._due = False  # who sends from here on asks anew, and waits for our lock
-            if resume:
-                self._calls_loop.soon(call.read_on)
+            message, ending, more = call.next_out()
             if not call._started and (message is not None or ending is not None):
                 call._started = True
                 if call.initial_metadata:

@@ -20,6 +20,7 @@ log = logging.getLogger("tenuto.transport")
 # A call that is finished, and whose client takes neither its last replies nor its status, ends after that.
 _UNTAKEN_SECONDS = 60.0
 
+Ending = tuple[grpc.StatusCode, str, Metadata]
 Route = Callable[["RoutedCall"], Listener]  # opens a call: who listens to it
 
 
@@ -119,6 +120,24 @@ class RoutedCall:
     def seconds_left(self) -> float:
         """Until the deadline that the client has set; infinity without one."""
         return max(0.0, self.deadline - time.monotonic())
+
+    def next_out(self) -> tuple[bytes | None, Ending | None, bool]:
+        """What is to be written next: a message, or the ending behind all of them; and whether more comes.
+
+        For the connection, under the lock that its `write` takes: where there is neither, who sends from here
+        on asks for a write anew, and that waits for the lock.
+        """
+        box = self._outbox
+        with box.lock:
+            was_full, message = box.full, box.take()
+            more = bool(box.messages) or (message is not None and box.ending is not None)
+            ending = box.ending if message is None and not box.over else None
+            resume = was_full and self._held and not box.full
+            if not more and ending is None:
+                self._due = False
+        if resume:
+            self._loop.soon(self.read_on)
+        return message, ending, more
 
     # The reading thread.
 

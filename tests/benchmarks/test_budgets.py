@@ -136,7 +136,8 @@ def test_a_suite_names_known_servers_and_each_row_once(name: str) -> None:
     tables = suites.SUITES[name](SETTINGS)
     cases = [case for table in tables for case in table]
     assert cases
-    assert {case.server for case in cases} <= {*suites.SERVERS, suites.BARE, suites.FRONTED}
+    known = {*suites.SERVERS, suites.BARE, suites.FRONTED, suites.ONE_BY_ONE}
+    assert {case.server for case in cases} <= known
     assert len({(case.table, case.row) for case in cases}) == len(cases)
     for table in tables:
         assert len({case.table for case in table}) == 1
